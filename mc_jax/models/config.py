@@ -1,0 +1,148 @@
+"""What can be turned in a model: the definition of every field, its default and its valid values."""
+
+import dataclasses
+
+RULES = ("linear", "swla", "dla", "titans")
+AGGREGATIONS = ("none", "residual", "grm", "soup", "ssc")
+CARRIES = ("checkpoint", "independent")
+POOLS = ("mean", "sum")
+GATES = ("softmax", "sigmoid", "constant", "token")
+IMPLEMENTATIONS = ("xla", "reference")
+SEGMENTATIONS = ("constant", "logarithmic")
+MIXERS = ("memory_caching", "transformer")
+DTYPES = ("float32", "bfloat16")
+REMATS = ("full", "dots", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+  """One layer's memory and how its cached states are read (arXiv:2602.24281)."""
+
+  rule: str = "titans"  # how the memory writes: linear, swla, dla, titans
+  chunk: int = 64  # tokens written at once; inner gradients are taken at the chunk's start
+  depth: int = 2  # dla, titans: layers of the memory's network
+  expansion: int = 4  # dla, titans: hidden width of that network, in head_dim
+  norm: bool = False  # dla, titans: layer norm on the network's branch
+  window: int = 2  # swla: tokens written at each step
+
+  aggregation: str = "grm"  # how cached memories are read: none, residual, grm, soup, ssc
+  segmentation: str = "constant"  # constant, or logarithmic (by the powers of two in the length)
+  segment_length: int = 256  # tokens between two cached states (segmentation="constant")
+  carry: str = "checkpoint"  # a segment starts from the last state, or "independent" from M_0
+  top_k: int = 2  # ssc: cached memories that a token reads
+  pool: str = "mean"  # a segment's summary is the mean or the sum of its keys
+  gate: str = "softmax"  # softmax, sigmoid, constant, or token (scores that ignore the segments)
+  gate_scale: float = 1.0  # multiplies the scores before the gate's nonlinearity
+  shared_query: bool = False  # u = q instead of a projection of its own: an ablation
+  segment_group: int = 8  # carry="independent": segments that run side by side
+  implementation: str | None = None  # None: the best for the platform; or xla, reference
+
+  def problems(self, prefix: str = "memory") -> list[str]:
+    """Everything wrong with these values, each line naming the field and the valid values."""
+    return [
+      *_choices(
+        prefix,
+        self,
+        rule=RULES,
+        aggregation=AGGREGATIONS,
+        segmentation=SEGMENTATIONS,
+        carry=CARRIES,
+        pool=POOLS,
+        gate=GATES,
+        implementation=(None, *IMPLEMENTATIONS),
+      ),
+      *_at_least(
+        prefix,
+        self,
+        chunk=1,
+        depth=1,
+        expansion=1,
+        window=2,
+        segment_length=1,
+        top_k=1,
+        segment_group=1,
+      ),
+      *_positive(prefix, self, "gate_scale"),
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A language model: an embedding, `layers` pre-norm residual blocks, a norm and a readout."""
+
+  vocab_size: int = 256  # tokens; 256 for bytes
+  layers: int = 4  # blocks, each a mixer and a SwiGLU
+  d_model: int = 256  # width of the residual stream
+  heads: int = 4  # memories (or attention heads) per layer, each of d_model / heads
+  mlp_dim: int = 0  # hidden width of the SwiGLU; 0: 8/3 d_model, rounded up to a multiple of 64
+  mixer: str = "memory_caching"  # or transformer, the baseline
+  conv_width: int = 4  # tokens that the causal convolution on q, k and v sees; 1: itself only
+  max_length: int = 4096  # tokens; only memory.gate="token" depends on it, for its number of ages
+  dtype: str = "float32"  # of the computation: float32 or bfloat16; parameters are float32
+  remat: str = "full"  # recompute in the backward pass: full (a block), dots (keep products), none
+  tied_embeddings: bool = True  # read out with the embedding's table
+  rope_theta: float = 10000.0  # transformer: base of the rotary position embedding
+  memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
+
+  @property
+  def head_dim(self) -> int:
+    """Width of one head: q, k, v and u are [batch, length, heads, head_dim]."""
+    return self.d_model // self.heads
+
+  @property
+  def hidden_dim(self) -> int:
+    """Hidden width of the SwiGLU, with 0 resolved."""
+    return self.mlp_dim or -(-8 * self.d_model // (3 * 64)) * 64
+
+  def problems(self, prefix: str = "model") -> list[str]:
+    """Everything wrong with these values, each line naming the field and the valid values."""
+    found = [
+      *_choices(prefix, self, mixer=MIXERS, dtype=DTYPES, remat=REMATS),
+      *_at_least(
+        prefix,
+        self,
+        vocab_size=2,
+        layers=1,
+        d_model=1,
+        heads=1,
+        mlp_dim=0,
+        conv_width=1,
+        max_length=1,
+      ),
+      *_positive(prefix, self, "rope_theta"),
+      *self.memory.problems(f"{prefix}.memory"),
+    ]
+    if self.heads >= 1 and self.d_model >= 1:
+      if self.d_model % self.heads:
+        divisors = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]
+        found.append(
+          f"{prefix}.heads={self.heads} does not divide {prefix}.d_model={self.d_model}: "
+          f"use one of {', '.join(map(str, divisors))}, or another d_model"
+        )
+      elif self.mixer == "transformer" and self.head_dim % 2:
+        found.append(
+          f"{prefix}.d_model / {prefix}.heads = {self.head_dim} is odd: rotary positions "
+          f"(mixer='transformer') turn pairs, so d_model must be a multiple of 2 heads"
+        )
+    return found
+
+
+def _choices(prefix, config, **valid):
+  for field, names in valid.items():
+    value = getattr(config, field)
+    if value not in names:
+      yield f"{prefix}.{field}={value!r} is not one of {', '.join(map(str, names))}"
+
+
+def _at_least(prefix, config, **smallest):
+  for field, least in smallest.items():
+    value = getattr(config, field)
+    if value < least:
+      yield f"{prefix}.{field}={value} must be at least {least}"
+
+
+def _positive(prefix, config, *fields):
+  for field in fields:
+    value = getattr(config, field)
+    if not 0 < value < float("inf"):
+      yield f"{prefix}.{field}={value} must be a positive number"
