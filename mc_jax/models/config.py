@@ -1,4 +1,4 @@
-"""What can be turned in a model: the definition of every field, its default and its valid values."""
+"""What can be turned in a model: every field, its default and its valid values."""
 
 import dataclasses
 
