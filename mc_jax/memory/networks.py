@@ -1,0 +1,78 @@
+"""The memories' networks: M(x), each written once, with its linear reads handed in.
+
+A network is `network(x, linear)`, where `linear(name, x)` reads x through the weights called `name`. Handing in another
+`linear` gives every reader of the method (a state, the online chunk, a soup, the recording of inner gradients) without
+touching the network. Weights are stored [in, out] and read as x @ W.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+Linear = Callable[[str, jax.Array], jax.Array]
+Weights = dict[str, jax.Array]
+
+
+class Network(Protocol):
+  """What a memory's network offers; hashable, because rules are static arguments under jit."""
+
+  def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
+    """M(x): x [..., head_dim] to [..., head_dim]; calls linear(name, ...) once for every name."""
+
+  def init(self, key: jax.Array, heads: int, head_dim: int) -> Weights:
+    """M_0: {name: [heads, in, out]} float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+  """A linear memory, M(x) = x W (arXiv:2602.24281, Eq. 2). M_0 = 0."""
+
+  def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
+    return linear("w", x)
+
+  def init(self, key: jax.Array, heads: int, head_dim: int) -> Weights:
+    del key  # zeros
+    return {"w": jnp.zeros((heads, head_dim, head_dim), jnp.float32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class MLP:
+  """A deep memory, M(x) = x + gelu(x W_1) W_2 (arXiv:2602.24281, appendix B), of any depth.
+
+  `norm` puts a parameter-free layer norm on the branch: x + LN(...). M_0 is never zero: a zero MLP has zero gradients for
+  ever.
+  """
+
+  depth: int = 2
+  expansion: int = 4
+  norm: bool = False
+
+  def __post_init__(self):
+    for field in ("depth", "expansion"):
+      if getattr(self, field) < 1:
+        raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+
+  def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
+    h = x
+    for layer in range(1, self.depth):
+      h = jax.nn.gelu(linear(f"w{layer}", h))
+    h = linear(f"w{self.depth}", h)
+    return x + (layer_norm(h) if self.norm else h)
+
+  def init(self, key: jax.Array, heads: int, head_dim: int) -> Weights:
+    widths = [head_dim] + [self.expansion * head_dim] * (self.depth - 1) + [head_dim]
+    return {
+      f"w{layer}": jax.random.normal(k, (heads, d_in, d_out), jnp.float32) * d_in**-0.5
+      for layer, (k, d_in, d_out) in enumerate(
+        zip(jax.random.split(key, self.depth), widths[:-1], widths[1:], strict=True), start=1
+      )
+    }
+
+
+def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+  """Layer norm over the last axis, without parameters."""
+  x = x - x.mean(-1, keepdims=True)
+  return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + epsilon)

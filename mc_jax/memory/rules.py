@@ -1,0 +1,216 @@
+"""Memory rules: how a memory writes (arXiv:2602.24281, section 4.3).
+
+A rule is three choices: the memory's network, the inner loss, the inner optimiser. The optimiser is one recurrence, of
+which every rule switches parts on:
+
+  S_t = beta_t S_{t-1} - sum_{i < window} eta^(i)_t grad L(M; k_{t-i}, v_{t-i})      (momentum; without it S_t is the step)
+  M_t = alpha_t M_{t-1} + S_t                                                        (retention)
+
+| rule   | network | inner loss        | alpha | beta | eta     | equations |
+|--------|---------|-------------------|-------|------|---------|-----------|
+| linear | matrix  | -<M(k), v>        |       |      | 1       | 2, 12     |
+| swla   | matrix  | -<M(k), v>        | yes   |      | c gates | 26-29     |
+| dla    | MLP     | -<M(k), v>        | yes * |      | 1 gate  | 30-33     |
+| titans | MLP     | ||M(k) - v||^2    | yes   | yes  | 1 gate  | 34-36     |
+
+(*) not in the paper: dla as printed has an unbounded loss and no retention, and diverges. `get("dla", retention=False,
+max_grad_norm=None)` is the printed form.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from mc_jax.memory import networks
+
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def dot_loss(y: jax.Array, v: jax.Array) -> jax.Array:
+  """-<y, v> over the last axis: [..., d], [..., d] to [...]. Matrix memory: Hebbian (arXiv:2602.24281, Eq. 2, 30)."""
+  return -(y * v).sum(-1)
+
+
+def squared_loss(y: jax.Array, v: jax.Array) -> jax.Array:
+  """||y - v||^2 over the last axis, summed and without a half (arXiv:2602.24281, Eq. 34-35)."""
+  return jnp.square(y - v).sum(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class GateInit:
+  """Where a gate starts: value = maximum * sigmoid(logit), logit = <x_t, w> + bias."""
+
+  bias: float
+  maximum: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """A memory-update rule. Hashable, static under jit; make one with `get`, or directly for a rule of your own.
+
+  Attributes:
+    name: what errors call it.
+    network: M, see networks.py.
+    loss: inner loss of (M(k) [..., d], v [..., d]) to [...].
+    retention: M decays by alpha_t each token.
+    momentum: steps accumulate in S, which decays by beta_t.
+    window: how many of the last tokens each token writes, with a step size eta of its own each.
+    step: whether there are step-size gates; without them every step is 1.
+    max_grad_norm: each token's inner gradient, all layers together, is scaled down to this Frobenius norm; None: never.
+    max_step: the largest eta; None: 1 for matrices, (1 - beta at its start) / chunk for networks, because gradients frozen
+      over a chunk add up to one step and overshoot.
+    chunk: tokens whose inner gradients are taken at the same state (the one before the chunk). 1 is the exact recurrence.
+    learned_init: M_0 is a learned parameter (networks) or fixed (matrices start at 0).
+  """
+
+  name: str
+  network: networks.Network
+  loss: Loss
+  chunk: int = 64
+  retention: bool = False
+  momentum: bool = False
+  window: int = 1
+  step: bool = True
+  max_grad_norm: float | None = None
+  max_step: float | None = None
+  learned_init: bool = True
+
+  def __post_init__(self):
+    if self.chunk < 1:
+      raise ValueError(f"chunk must be at least 1 token, got {self.chunk}")
+    if self.window < 1:
+      raise ValueError(f"window must be at least 1 token, got {self.window}")
+    for field in ("max_grad_norm", "max_step"):
+      if getattr(self, field) is not None and getattr(self, field) <= 0:
+        raise ValueError(f"{field} must be positive or None, got {getattr(self, field)}")
+
+  @property
+  def steps(self) -> tuple[str, ...]:
+    """Names of the step-size gates, the current token's first."""
+    if not self.step:
+      return ()
+    return ("eta",) if self.window == 1 else tuple(f"eta{i}" for i in range(self.window))
+
+  @property
+  def gates(self) -> tuple[str, ...]:
+    """Names of the per-token scalars that the rule needs, each [batch, length, heads]."""
+    return ("alpha",) * self.retention + ("beta",) * self.momentum + self.steps
+
+  def init(self, key: jax.Array, *, heads: int, head_dim: int) -> networks.Weights:
+    """M_0: {name: [heads, in, out]} float32."""
+    return self.network.init(key, heads, head_dim)
+
+  def gate_init(self, segment_length: int) -> dict[str, GateInit]:
+    """Where the gates start, chosen so that no memory dies or blows up.
+
+    Retention pulls a network towards zero, where it cannot learn, so 1 - alpha starts at 1 / segment_length: what a segment
+    writes is still there at its end. beta starts at 0.9. Step sizes start at half their maximum.
+    """
+    beta = 0.9
+    if self.max_step is not None:
+      max_step = self.max_step
+    else:
+      max_step = ((1 - beta) if self.momentum else 1.0) / self.chunk if self.learned_init else 1.0
+    starts = {name: GateInit(0.0, max_step) for name in self.steps}
+    if self.retention:
+      starts["alpha"] = GateInit(math.log(max(segment_length, 2) - 1) if segment_length > 2 else 0.0)
+    if self.momentum:
+      starts["beta"] = GateInit(math.log(beta / (1 - beta)))
+    return {name: starts[name] for name in self.gates}
+
+
+def linear(*, chunk: int = 64) -> Rule:
+  """Linear attention, M_t = M_{t-1} + v_t k_t^T (arXiv:2602.24281, Eq. 2, 12)."""
+  return Rule("linear", networks.Matrix(), dot_loss, chunk, step=False, learned_init=False)
+
+
+def swla(*, chunk: int = 64, window: int = 2, max_step: float | None = None) -> Rule:
+  """Sliding-window linear attention (arXiv:2602.24281, Eq. 26-29), of window c >= 2.
+
+  M_t = alpha_t M_{t-1} + sum_{i < c} eta^(i)_t v_{t-i} k_{t-i}^T; the paper's c = 2 calls eta1 beta and eta0 lambda.
+  """
+  if window < 2:
+    raise ValueError(f"window must be at least 2 tokens for swla, got {window} (1 is rule 'linear')")
+  return Rule(
+    "swla",
+    networks.Matrix(),
+    dot_loss,
+    chunk,
+    retention=True,
+    window=window,
+    max_step=max_step,
+    learned_init=False,
+  )
+
+
+def dla(
+  *,
+  chunk: int = 64,
+  depth: int = 2,
+  expansion: int = 4,
+  norm: bool = False,
+  retention: bool = True,
+  max_grad_norm: float | None = 1.0,
+  max_step: float | None = None,
+) -> Rule:
+  """Deep linear attention, M_t = M_{t-1} - eta_t grad L (arXiv:2602.24281, Eq. 30-33).
+
+  Bounded by default: the printed form climbs an unbounded loss over two layers and diverges, see the module's text.
+  """
+  return Rule(
+    "dla",
+    networks.MLP(depth, expansion, norm),
+    dot_loss,
+    chunk,
+    retention=retention,
+    max_grad_norm=max_grad_norm,
+    max_step=max_step,
+  )
+
+
+def titans(
+  *,
+  chunk: int = 64,
+  depth: int = 2,
+  expansion: int = 4,
+  norm: bool = False,
+  max_grad_norm: float | None = 8.0,
+  max_step: float | None = None,
+) -> Rule:
+  """Titans: momentum, retention, squared loss (arXiv:2602.24281, Eq. 34-36, with the descending sign of arXiv:2501.00663)."""
+  return Rule(
+    "titans",
+    networks.MLP(depth, expansion, norm),
+    squared_loss,
+    chunk,
+    retention=True,
+    momentum=True,
+    max_grad_norm=max_grad_norm,
+    max_step=max_step,
+  )
+
+
+_RULES: dict[str, Callable[..., Rule]] = {"linear": linear, "swla": swla, "dla": dla, "titans": titans}
+NAMES = tuple(_RULES)
+
+
+def options(name: str) -> tuple[str, ...]:
+  """The options that `get(name, ...)` takes."""
+  if name not in _RULES:
+    raise ValueError(f"rule must be one of {', '.join(NAMES)}; got {name!r}")
+  return tuple(_RULES[name].__kwdefaults__)
+
+
+def get(name: str, **opts) -> Rule:
+  """The rule called `name`, with options such as chunk=64, expansion=4.
+
+  Raises:
+    ValueError: no such rule, or an option that it does not take; the message lists the valid ones.
+  """
+  unknown = sorted(set(opts) - set(options(name)))
+  if unknown:
+    raise ValueError(f"rule {name!r} takes {', '.join(options(name))}; got {', '.join(unknown)}")
+  return _RULES[name](**opts)
