@@ -1,0 +1,83 @@
+"""A stream of tokens cut into rows of one length, and rows into batches.
+
+A batch is a dict of [batch, length] arrays: `tokens` int32; `targets` int32, the token after each;
+`weights` float32, 1 where the target counts and 0 where it does not; and, where documents are kept
+apart, `segment_ids` int32, 1, 2, ... from left to right.
+"""
+
+from __future__ import annotations
+
+import grain
+import numpy as np
+
+from mc_jax.data import tokenizers
+from mc_jax.data.config import ConfigError, DataConfig
+
+Batch = dict[str, np.ndarray]
+
+
+def training(stream: np.ndarray, config: DataConfig) -> grain.DatasetIterator:
+  """Endless shuffled batches of `stream` [tokens], a function of the seed and the step alone.
+
+  An epoch visits every stretch of `length` tokens once, in another order and cut at another place
+  than in the epoch before. The iterator's get_state/set_state resume it exactly.
+
+  Raises:
+    ConfigError: the stream is shorter than one row.
+  """
+  length = config.length
+  last_start = len(stream) - length - 1
+  if last_start < 0:
+    raise ConfigError(
+      f"data.length={length} is longer than the training text of {len(stream)} bytes; "
+      f"it must be at most {max(len(stream) - 1, 0)}"
+    )
+
+  def cut(window: int, rng: np.random.Generator) -> Batch:
+    start = min(window * length + int(rng.integers(length)), last_start)
+    return _row(stream[start : start + length + 1], length, config.documents)
+
+  dataset = grain.MapDataset.range(-(-len(stream) // length))
+  dataset = dataset.seed(config.seed).shuffle().repeat().random_map(cut)
+  dataset = dataset.batch(config.batch_size)
+  # The text is in memory: threads would only wait for each other.
+  return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def validation(stream: np.ndarray, config: DataConfig) -> list[Batch]:
+  """The same batches at every evaluation: windows of `stream` that do not overlap.
+
+  Up to `validation_tokens` they are spread evenly over the stream, for its first files are not
+  like the rest. The last batch is filled up with rows of weight 0.
+  """
+  length = config.length
+  starts = np.arange(0, len(stream) - 1, length)
+  if config.validation_tokens:
+    count = min(len(starts), max(1, config.validation_tokens // length))
+    starts = starts[np.arange(count) * len(starts) // count]
+  rows = [_row(stream[s : s + length + 1], length, config.documents) for s in starts]
+  batches = []
+  for first in range(0, len(rows), config.batch_size):
+    group = rows[first : first + config.batch_size]
+    empty = {name: np.zeros_like(array) for name, array in group[0].items()}
+    group = group + [empty] * (config.batch_size - len(group))
+    batches.append({name: np.stack([row[name] for row in group]) for name in empty})
+  return batches
+
+
+def _row(piece: np.ndarray, length: int, documents: bool) -> Batch:
+  """One row of `length` from up to length + 1 tokens; what is missing has weight 0."""
+  known = len(piece) - 1
+  row = {
+    "tokens": np.zeros(length, np.int32),
+    "targets": np.zeros(length, np.int32),
+    "weights": np.zeros(length, np.float32),
+  }
+  row["tokens"][:known] = piece[:-1]
+  row["targets"][:known] = piece[1:]
+  row["weights"][:known] = 1.0
+  if documents:
+    ids = np.zeros(length, np.int32)
+    ids[:known] = 1 + np.cumsum(piece[:-1] == tokenizers.SEPARATOR)
+    row["segment_ids"] = ids
+  return row
