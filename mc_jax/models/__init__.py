@@ -1,5 +1,6 @@
 """Flax NNX modules: the Memory Caching mixer, a Transformer baseline and the language model."""
 
 from mc_jax.models.config import MemoryConfig, ModelConfig
+from mc_jax.models.language_model import LanguageModel
 
-__all__ = ["MemoryConfig", "ModelConfig"]
+__all__ = ["LanguageModel", "MemoryConfig", "ModelConfig"]

@@ -2,13 +2,13 @@
 
 import dataclasses
 
-RULES = ("linear", "swla", "dla", "titans")
+from mc_jax import memory
+
 AGGREGATIONS = ("none", "residual", "grm", "soup", "ssc")
 CARRIES = ("checkpoint", "independent")
 POOLS = ("mean", "sum")
 GATES = ("softmax", "sigmoid", "constant", "token")
 IMPLEMENTATIONS = ("xla", "reference")
-SEGMENTATIONS = ("constant", "logarithmic")
 MIXERS = ("memory_caching", "transformer")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("full", "dots", "none")
@@ -23,6 +23,9 @@ class MemoryConfig:
   depth: int = 2  # dla, titans: layers of the memory's network
   expansion: int = 4  # dla, titans: hidden width of that network, in head_dim
   norm: bool = False  # dla, titans: layer norm on the network's branch
+  retention: bool = True  # dla: the memory decays; False is the paper's unbounded form
+  max_grad_norm: float | None = None  # dla, titans: clip inner gradients; None: as the rule, 0: no
+  max_step: float | None = None  # swla, dla, titans: the largest step size; None: as the rule
   window: int = 2  # swla: tokens written at each step
 
   aggregation: str = "grm"  # how cached memories are read: none, residual, grm, soup, ssc
@@ -43,9 +46,9 @@ class MemoryConfig:
       *_choices(
         prefix,
         self,
-        rule=RULES,
+        rule=memory.rules.NAMES,
         aggregation=AGGREGATIONS,
-        segmentation=SEGMENTATIONS,
+        segmentation=memory.segments.NAMES,
         carry=CARRIES,
         pool=POOLS,
         gate=GATES,
@@ -62,8 +65,25 @@ class MemoryConfig:
         top_k=1,
         segment_group=1,
       ),
-      *_positive(prefix, self, "gate_scale"),
+      *_positive(prefix, self, "gate_scale", "max_step"),
+      *_at_least(prefix, self, max_grad_norm=0),
     ]
+
+  def build_rule(self) -> memory.rules.Rule:
+    """The rule, made with those of its options that it takes."""
+    values = dataclasses.asdict(self)
+    options = {name: values[name] for name in memory.rules.options(self.rule)}
+    if options.get("max_grad_norm") is None:
+      options.pop("max_grad_norm", None)
+    elif options["max_grad_norm"] == 0:
+      options["max_grad_norm"] = None
+    return memory.rules.get(self.rule, **options)
+
+  def build_segmentation(self) -> memory.segments.Segmentation:
+    """Where sequences are cut."""
+    if self.segmentation == "logarithmic":
+      return memory.segments.logarithmic()
+    return memory.segments.constant(self.segment_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +113,13 @@ class ModelConfig:
   def hidden_dim(self) -> int:
     """Hidden width of the SwiGLU, with 0 resolved."""
     return self.mlp_dim or -(-8 * self.d_model // (3 * 64)) * 64
+
+  @property
+  def ages(self) -> int:
+    """How many memories a token of a row of max_length can see: one per segment at most."""
+    if self.memory.segmentation == "logarithmic":
+      return self.max_length.bit_length()  # a shorter row may have more segments than a longer one
+    return len(self.memory.build_segmentation().lengths(self.max_length))
 
   def problems(self, prefix: str = "model") -> list[str]:
     """Everything wrong with these values, each line naming the field and the valid values."""
@@ -137,12 +164,12 @@ def _choices(prefix, config, **valid):
 def _at_least(prefix, config, **smallest):
   for field, least in smallest.items():
     value = getattr(config, field)
-    if value < least:
+    if value is not None and value < least:
       yield f"{prefix}.{field}={value} must be at least {least}"
 
 
 def _positive(prefix, config, *fields):
   for field in fields:
     value = getattr(config, field)
-    if not 0 < value < float("inf"):
+    if value is not None and not 0 < value < float("inf"):
       yield f"{prefix}.{field}={value} must be a positive number"

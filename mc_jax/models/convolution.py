@@ -1,0 +1,46 @@
+"""The short causal convolution that gives q, k and v their nearest neighbours."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mc_jax.models.linear import fan_in, parameter
+
+
+class CausalConvolution(nnx.Module):
+  """Depthwise: y_t = sum_{j < width} kernel_j * x_{t-j}, over tokens of t's own document.
+
+  A sum of shifted products: each is elementwise, so the whole fuses, and the mask between packed
+  documents is one comparison per shift.
+
+  Args:
+    channels: name and size of x's axes after [batch, length].
+    width: tokens that a token sees, itself included.
+  """
+
+  def __init__(self, channels: dict[str, int], width: int, *, rngs: nnx.Rngs):
+    self.width = width
+    self.kernel = parameter(fan_in(1, 0), (width, *channels.values()), ("conv_width", *channels), rngs)
+
+  def __call__(self, x: jax.Array, document: jax.Array | None = None) -> jax.Array:
+    """Convolves x [batch, length, *channels], in x's dtype.
+
+    Args:
+      document: [batch, length] int32, number of each token's document; None: a row is one.
+    """
+    kernel = self.kernel[...].astype(x.dtype)
+    y = kernel[0] * x
+    for distance in range(1, self.width):
+      earlier = _shift(x, distance)
+      if document is not None:
+        same = document == _shift(document, distance)
+        earlier = jnp.where(same.reshape(same.shape + (1,) * (x.ndim - 2)), earlier, 0)
+      y += kernel[distance] * earlier
+    return y
+
+
+def _shift(x, distance):
+  """x[:, t - distance] at t; zeros before the row's start."""
+  padding = [(0, 0)] * x.ndim
+  padding[1] = (distance, 0)
+  return jnp.pad(x, padding)[:, : x.shape[1]]

@@ -1,0 +1,103 @@
+"""The language model: tokens to the logits of the next token."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mc_jax import memory
+from mc_jax.models.block import Block
+from mc_jax.models.config import ModelConfig
+from mc_jax.models.linear import Linear, parameter
+from mc_jax.models.norms import RMSNorm
+
+_REMAT_POLICIES = {
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class LanguageModel(nnx.Module):
+  """Embedding, `config.layers` blocks under one `jax.lax.scan`, a norm and a readout.
+
+  Parameters are float32; those of the blocks are stacked on a leading axis "layers". The
+  computation runs in `config.dtype`; norms, gates, memories' states and logits are float32.
+
+  Args:
+    config: the model; see `ModelConfig`.
+    rngs: its `params` stream initialises the parameters.
+
+  Raises:
+    ValueError: the config has problems; all are listed.
+  """
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    if problems := config.problems():
+      raise ValueError("\n".join(problems))
+    self.config = config
+    # Rows of unit length keep tied logits near unit variance; the lookup scales them back up.
+    self.embedding = parameter(
+      jax.nn.initializers.normal(config.d_model**-0.5),
+      (config.vocab_size, config.d_model),
+      ("vocab", "embed"),
+      rngs,
+    )
+    self.blocks = _stacked_blocks(config, rngs)
+    self.norm = RMSNorm({"embed": config.d_model}, rngs=rngs)
+    if not config.tied_embeddings:
+      embed, vocab = {"embed": config.d_model}, {"vocab": config.vocab_size}
+      self.readout = Linear(embed, vocab, rngs=rngs)
+
+  def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    """Logits of the token that follows each.
+
+    Args:
+      tokens: [batch, length] int32.
+      segment_ids: [batch, length] int32 of packed documents: 0 is padding, a document is a maximal
+        run of one nonzero id. None: every row is one document.
+
+    Returns:
+      [batch, length, vocab_size] float32; finite and without meaning at padding.
+    """
+    x = self.embed(tokens)
+    document = None if segment_ids is None else number_documents(segment_ids)
+    graph, layers = nnx.split(self.blocks)
+
+    def block(x, layer):
+      return nnx.merge(graph, layer)(x, document), None
+
+    if self.config.remat != "none":
+      # Under scan, common subexpressions cannot undo the rematerialisation: no need to forbid them.
+      block = jax.checkpoint(block, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=False)
+    x, _ = jax.lax.scan(block, x, layers)
+    return self.logits(x)
+
+  def embed(self, tokens: jax.Array) -> jax.Array:
+    """tokens [...] to [..., d_model] of unit variance, in the computation's dtype."""
+    rows = self.embedding[...][tokens] * self.config.d_model**0.5
+    return rows.astype(self.config.dtype)
+
+  def logits(self, x: jax.Array) -> jax.Array:
+    """The final norm and readout: x [..., d_model] to [..., vocab_size] float32."""
+    x = self.norm(x)
+    kernel = self.embedding[...].T if self.config.tied_embeddings else self.readout.kernel[...]
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def number_documents(segment_ids: jax.Array) -> jax.Array:
+  """Number of each token's document in its row, 1, 2, ...; 0 at padding.
+
+  Two tokens belong to one document where their numbers are equal and not 0: what every layer asks.
+  """
+  documents = memory.documents.index(segment_ids)
+  return jnp.where(documents.valid, documents.number, 0)
+
+
+def _stacked_blocks(config, rngs):
+  """`config.layers` blocks as one, each parameter with a leading axis "layers"."""
+
+  @nnx.split_rngs(splits=config.layers)
+  @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+  def stack(rngs):
+    return Block(config, rngs=rngs)
+
+  return stack(rngs)

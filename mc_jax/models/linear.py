@@ -1,0 +1,74 @@
+"""Parameters with named axes, and the linear map that every projection here is."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def parameter(initializer, shape, axes, rngs: nnx.Rngs) -> nnx.Param:
+  """A float32 parameter whose axes carry logical names.
+
+  The names ("embed", "heads", "mlp", ...) are metadata: `nnx.get_partition_spec` under
+  `nnx.logical_axis_rules` maps them to a mesh. No mesh need exist when the parameter is made.
+
+  Args:
+    initializer: from `jax.nn.initializers`.
+    shape: of the parameter.
+    axes: a name, or None, per axis.
+    rngs: its `params` stream is drawn from.
+  """
+  value = initializer(rngs.params(), shape, jnp.float32)
+  return nnx.Param(value, out_sharding=tuple(axes), eager_sharding=False)
+
+
+def fan_in(inputs: int, outputs: int, scale: float = 1.0):
+  """Truncated normal that maps unit variance to variance `scale**2`.
+
+  Args:
+    inputs: leading axes of the parameter that are summed over.
+    outputs: the axes that follow.
+    scale: standard deviation of an output whose inputs have unit variance.
+  """
+  return jax.nn.initializers.variance_scaling(
+    scale**2,
+    "fan_in",
+    "truncated_normal",
+    in_axis=tuple(range(inputs)),
+    out_axis=tuple(range(inputs, inputs + outputs)),
+  )
+
+
+class Linear(nnx.Module):
+  """y = x W: x [..., *inputs] to y [..., *outputs] in the computation's dtype; no bias.
+
+  `inputs` and `outputs` give each axis a logical name and a size, in order.
+  """
+
+  def __init__(
+    self,
+    inputs: dict[str, int],
+    outputs: dict[str, int],
+    *,
+    rngs: nnx.Rngs,
+    dtype: jnp.dtype = jnp.float32,
+    scale: float = 1.0,
+  ):
+    self.contracted = len(inputs)
+    self.dtype = dtype
+    self.kernel = parameter(
+      fan_in(len(inputs), len(outputs), scale),
+      (*inputs.values(), *outputs.values()),
+      (*inputs, *outputs),
+      rngs,
+    )
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = self.kernel[...].astype(self.dtype)
+    return jnp.tensordot(x.astype(self.dtype), kernel, axes=self.contracted)
+
+
+def residual_scale(layers: int) -> float:
+  """Scale of a branch's last projection: 2 branches a layer then add up to unit variance."""
+  return 1.0 / math.sqrt(2 * layers)

@@ -1,0 +1,135 @@
+"""The Memory Caching mixer: projections around `memory.memory_caching` (arXiv:2602.24281)."""
+
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from mc_jax import memory
+from mc_jax.models.config import ModelConfig
+from mc_jax.models.convolution import CausalConvolution
+from mc_jax.models.gates import TokenGates
+from mc_jax.models.linear import Linear, parameter, residual_scale
+from mc_jax.models.norms import RMSNorm, l2_normalize
+
+
+class Inputs(NamedTuple):
+  """What a memory is given for each token, all but the gates in the computation's dtype.
+
+  Attributes:
+    q, k, v, u: [batch, length, heads, head_dim]; query and key of unit length.
+    gates: {name: [batch, length, heads]} float32, the rule's per-token scalars.
+    token_scores: [batch, length, heads, ages] float32 with memory.gate="token", else None.
+  """
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+  u: jax.Array
+  gates: dict[str, jax.Array]
+  token_scores: jax.Array | None
+
+
+class MemoryCaching(nnx.Module):
+  """Projects tokens, lets the memories write and read, norms, gates and projects back.
+
+  q, k and v are linear maps of x, a short convolution and SiLU, then q and k have unit length per
+  head. The connector u_t = x_t W_u is a plain linear map (arXiv:2602.24281, section 3).
+  """
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    self.rule = config.memory.build_rule()
+    embed = {"embed": config.d_model}
+    heads = {"heads": config.heads, "head_dim": config.head_dim}
+    for name in ("query", "key", "value"):
+      setattr(self, name, Linear(embed, heads, dtype=config.dtype, rngs=rngs))
+      convolution = CausalConvolution(heads, config.conv_width, rngs=rngs)
+      setattr(self, f"{name}_convolution", convolution)
+    if has_connector(config):
+      self.connector = Linear(embed, heads, dtype=config.dtype, rngs=rngs)
+    if self.rule.gates:
+      starts = self.rule.gate_init(_longest_segment(config))
+      self.token_gates = TokenGates(starts, config.d_model, config.heads, rngs=rngs)
+    if config.memory.gate == "token":
+      ages = {"heads": config.heads, "age": config.ages}
+      self.age_scores = Linear(embed, ages, rngs=rngs)
+    if self.rule.learned_init:
+      start = self.rule.init(rngs.params(), heads=config.heads, head_dim=config.head_dim)
+      axes = ("heads", "memory_in", "memory_out")
+      self.initial = nnx.Dict({name: parameter(lambda *_, w=w: w, w.shape, axes, rngs) for name, w in start.items()})
+    self.norm = RMSNorm(heads, rngs=rngs)
+    self.output_gate = Linear(embed, heads, dtype=config.dtype, rngs=rngs)
+    self.output = Linear(heads, embed, dtype=config.dtype, scale=residual_scale(config.layers), rngs=rngs)
+
+  def __call__(self, x: jax.Array, document: jax.Array | None = None) -> jax.Array:
+    """x [batch, length, d_model] to the same shape, in the computation's dtype.
+
+    Args:
+      document: [batch, length] int32, number of each token's document, 0 at padding; None: a row
+        is one document.
+    """
+    config = self.config.memory
+    inputs = self.project(x, document)
+    y = memory.memory_caching(
+      inputs.q,
+      inputs.k,
+      inputs.v,
+      inputs.u,
+      inputs.gates,
+      self.initial_memory(),
+      rule=self.rule,
+      aggregation=config.aggregation,
+      segmentation=config.build_segmentation(),
+      carry=config.carry,
+      top_k=config.top_k,
+      pool=config.pool,
+      gate=config.gate,
+      gate_scale=config.gate_scale,
+      segment_ids=document,
+      segment_group=config.segment_group,
+      token_scores=inputs.token_scores,
+      implementation=config.implementation,
+    )
+    return self.read_out(x, y)
+
+  def project(self, x: jax.Array, document: jax.Array | None = None) -> Inputs:
+    """What the memories are given for the tokens x [batch, length, d_model]."""
+    q = jax.nn.silu(self.query_convolution(self.query(x), document))
+    k = jax.nn.silu(self.key_convolution(self.key(x), document))
+    v = jax.nn.silu(self.value_convolution(self.value(x), document))
+    q, k = l2_normalize(q), l2_normalize(k)
+    return Inputs(
+      q=q,
+      k=k,
+      v=v,
+      u=self.connector(x) if has_connector(self.config) else q,
+      gates=self.token_gates(x) if self.rule.gates else {},
+      token_scores=self.age_scores(x) if self.config.memory.gate == "token" else None,
+    )
+
+  def initial_memory(self) -> memory.networks.Weights:
+    """M_0: {weight: [heads, in, out]} float32, learned or the rule's constant."""
+    if self.rule.learned_init:
+      return {name: weight[...] for name, weight in self.initial.items()}
+    heads, head_dim = self.config.heads, self.config.head_dim
+    return self.rule.init(jax.random.key(0), heads=heads, head_dim=head_dim)
+
+  def read_out(self, x: jax.Array, y: jax.Array) -> jax.Array:
+    """(RMSNorm(y) * SiLU(x W_g)) W_o: the memories' answers y, normed by head, back to d_model."""
+    return self.output(self.norm(y) * jax.nn.silu(self.output_gate(x)))
+
+
+def has_connector(config: ModelConfig) -> bool:
+  """Whether the layer has a W_u: only where scores come from it (gates, or the choice of ssc)."""
+  options = config.memory
+  if options.shared_query or options.gate == "token":
+    return False
+  scored = options.aggregation in ("grm", "soup") and options.gate != "constant"
+  return scored or options.aggregation == "ssc"
+
+
+def _longest_segment(config):
+  if config.memory.segmentation == "constant":
+    return config.memory.segment_length
+  return max(config.memory.build_segmentation().lengths(config.max_length))
