@@ -1,0 +1,115 @@
+"""Problems are found all at once, each naming its field and what would be valid."""
+
+import dataclasses
+
+import pytest
+
+from mc_jax import memory
+from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig
+from mc_jax.models.config import AGGREGATIONS
+
+
+def test_the_defaults_have_no_problems():
+  assert ModelConfig().problems() == []
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "valid"),
+  [
+    ("vocab_size", 1, "at least 2"),
+    ("layers", 0, "at least 1"),
+    ("heads", 0, "at least 1"),
+    ("heads", 3, "1, 2, 4, 8"),
+    ("mlp_dim", -1, "at least 0"),
+    ("mixer", "mamba", "memory_caching, transformer"),
+    ("conv_width", 0, "at least 1"),
+    ("dtype", "float16", "float32, bfloat16"),
+    ("remat", "some", "full, dots, none"),
+    ("rope_theta", 0.0, "positive"),
+    ("memory.rule", "delta", "linear, swla, dla, titans"),
+    ("memory.aggregation", "sum", "none, residual, grm, soup, ssc"),
+    ("memory.segmentation", "fenwick", "constant, logarithmic"),
+    ("memory.carry", "reset", "checkpoint, independent"),
+    ("memory.pool", "max", "mean, sum"),
+    ("memory.gate", "tanh", "softmax, sigmoid, constant, token"),
+    ("memory.implementation", "cuda", "xla"),
+    ("memory.chunk", 0, "at least 1"),
+    ("memory.segment_length", -256, "at least 1"),
+    ("memory.top_k", 0, "at least 1"),
+    ("memory.depth", 0, "at least 1"),
+    ("memory.expansion", 0, "at least 1"),
+    ("memory.window", 1, "at least 2"),
+    ("memory.segment_group", 0, "at least 1"),
+    ("memory.gate_scale", float("nan"), "positive"),
+    ("memory.max_step", 0.0, "positive"),
+    ("memory.max_grad_norm", -1.0, "at least 0"),
+  ],
+)
+def test_a_problem_names_its_field_and_what_is_valid(field, value, valid):
+  config = _replace(ModelConfig(d_model=64), field, value)
+  (problem,) = config.problems()
+  assert problem.startswith((f"model.{field}={value}", f"model.{field}={value!r}"))
+  assert valid in problem
+
+
+def test_all_problems_are_found_at_once():
+  config = ModelConfig(layers=0, heads=3, memory=MemoryConfig(top_k=0, rule="delta"))
+  problems = config.problems(prefix="config.model")
+  assert len(problems) == 4
+  assert all(problem.startswith("config.model.") for problem in problems)
+
+
+def test_rotary_positions_need_an_even_head():
+  config = ModelConfig(d_model=12, heads=4, mixer="transformer")
+  assert "multiple of 2 heads" in config.problems()[0]
+  assert dataclasses.replace(config, mixer="memory_caching").problems() == []
+
+
+def test_a_model_refuses_a_config_with_problems():
+  with pytest.raises(ValueError, match=r"model\.layers=0 .*\n.*memory\.top_k=0"):
+    LanguageModel(ModelConfig(layers=0, memory=MemoryConfig(top_k=0)), rngs=None)
+
+
+@pytest.mark.parametrize("rule", memory.rules.NAMES)
+def test_the_rule_gets_the_options_that_it_takes(rule):
+  built = MemoryConfig(rule=rule, chunk=16).build_rule()
+  assert built == memory.rules.get(rule, chunk=16)
+
+
+def test_options_reach_the_rule():
+  assert MemoryConfig(rule="swla", window=3).build_rule().window == 3
+  assert MemoryConfig(rule="titans", depth=4, expansion=2).build_rule().network.depth == 4
+  assert MemoryConfig(rule="dla", retention=False).build_rule().gates == ("eta",)
+  assert MemoryConfig(rule="titans", max_step=0.5).build_rule().max_step == 0.5
+
+
+def test_inner_gradients_are_clipped_as_the_rule_has_it_unless_told():
+  default = memory.rules.get("titans").max_grad_norm
+  assert default is not None
+  assert MemoryConfig(max_grad_norm=None).build_rule().max_grad_norm == default
+  assert MemoryConfig(max_grad_norm=3.0).build_rule().max_grad_norm == 3.0
+  assert MemoryConfig(max_grad_norm=0.0).build_rule().max_grad_norm is None
+
+
+def test_there_are_ages_for_every_row_that_fits():
+  for segmentation in memory.segments.NAMES:
+    config = ModelConfig(max_length=70, memory=MemoryConfig(segmentation=segmentation, segment_length=16))
+    cut = config.memory.build_segmentation()
+    assert config.ages >= max(len(cut.lengths(length)) for length in range(1, 71))
+
+
+def test_the_mlp_is_two_thirds_of_four_times_the_width_by_default():
+  assert ModelConfig(d_model=768).hidden_dim == 2048
+  assert ModelConfig(d_model=1000, mlp_dim=0).hidden_dim == 2688  # 2666.7 rounded up to 64
+  assert ModelConfig(d_model=768, mlp_dim=100).hidden_dim == 100
+
+
+def _replace(config, field, value):
+  head, _, rest = field.partition(".")
+  if rest:
+    value = _replace(getattr(config, head), rest, value)
+  return dataclasses.replace(config, **{head: value})
+
+
+def test_names_are_the_papers():
+  assert AGGREGATIONS == ("none", "residual", "grm", "soup", "ssc")
