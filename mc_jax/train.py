@@ -1,0 +1,58 @@
+"""Trains a model: `python -m mc_jax.train --config=configs/quickstart.py --workdir=DIR`.
+
+Every field of the configuration is a flag, such as --config.model.memory.aggregation=ssc. The same
+command goes on where an earlier run in the same --workdir stopped.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from mc_jax.data import ConfigError
+from mc_jax.training import config, loop, metrics, profiling
+
+CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "the run: a file such as configs/quickstart.py", lock_config=True
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of everything the run writes; default: runs/NAME of the config")
+PROFILE = flags.DEFINE_string("profile", None, "steps to trace with jax.profiler, such as 10-12, into the workdir")
+
+
+def main(_: list[str]) -> None:
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells a page per checkpoint
+  name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+  workdir = pathlib.Path(WORKDIR.value or f"runs/{name}")
+  profile = profiling.parse(PROFILE.value) if PROFILE.value else range(0)
+  result = loop.train(config.from_config_dict(CONFIG.value), workdir, profile)
+  if result.stopped_by:
+    print(f"stopped at step {result.step}; the same command goes on from there", file=sys.stderr)
+    sys.exit(128 + result.stopped_by)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """absl's parsing; a wrong field, value or config file becomes one line."""
+  for argument in argv[1:]:
+    name = argument.lstrip("-").partition("=")[0]
+    if name.startswith("config."):
+      config.require_field(name.removeprefix("config."))
+  rest = app.parse_flags_with_usage(argv)
+  try:
+    CONFIG.value.lock()
+  except OSError as error:  # what absl kept back when it could not load the file
+    raise ConfigError(f"--config: {error}") from error
+  if len(rest) > 1:
+    raise ConfigError(f"not a flag: {' '.join(rest[1:])}; write --config.train.steps=100")
+  return rest
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("config")
+  try:
+    app.run(main, flags_parser=parse_flags)
+  except (ConfigError, metrics.Diverged) as error:
+    sys.exit(f"error: {error}")
+  except KeyboardInterrupt:
+    sys.exit("\nstopped at once; the same command goes on from the last checkpoint")

@@ -1,0 +1,178 @@
+"""The whole configuration of a run: one tree, checked at once.
+
+The fields, their defaults and their meaning are those of the dataclasses: here they become an
+`ml_collections.ConfigDict` (what configs/*.py and the command line change) and back again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+
+import ml_collections
+
+from mc_jax.data import ConfigError, DataConfig, tokenizers
+from mc_jax.models import ModelConfig
+from mc_jax.training.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """How long a run is, and what it does besides training."""
+
+  steps: int = 1000  # optimiser steps
+  microbatches: int = 1  # gradients are accumulated over this many parts of a batch
+  seed: int = 0  # of the parameters' starting values and of the sample
+  log_every: int = 10  # steps between two reports
+  eval_every: int = 100  # steps between two evaluations; the last step is always evaluated
+  checkpoint_every: int = 200  # steps between two checkpoints; the last step always leaves one
+  keep_checkpoints: int = 2  # newest ones kept
+  sample_length: int = 200  # bytes generated at the end; 0: none
+  sample_temperature: float = 0.8  # of that sample; 0: always the likeliest byte
+
+  def problems(self, prefix: str = "train") -> list[str]:
+    """Every setting that cannot work, one line each, naming the field and its valid values."""
+    smallest = {
+      "steps": 1,
+      "microbatches": 1,
+      "log_every": 1,
+      "eval_every": 1,
+      "checkpoint_every": 1,
+      "keep_checkpoints": 1,
+      "sample_length": 0,
+      "sample_temperature": 0,
+      "seed": 0,
+    }
+    return [
+      f"{prefix}.{field} must be at least {least}, got {getattr(self, field)!r}"
+      for field, least in smallest.items()
+      if not getattr(self, field) >= least
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Everything that a run can be told."""
+
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+  train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+  def problems(self) -> list[str]:
+    """Every setting of the tree that cannot work, also between its parts."""
+    data, model, train = self.data, self.model, self.train
+    found = [
+      *data.problems("data"),
+      *model.problems("model"),
+      *self.optimizer.problems("optimizer"),
+      *train.problems("train"),
+    ]
+    if model.vocab_size < tokenizers.VOCAB_SIZE:
+      found.append(f"model.vocab_size={model.vocab_size} must be at least {tokenizers.VOCAB_SIZE}: tokens are bytes")
+    if train.microbatches > 1 and data.batch_size % train.microbatches:
+      divisors = [n for n in range(1, data.batch_size + 1) if data.batch_size % n == 0]
+      found.append(
+        f"train.microbatches={train.microbatches} does not divide "
+        f"data.batch_size={data.batch_size}: use one of {', '.join(map(str, divisors))}"
+      )
+    if model.mixer == "memory_caching":
+      memory = model.memory
+      if memory.gate == "token" and data.length > model.max_length:
+        found.append(
+          f"data.length={data.length} is more than model.max_length={model.max_length}, which "
+          "model.memory.gate='token' needs: use a model.max_length of at least data.length"
+        )
+      if memory.segmentation == "logarithmic" and data.documents:
+        found.append(
+          "model.memory.segmentation='logarithmic' does not go together with data.documents=True: "
+          "use segmentation='constant' or documents=False"
+        )
+    return found
+
+  def check(self) -> Config:
+    """Returns self, or raises ConfigError with all the problems at once."""
+    found = self.problems()
+    if found:
+      raise ConfigError("\n".join(found))
+    return self
+
+
+def default() -> ml_collections.ConfigDict:
+  """The default tree, locked: config files and the command line change fields, never add any."""
+  return _to_config_dict(Config()).lock()
+
+
+def from_config_dict(tree: ml_collections.ConfigDict) -> Config:
+  """The dataclasses of a tree that `default` made."""
+  return from_dict(tree.to_dict())
+
+
+def to_json(config: Config) -> str:
+  """The tree as JSON, for people and for `from_dict`."""
+  return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_dict(tree: dict, cls: type = Config):
+  """The dataclass `cls` of a nested dict; fields that the dict lacks have their defaults.
+
+  Raises:
+    ConfigError: a field that does not exist.
+  """
+  types_of = typing.get_type_hints(cls)
+  unknown = sorted(set(tree) - set(types_of))
+  if unknown:
+    raise ConfigError(f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(types_of)}")
+  values = {
+    name: from_dict(value, types_of[name]) if isinstance(value, dict) else value for name, value in tree.items()
+  }
+  return cls(**values)
+
+
+def require_field(name: str) -> None:
+  """Raises ConfigError, with the nearest name, if the tree has no field or group `name`."""
+  fields = list(_flatten(dataclasses.asdict(Config())))
+  groups = {field.rpartition(".")[0] for field in fields}
+  if name not in fields and name not in groups:
+    nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0)[0]
+    group = max((g for g in groups if name.startswith(f"{g}.")), key=len, default=None)
+    valid = [field for field in fields if field.rpartition(".")[0] == group] if group else groups
+    raise ConfigError(
+      f"there is no --config.{name}; the nearest field is {nearest}. "
+      f"{group or 'The tree'} has {', '.join(sorted(valid))}"
+    )
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple]:
+  """Fields that differ, as {"model.layers": (old value, new value)}."""
+  olds, news = (_flatten(dataclasses.asdict(config)) for config in (old, new))
+  return {field: (olds[field], news[field]) for field in news if olds[field] != news[field]}
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+  flat = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      flat.update(_flatten(value, f"{prefix}{name}."))
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+def _to_config_dict(config) -> ml_collections.ConfigDict:
+  types_of = typing.get_type_hints(type(config))
+  tree = ml_collections.ConfigDict()
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      tree[field.name] = _to_config_dict(value)
+    elif value is None:
+      # None or a value of one type: an empty placeholder still checks what it is given.
+      (kind,) = set(typing.get_args(types_of[field.name])) - {types.NoneType}
+      tree[field.name] = ml_collections.config_dict.placeholder(kind)
+    else:
+      tree[field.name] = value
+  return tree

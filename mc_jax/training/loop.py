@@ -1,0 +1,204 @@
+"""A run from its configuration to its report, stopped and resumed at will."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import signal
+import time
+
+import grain
+import jax
+import numpy as np
+from flax import nnx
+
+from mc_jax.data import ngram, sources, tokenizers, windows
+from mc_jax.training import config as config_lib
+from mc_jax.training import flops, metrics, report, sampling, state
+from mc_jax.training.checkpointing import Checkpoints, changed
+from mc_jax.training.config import Config
+from mc_jax.training.evaluate import bits_per_byte
+from mc_jax.training.interrupt import deferred
+from mc_jax.training.profiling import Trace
+from mc_jax.training.progress import Progress, duration
+from mc_jax.training.step import eval_step, loss_sum, train_step
+
+PROMPT_LENGTH = 64  # bytes of validation text that the final sample continues
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """Where a run ended; `stopped_by` is the signal that ended it before its last step, or None."""
+
+  step: int
+  validation_bits_per_byte: float | None
+  stopped_by: signal.Signals | None = None
+
+
+def train(config: Config, workdir: pathlib.Path, profile: range = range(0)) -> Result:
+  """Trains to train.steps, from the newest checkpoint in `workdir` if there is one.
+
+  Settings, data and workdir are checked before anything is compiled or written.
+
+  Args:
+    config: of the run.
+    workdir: folder of all that the run writes; made if missing.
+    profile: steps, counted from 1, to trace with jax.profiler.
+
+  Raises:
+    ConfigError: settings, data or a workdir that do not go together.
+    Diverged: a loss or gradient that is not finite; the last checkpoint stays.
+  """
+  begin = time.monotonic()
+  config.check()
+  corpus = sources.load(config.data)
+  batches = windows.training(corpus.training, config.data)
+  validation = windows.validation(corpus.validation, config.data)
+  references = {
+    "byte unigram": ngram.bits_per_byte(ngram.unigram(corpus.training), validation),
+    "byte bigram": ngram.bits_per_byte(ngram.bigram(corpus.training), validation),
+  }
+  graph = state.graph(config)
+  evaluate = jax.jit(eval_step(graph))
+  with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
+    current, first = _start(config, workdir, checkpoints, batches)
+    print(report.table(_facts(config, workdir, corpus, current, references), "run"), flush=True)
+    bits = meter = None
+    with metrics.MetricsLog(workdir, first - 1) as log, deferred() as interrupt:
+      if first <= config.train.steps:
+        update, meter = _compile(config, graph, current, validation[0])
+      with Progress(first - 1, config.train.steps) as progress, Trace(profile, workdir) as trace:
+        for step in range(first, config.train.steps + 1):
+          trace.before(step)
+          current, values = update(current, next(batches))
+          trace.after(step, values)
+          meter.add(step, values)
+          due = _Due(config, step, interrupted=bool(interrupt))
+          if due.record:
+            records = meter.collect()
+            if due.evaluation:
+              bits = bits_per_byte(evaluate, current.params, validation)
+              records[-1]["validation_bits_per_byte"] = bits
+            log.write(records)
+            progress.report(records[-1])
+            if due.checkpoint:
+              checkpoints.save(step, current, batches, config)
+            meter.restart()
+          if interrupt and step < config.train.steps:
+            return Result(step, bits, interrupt.signal)
+  if bits is None:  # a run that was complete already
+    bits = bits_per_byte(evaluate, current.params, validation)
+  rows = {"steps": f"{int(current.step):,}", "time of this run": duration(time.monotonic() - begin)}
+  if meter is not None:
+    rows["time in steps"] = duration(meter.seconds)
+    rows["tokens per second"] = f"{meter.tokens_per_second:,.0f}"
+  for name, reference in references.items():
+    rows[f"{name}, validation"] = f"{reference:.3f} bits per byte"
+  rows["this model, validation"] = f"{bits:.3f} bits per byte"
+  prompt = corpus.validation[:PROMPT_LENGTH]
+  _finish(config, workdir, graph, current.params, prompt, references, rows)
+  return Result(int(current.step), bits)
+
+
+class _Due:
+  """What is to be done after a step."""
+
+  def __init__(self, config: Config, step: int, *, interrupted: bool):
+    train = config.train
+    last = step == train.steps
+    self.evaluation = last or step % train.eval_every == 0
+    self.checkpoint = last or interrupted or step % train.checkpoint_every == 0
+    self.record = self.evaluation or self.checkpoint or step % train.log_every == 0
+
+
+def _start(
+  config: Config,
+  workdir: pathlib.Path,
+  checkpoints: Checkpoints,
+  batches: grain.DatasetIterator,
+) -> tuple[state.TrainState, int]:
+  """State and number of the first step to do; moves `batches` to a checkpoint's position."""
+  step = checkpoints.latest()
+  if step is None:
+    current = state.create(config)
+  else:
+    fields = changed(checkpoints.config(step), config, workdir)
+    current = checkpoints.restore(step, state.abstract(config), batches)
+    print(f"going on from the checkpoint of step {step} in {workdir}")
+    for field, (then, now) in fields.items():
+      print(f"  {field} was {then!r} and is now {now!r}")
+  (workdir / "config.json").write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
+  return current, (step or 0) + 1
+
+
+def _compile(
+  config: Config, graph: nnx.GraphDef, current: state.TrainState, batch: windows.Batch
+) -> tuple[jax.stages.Compiled, metrics.Meter]:
+  """The training step, compiled for the shapes of `batch`, and a meter that knows its size."""
+  begin = time.monotonic()
+  print("compiling the training step ...", flush=True)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+  update = jax.jit(train_step(config, graph), donate_argnums=0).lower(current, shapes).compile()
+  print(f"compiled in {duration(time.monotonic() - begin)}", flush=True)
+  useful = None
+  if metrics.peak_flops(jax.devices()[0]):
+    # Backward costs twice the forward pass; what is recomputed does not count as useful.
+    forward = flops.count(lambda params, b: loss_sum(graph, params, b), current.params, shapes)
+    useful = 3 * forward
+  return update, metrics.Meter(batch["tokens"].size, useful)
+
+
+def _facts(
+  config: Config,
+  workdir: pathlib.Path,
+  corpus: sources.Corpus,
+  current: state.TrainState,
+  references: dict[str, float],
+) -> dict[str, str]:
+  """What a run is, for people."""
+  model, memory = config.model, config.model.memory
+  mixer = model.mixer if model.mixer == "transformer" else f"{memory.rule} + {memory.aggregation}"
+  files = {"training": corpus.training_files, "validation": corpus.validation_files}
+  streams = {"training": corpus.training, "validation": corpus.validation}
+  return {
+    "model": f"{mixer}, {model.layers} layers, {state.parameter_count(current):,} parameters",
+    **{f"{name} text": f"{len(streams[name]):,} bytes in {len(files[name]):,} files" for name in streams},
+    **{name: f"{bits:.3f} bits per byte on validation" for name, bits in references.items()},
+    "device": jax.devices()[0].device_kind,
+    "workdir": str(workdir),
+  }
+
+
+def _finish(
+  config: Config,
+  workdir: pathlib.Path,
+  graph: nnx.GraphDef,
+  params: dict,
+  prompt: np.ndarray,
+  references: dict[str, float],
+  rows: dict[str, str],
+) -> None:
+  """Writes and prints the table, the curve and the sample."""
+  train = config.train
+  report.curve(workdir / report.CURVE, metrics.read(workdir), references)
+  rows |= {"loss curve": str(workdir / report.CURVE)}
+  if train.sample_length:
+    continuation = sampling.sample(
+      graph,
+      params,
+      prompt,
+      length=train.sample_length,
+      window=config.data.length,
+      temperature=train.sample_temperature,
+      seed=train.seed,
+    )
+    text = (
+      f"prompt, from the validation text:\n{tokenizers.decode(prompt)}\n\n"
+      f"continuation, temperature {train.sample_temperature}:\n{tokenizers.decode(continuation)}\n"
+    )
+    (workdir / report.SAMPLE).write_text(text, encoding="utf-8")
+    print(text)
+    rows |= {"sample": str(workdir / report.SAMPLE)}
+  table = report.table(rows, "result")
+  (workdir / report.TABLE).write_text(table + "\n", encoding="utf-8")
+  print(table, flush=True)

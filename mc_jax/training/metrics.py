@@ -1,0 +1,157 @@
+"""What a run writes down as it goes: metrics.jsonl and TensorBoard events, one record a step."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import time
+
+import jax
+import tensorboardX
+
+JSONL = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+Record = dict[str, float]  # "step" and what belongs to it
+
+# Peak dense bfloat16 FLOP/s of one device, by a part of jax's device_kind. The
+# first that fits counts; figures are the vendors'.
+PEAK_FLOPS = {
+  "TPU v6": 918e12,
+  "TPU7": 2307e12,
+  "TPU v7": 2307e12,
+  "TPU v5p": 459e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
+  "TPU v5": 459e12,
+  "TPU v4": 275e12,
+  "TPU v3": 123e12,
+  "TPU v2": 45e12,
+  "B200": 2250e12,
+  "H200": 989e12,
+  "H100": 989e12,
+  "A100": 312e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+  """Peak FLOP/s of a device; None where it is not known, as on a CPU."""
+  kind = device.device_kind
+  return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
+
+
+def device_memory(device: jax.Device) -> dict[str, float]:
+  """{"device_memory_gib", "device_memory_peak_gib"} where the platform tells, else {}."""
+  stats = device.memory_stats() or {}
+  names = {"device_memory_gib": "bytes_in_use", "device_memory_peak_gib": "peak_bytes_in_use"}
+  return {name: stats[key] / 2**30 for name, key in names.items() if key in stats}
+
+
+class Diverged(RuntimeError):
+  """The loss or its gradient is not a finite number; the message names the step."""
+
+
+class MetricsLog:
+  """Appends records to a workdir; a run that goes on from step s first drops those after s.
+
+  A run that was killed has logged steps that its last checkpoint does not know. They will be
+  logged again, so the file never holds a step twice.
+  """
+
+  def __init__(self, workdir: pathlib.Path, step: int):
+    path = workdir / JSONL
+    _truncate(path, step)
+    self._file = path.open("a", encoding="utf-8")
+    self._events = tensorboardX.SummaryWriter(str(workdir / TENSORBOARD), purge_step=step + 1)
+
+  def write(self, records: list[Record]) -> None:
+    """Appends records and hands them to the operating system: they survive the process."""
+    for record in records:
+      self._file.write(json.dumps(record) + "\n")
+      for name, value in record.items():
+        if name != "step":
+          self._events.add_scalar(name, value, record["step"])
+    self._file.flush()
+    self._events.flush()
+
+  def __enter__(self) -> MetricsLog:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._file.close()
+    self._events.close()
+
+
+class Meter:
+  """Collects what steps compute without waiting for it, and measures how fast they go.
+
+  Args:
+    tokens: in a step.
+    flops: useful ones in a step; None where the device's peak is not known.
+  """
+
+  def __init__(self, tokens: int, flops: int | None):
+    self._tokens = tokens
+    self._flops = flops
+    self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+    self.seconds = 0.0  # in steps alone, since the meter exists
+    self.steps = 0
+    self.restart()
+
+  def restart(self) -> None:
+    """Steps are timed from here on: what came between was not training."""
+    self._since = time.monotonic()
+
+  def add(self, step: int, values: dict[str, jax.Array]) -> None:
+    """Notes a step's scalars, which may not be computed yet."""
+    self._pending.append((step, values))
+
+  @property
+  def tokens_per_second(self) -> float:
+    """Over all the steps collected."""
+    return self.steps * self._tokens / self.seconds
+
+  def collect(self) -> list[Record]:
+    """Waits for the steps added since the last call; one record each, the last with the speed.
+
+    Raises:
+      Diverged: at the first step whose loss or gradient is not finite.
+    """
+    steps, values = zip(*self._pending, strict=True)
+    values = jax.device_get(values)
+    seconds = time.monotonic() - self._since
+    self.seconds += seconds
+    self.steps += len(steps)
+    self._pending = []
+    records = []
+    for step, scalars in zip(steps, values, strict=True):
+      record = {"step": step, **{name: float(value) for name, value in scalars.items()}}
+      for name in ("loss", "grad_norm"):
+        if not math.isfinite(record[name]):
+          raise Diverged(f"step {step}: {name} is {record[name]}")
+      records.append(record)
+    step_time = seconds / len(steps)
+    device = jax.devices()[0]
+    records[-1] |= {"step_time": step_time, "tokens_per_second": self._tokens / step_time}
+    if self._flops:
+      records[-1]["mfu"] = self._flops / step_time / peak_flops(device)
+    records[-1] |= device_memory(device)
+    return records
+
+
+def read(workdir: pathlib.Path) -> list[Record]:
+  """The records of a workdir, in order; a torn last line, left by a kill, is left out."""
+  path = workdir / JSONL
+  if not path.exists():
+    return []
+  lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+  return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _truncate(path: pathlib.Path, step: int) -> None:
+  kept = [record for record in read(path.parent) if record["step"] <= step]
+  new = path.with_suffix(".tmp")
+  new.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+  os.replace(new, path)

@@ -1,0 +1,95 @@
+"""AdamW with linear warmup, cosine decay and clipping by the global norm."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW (arXiv:1711.05101), its schedule and its clipping."""
+
+  learning_rate: float = 2e-3  # at the end of the warmup
+  warmup_steps: int = 50  # linear from 0
+  final_fraction: float = 0.1  # of the learning rate, reached by a cosine at train.steps
+  beta1: float = 0.9  # decay of the gradient's running mean
+  beta2: float = 0.95  # decay of its running square
+  epsilon: float = 1e-8
+  weight_decay: float = 0.1  # times the learning rate; on the weights that `decayed` names
+  clip_norm: float = 1.0  # global norm that gradients are scaled down to; 0: never
+
+  def problems(self, prefix: str = "optimizer") -> list[str]:
+    """Every setting that cannot work, one line each, naming the field and its valid values."""
+    found = []
+
+    def require(condition: bool, field: str, valid: str) -> None:
+      if not condition:
+        found.append(f"{prefix}.{field} must be {valid}, got {getattr(self, field)!r}")
+
+    require(0 < self.learning_rate < float("inf"), "learning_rate", "positive")
+    require(self.warmup_steps >= 0, "warmup_steps", "at least 0")
+    require(0 <= self.final_fraction <= 1, "final_fraction", "between 0 and 1")
+    require(0 <= self.beta1 < 1, "beta1", "at least 0 and below 1")
+    require(0 <= self.beta2 < 1, "beta2", "at least 0 and below 1")
+    require(self.epsilon > 0, "epsilon", "positive")
+    require(self.weight_decay >= 0, "weight_decay", "at least 0")
+    require(self.clip_norm >= 0, "clip_norm", "positive, or 0 to switch clipping off")
+    return found
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  """Learning rate of update 0, 1, ...: linear to the peak, then a cosine to its final fraction.
+
+  Update t of W warmup steps has peak * (t + 1) / W: the first one is not wasted. The cosine ends
+  at update `steps`; runs shorter than their warmup only warm up.
+  """
+  peak, warmup = config.learning_rate, config.warmup_steps
+  cosine = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), config.final_fraction)
+  if not warmup:
+    return cosine
+  ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+  return optax.join_schedules([ramp, cosine], [warmup])
+
+
+# Modules of models/ whose kernels set time scales or choices, not features.
+_NOT_DECAYED = ("_convolution", "token_gates", "age_scores")
+
+
+def decayed(params: dict) -> dict:
+  """Which parameters weight decay pulls to zero: the kernels of the projections alone.
+
+  Not the embedding, norms and biases, and not what sets time scales or starting points: the gates'
+  maps, the short convolution, a memory's M_0. (Stacked layers give every array one more axis, so
+  the number of axes would not tell a matrix from a vector: the names do.)
+
+  Args:
+    params: nested dict of arrays.
+
+  Returns:
+    The same tree of bools.
+  """
+
+  def decays(path, _) -> bool:
+    names = [str(key.key) for key in path]
+    return names[-1] == "kernel" and not any(name.endswith(_NOT_DECAYED) for name in names)
+
+  return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+  """The optimiser of a run of `steps` updates."""
+  clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+  return optax.chain(
+    clip,
+    optax.adamw(
+      schedule(config, steps),
+      b1=config.beta1,
+      b2=config.beta2,
+      eps=config.epsilon,
+      weight_decay=config.weight_decay,
+      mask=decayed,
+    ),
+  )

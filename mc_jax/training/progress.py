@@ -1,0 +1,54 @@
+"""Showing how far a run is: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+
+import tqdm
+
+
+class Progress:
+  """Steps done of steps to do, the latest figures and an estimate of the time left."""
+
+  def __init__(self, step: int, steps: int):
+    self._first = step
+    self._steps = steps
+    self._start = time.monotonic()
+    self._validation = ""
+    self._bar = None
+    if sys.stderr.isatty():
+      self._bar = tqdm.tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
+
+  def report(self, record: dict[str, float]) -> None:
+    """Shows the record of a step, see metrics.Meter.collect."""
+    step, bits = record["step"], record["loss"] / math.log(2)
+    figures = f"{bits:.3f} bits per byte, {record['tokens_per_second']:,.0f} tokens/s"
+    if "mfu" in record:
+      figures += f", MFU {record['mfu']:.1%}"
+    if "validation_bits_per_byte" in record:
+      self._validation = f", validation {record['validation_bits_per_byte']:.3f}"
+    if self._bar is not None:
+      self._bar.set_postfix_str(figures + self._validation, refresh=False)
+      self._bar.update(step - self._bar.n)
+      return
+    if "validation_bits_per_byte" in record:
+      figures += self._validation
+    elapsed = time.monotonic() - self._start
+    left = elapsed / (step - self._first) * (self._steps - step)
+    print(f"step {step}/{self._steps}: {figures}, {duration(left)} left", flush=True)
+
+  def __enter__(self) -> Progress:
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._bar is not None:
+      self._bar.close()
+
+
+def duration(seconds: float) -> str:
+  """12.3 s as "0:12", an hour and a bit as "1:02:03"."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,61 @@
+"""What is left of a run at its end: a table, a curve, a sample."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # files only: no display is needed
+
+from matplotlib import pyplot
+
+CURVE = "loss.png"
+TABLE = "report.txt"
+SAMPLE = "sample.txt"
+
+
+def table(rows: dict[str, str], title: str) -> str:
+  """`rows` under a title, names and values in columns."""
+  width = max(map(len, rows))
+  lines = [f"  {name:<{width}}  {value}" for name, value in rows.items()]
+  return "\n".join([title, *lines])
+
+
+def curve(path: pathlib.Path, records: list[dict[str, float]], lines: dict[str, float]) -> None:
+  """Draws training and validation bits per byte against steps.
+
+  Args:
+    path: of the PNG.
+    records: of metrics.read.
+    lines: {name: bits per byte} of what to compare with, drawn across.
+  """
+  steps = np.array([record["step"] for record in records if "loss" in record])
+  bits = np.array([record["loss"] for record in records if "loss" in record]) / math.log(2)
+  validation = [
+    (record["step"], record["validation_bits_per_byte"]) for record in records if "validation_bits_per_byte" in record
+  ]
+  figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+  axes.plot(steps, bits, color="tab:blue", alpha=0.25, linewidth=0.8)
+  axes.plot(*_smooth(steps, bits), color="tab:blue", label="training")
+  if validation:
+    axes.plot(*zip(*validation, strict=True), "o-", color="tab:orange", label="validation")
+  for (name, value), style in zip(lines.items(), (":", "--", "-."), strict=False):
+    axes.axhline(value, color="tab:gray", linestyle=style, label=f"{name}: {value:.2f}")
+  axes.set_xlabel("step")
+  axes.set_ylabel("bits per byte")
+  axes.legend()
+  axes.grid(alpha=0.3)
+  figure.savefig(path, dpi=120)
+  pyplot.close(figure)
+
+
+def _smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Means over windows of 2 % of the run."""
+  window = max(1, len(values) // 50)
+  if len(values) < window:
+    return steps, values
+  kernel = np.ones(window) / window
+  return steps[window - 1 :], np.convolve(values, kernel, mode="valid")
