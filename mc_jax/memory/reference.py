@@ -1,8 +1,9 @@
 """Memory Caching, slowly and obviously: token by token, as the paper's equations read (arXiv:2602.24281).
 
 Every fast path is tested against this file, so it shares nothing with them but the network, the inner loss, where
-segments are cut and how documents are numbered. Inner gradients come from `jax.grad`, the caches are a Python list, a
-soup's weights are really mixed, and every token is traced on its own: for short sequences only.
+segments are cut and how documents are numbered. Inner gradients come from `jax.grad`, a soup's weights are really
+mixed, every token reads every cache. One `jax.lax.scan` walks the tokens: a Python loop would say the same, and takes
+minutes to compile together with its gradients.
 """
 
 import functools
@@ -14,13 +15,13 @@ import jax.numpy as jnp
 from mc_jax.memory import documents, networks, rules, segments
 
 
-class Cache(NamedTuple):
-  """A finished segment, of one row and head.
+class Caches(NamedTuple):
+  """The finished segments of one row and head, a slot for each segment of the row.
 
   Attributes:
-    memory: M^(i), the state at the segment's end: {name: [in, out]}.
-    summary: p^(i), [head_dim].
-    document: [] int32, whom it is visible to; -1 for nobody, when the segment ends in padding.
+    memory: M^(i), the state at the segment's end: {name: [segments, in, out]}.
+    summary: p^(i), [segments, head_dim].
+    document: [segments] int32, whom it is visible to; -1 for nobody: not yet finished, or ending in padding.
   """
 
   memory: networks.Weights
@@ -78,58 +79,64 @@ def _sequence(
 ):
   """One row and head: q, k, v, u [length, head_dim]; gates {name: [length]}; document: [length]. To q's shape."""
   number, valid = document.number, document.valid
-  segment = segments.index(lengths)
   before = jnp.pad(number, (1, 0))[:-1]  # the document of the token before; 0 (no document) at the row's start
+  segment = jnp.asarray(segments.index(lengths))
+  tokens = jnp.arange(len(segment))
+  first = jnp.searchsorted(segment, segment)  # of every token's segment, the first token and the last
+  last = jnp.searchsorted(segment, segment, side="right") - 1
+  slots = jnp.arange(len(lengths))
   nothing = jax.tree.map(jnp.zeros_like, init)
-  memory, momentum = init, nothing
-  caches: list[Cache] = []
-  outputs = []
-  for t in range(len(segment)):
-    first = segment.searchsorted(segment[t])  # the current segment's first token
-    if t == first and carry == "independent":
-      memory, momentum = init, nothing
-    if (t - first) % rule.chunk == 0:
-      chunk_start, chunk_document = memory, before[t]
+
+  def token(state, t):
+    memory, momentum, chunk_start, chunk_document, caches = state
+    if carry == "independent":
+      memory, momentum = _select(t == first[t], (init, nothing), (memory, momentum))
+    starts_chunk = (t - first[t]) % rule.chunk == 0
+    chunk_start, chunk_document = _select(starts_chunk, (memory, before[t]), (chunk_start, chunk_document))
 
     # Write (Eq. 4).
     memory, momentum = _select(number[t] != before[t], (init, nothing), (memory, momentum))
     gradient_point = _select(number[t] == chunk_document, chunk_start, init)
-    earliest = first if carry == "independent" else 0
-    written = _write(rule, memory, momentum, gradient_point, k, v, gates, t, earliest, number)
+    earlier = (number == number[t]) & ((first == first[t]) | (carry == "checkpoint"))
+    written = _write(rule, memory, momentum, gradient_point, k, v, gates, t, earlier)
     memory, momentum = _select(valid[t], written, (memory, momentum))
 
     # Read, after the token's own write (Eq. 5).
-    own = valid & (number == number[t]) & (segment == segment[t]) & (jnp.arange(len(segment)) <= t)
+    own = valid & (number == number[t]) & (segment == segment[t]) & (tokens <= t)
     summary = _pool(k, own, pool)
-    visible = jnp.stack([cache.document == number[t] for cache in caches] + [jnp.array(True)])
     if gate == "token":  # scores by age in segments, the online memory's last
-      scores = jnp.stack([token_scores[t, segment[t] - i] for i in range(segment[t] + 1)])
+      scores = jnp.append(token_scores[t, jnp.maximum(segment[t] - slots, 0)], token_scores[t, 0])
     else:
-      scores = jnp.stack([jnp.sum(u[t] * p) for p in [cache.summary for cache in caches] + [summary]])
-    memories = [cache.memory for cache in caches] + [memory]
+      scores = jnp.append(jnp.sum(caches.summary * u[t], axis=-1), jnp.sum(summary * u[t]))
+    visible = jnp.append(caches.document == number[t], True)
+    memories = jax.tree.map(lambda cached, online: jnp.append(cached, online[None], axis=0), caches.memory, memory)
     y = _aggregate(aggregation, rule.network, q[t], memories, gate_scale * scores, visible, gate, top_k)
-    outputs.append(jnp.where(valid[t], y, 0))
 
-    if t + 1 == len(segment) or segment[t + 1] != segment[t]:
-      caches.append(Cache(memory, summary, jnp.where(valid[t], number[t], -1)))
-  return jnp.stack(outputs)
+    finished = Caches(memory, summary, jnp.where(valid[t], number[t], -1))
+    slot = (slots == segment[t]) & (t == last[t])
+    caches = jax.tree.map(lambda old, new: jnp.where(slot.reshape(-1, *[1] * new.ndim), new, old), caches, finished)
+    return (memory, momentum, chunk_start, chunk_document, caches), jnp.where(valid[t], y, 0)
+
+  def slotted(x):
+    return jnp.zeros((len(lengths), *x.shape), x.dtype)
+
+  empty = Caches(jax.tree.map(slotted, init), slotted(k[0]), slotted(number[0]) - 1)
+  return jax.lax.scan(token, (init, nothing, init, number[0], empty), tokens)[1]
 
 
-def _write(rule, memory, momentum, gradient_point, k, v, gates, t, earliest, number):
+def _write(rule, memory, momentum, gradient_point, k, v, gates, t, earlier):
   """(M_{t-1}, S_{t-1}) to (M_t, S_t), by token t and the window - 1 tokens before it (Eq. 2, 26-36).
 
   S_t = beta_t S_{t-1} - sum_{i < window} eta^(i)_t grad L(M; k_{t-i}, v_{t-i});  M_t = alpha_t M_{t-1} + S_t
 
-  All these gradients are taken at `gradient_point`, the state before the chunk. A token before `earliest`, or of
-  another document, is not written again.
+  All these gradients are taken at `gradient_point`, the state before the chunk. Tokens outside `earlier` [length] (of
+  another document, or of another segment under independent) are not written again.
   """
   step = jax.tree.map(jnp.zeros_like, memory)
   for i in range(rule.window):
-    if t - i < earliest:
-      break
-    eta = gates[rule.steps[i]][t] if rule.step else 1.0
-    eta = jnp.where(number[t - i] == number[t], eta, 0)
-    gradient = _gradient(rule, gradient_point, k[t - i], v[t - i])
+    j = jnp.maximum(t - i, 0)
+    eta = jnp.where((t - i >= 0) & earlier[j], gates[rule.steps[i]][t] if rule.step else 1.0, 0)
+    gradient = _gradient(rule, gradient_point, k[j], v[j])
     step = jax.tree.map(lambda s, g, eta=eta: s - eta * g, step, gradient)
   if rule.momentum:
     step = jax.tree.map(lambda s, new: gates["beta"][t] * s + new, momentum, step)
@@ -149,27 +156,24 @@ def _gradient(rule, weights, k, v):
 
 
 def _aggregate(aggregation, network, q, memories, scores, visible, gate, top_k):
-  """y_t = Agg({M^(i)}, M_t; q_t) (Eq. 5). Memories, scores and visible are in order, the online memory last."""
-  online = jnp.arange(len(memories)) == len(memories) - 1
+  """y_t = Agg({M^(i)}, M_t; q_t) (Eq. 5). Memories, scores and visible are [segments + 1], the online memory last."""
+  i = jnp.arange(len(scores))
+  online = i == len(scores) - 1
   if aggregation == "none":
     visible = online
   elif aggregation == "residual":  # Eq. 7
     gate = "constant"
   elif aggregation == "ssc":  # Eq. 16: of the visible caches, the k of largest score (of equals, the earliest)
     candidates = visible & ~online
-    rank = [
-      jnp.sum(candidates & ((scores > r) | ((scores == r) & (jnp.arange(len(scores)) < i))))
-      for i, r in enumerate(scores)
-    ]
-    visible = online | (candidates & (jnp.stack(rank) < top_k))
+    higher = (scores > scores[:, None]) | ((scores == scores[:, None]) & (i < i[:, None]))
+    visible = online | (candidates & (jnp.sum(candidates & higher, axis=1) < top_k))
   gamma = _gamma(gate, scores, visible)
   # What a token does not see is zeros to it: 0 times an overflowed state would be NaN.
-  nothing = jax.tree.map(jnp.zeros_like, memories[-1])
-  memories = [_select(see, memory, nothing) for see, memory in zip(visible, memories, strict=True)]
+  memories = jax.tree.map(lambda w: jnp.where(visible[:, None, None], w, 0), memories)
   if aggregation == "soup":  # Eq. 14-15: mix the weights, then read once
-    mixed = jax.tree.map(lambda *ws: sum(g * w for g, w in zip(gamma, ws, strict=True)), *memories)
-    return _read(network, mixed, q)
-  return sum(g * _read(network, m, q) for g, m in zip(gamma, memories, strict=True))  # Eq. 7, 9, 17
+    return _read(network, jax.tree.map(lambda w: jnp.sum(gamma[:, None, None] * w, axis=0), memories), q)
+  reads = jax.vmap(lambda memory: _read(network, memory, q))(memories)
+  return jnp.sum(gamma[:, None] * reads, axis=0)  # Eq. 7, 9, 17
 
 
 def _gamma(gate, scores, visible):
