@@ -1,5 +1,23 @@
 """Memory Caching as pure functions over arrays and pytrees (arXiv:2602.24281)."""
 
 from mc_jax.memory import documents, networks, rules, segments
+from mc_jax.memory.aggregate import NAMES as AGGREGATIONS
+from mc_jax.memory.arguments import CARRIES, IMPLEMENTATIONS
+from mc_jax.memory.caching import memory_caching
+from mc_jax.memory.gates import NAMES as GATES
+from mc_jax.memory.gates import POOLS
+from mc_jax.memory.rules import NAMES as RULES
 
-__all__ = ["documents", "networks", "rules", "segments"]
+__all__ = [
+  "AGGREGATIONS",
+  "CARRIES",
+  "GATES",
+  "IMPLEMENTATIONS",
+  "POOLS",
+  "RULES",
+  "documents",
+  "memory_caching",
+  "networks",
+  "rules",
+  "segments",
+]

@@ -55,3 +55,19 @@ def runs(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
 def index(lengths: tuple[int, ...]) -> np.ndarray:
   """The segment of every token: [sequence_length] int32."""
   return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+
+
+def tiles(lengths: tuple[int, ...], at_least: int) -> tuple[tuple[int, ...], np.ndarray]:
+  """Neighbouring segments put together into query tiles of at least so many tokens.
+
+  Returns:
+    The tiles' lengths, and the index of the last segment in each, [tiles] int32.
+  """
+  sizes, last, size = [], [], 0
+  for i, length in enumerate(lengths):
+    size += length
+    if size >= at_least or i == len(lengths) - 1:
+      sizes.append(size)
+      last.append(i)
+      size = 0
+  return tuple(sizes), np.array(last, np.int32)

@@ -1,0 +1,240 @@
+"""The online memory inside one chunk: everything a matrix product (arXiv:2602.24281, section 4.3; arXiv:2407.04620).
+
+Inner gradients are taken at the state before the chunk, so a layer's gradient at token j is an outer product of its
+input z_j and its output's error delta_j, and unrolling the rule's recurrence (rules.py) over the chunk gives
+
+  W_t = A_t W_0 + c_t S_0 - sum_j C_tj z_j (x) delta_j,          S_T = b_T S_0 - sum_j (Q B)_Tj z_j (x) delta_j,
+
+  A_t = prod_{r<=t} alpha_r,  P_ti = prod_{i<r<=t} alpha_r,  b_t = prod_{r<=t} beta_r,  Q_ij = prod_{j<r<=i} beta_r,
+  B_ij = eta^(i-j)_i (banded: a window),  C = P Q B,  c_t = sum_{i<=t} P_ti b_i,
+
+hence an online read is two dense products and one causal linear attention:
+
+  x_t W_t = A_t (x_t W_0) + c_t (x_t S_0) - sum_j C_tj <x_t, z_j> delta_j.
+
+Shapes: `...` is [batch, heads], T the chunk's tokens, J = window - 1 + T the keys written in it (a window reaches back),
+d = head_dim. Documents broadcast over heads: [batch, 1, T].
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mc_jax.memory.documents import Documents, Visible, visible
+from mc_jax.memory.networks import Linear, Weights
+from mc_jax.memory.rules import Rule
+
+
+class State(NamedTuple):
+  """What a memory carries from token to token. Only `memory` is ever cached.
+
+  Attributes:
+    memory: M, {name: [..., in, out]}, at least float32.
+    momentum: S, like memory; None if the rule has none.
+    tail: keys and values of the last window - 1 tokens, [..., window - 1, d] each; None if the window is 1. Zero where
+      there is no such token: a zero pair writes nothing.
+  """
+
+  memory: Weights
+  momentum: Weights | None
+  tail: tuple[jax.Array, jax.Array] | None
+
+
+class Coefficients(NamedTuple):
+  """How the chunk's decays and step sizes weigh what is written (the module's text).
+
+  Attributes:
+    decay: A [..., T], or None without retention (1).
+    carry: c [..., T], or None without momentum.
+    mix: C [..., T, J].
+    kept: b_T [...], or None without momentum.
+    momentum: (Q B)_T [..., J], or None without momentum.
+  """
+
+  decay: jax.Array | None
+  carry: jax.Array | None
+  mix: jax.Array
+  kept: jax.Array | None
+  momentum: jax.Array | None
+
+
+class Online(NamedTuple):
+  """The online memory of every token of a chunk, ready to be read.
+
+  Attributes:
+    start: the state before the chunk; its memory is W_0, its momentum S_0.
+    fresh: M_0 {name: [heads, in, out]}, where documents that start in the chunk begin.
+    seen: who sees whom; which tokens continue the document of `start`.
+    coefficients: A, c and C.
+    inputs: z {name: [..., J, in]}; errors: delta {name: [..., J, out]}.
+  """
+
+  start: State
+  fresh: Weights
+  seen: Visible
+  coefficients: Coefficients
+  inputs: Weights
+  errors: Weights
+
+
+def state_dtype(dtype: jnp.dtype) -> jnp.dtype:
+  """States, decays, scores and softmax are at least float32, whatever the inputs are."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def product(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """a @ b with operands of the compute dtype and an accumulator of at least float32."""
+  return jnp.matmul(a.astype(dtype), b.astype(dtype), preferred_element_type=state_dtype(dtype))
+
+
+def dense(weights: Weights, dtype: jnp.dtype) -> Linear:
+  """Reads a plain state: linear(name, x) = x @ W."""
+  return lambda name, x: product(x, weights[name], dtype)
+
+
+def start_state(rule: Rule, fresh: Weights, k: jax.Array) -> State:
+  """M_0, no momentum and an empty window, for each sequence of k [batch, heads, T, d]. fresh {name: [heads, in, out]}."""
+  memory = {name: jnp.broadcast_to(w, (len(k), *w.shape)).astype(state_dtype(k.dtype)) for name, w in fresh.items()}
+  momentum = jax.tree.map(jnp.zeros_like, memory) if rule.momentum else None
+  empty = jnp.zeros((*k.shape[:-2], rule.window - 1, k.shape[-1]), k.dtype)
+  return State(memory, momentum, (empty, empty) if rule.window > 1 else None)
+
+
+def write(
+  rule: Rule, start: State, fresh: Weights, k: jax.Array, v: jax.Array, gates: Weights, documents: Documents | None
+) -> tuple[State, Online]:
+  """One chunk step: writes T tokens; returns the state after them and the online memory of each.
+
+  Args:
+    rule: what is written how.
+    start: the state before the chunk.
+    fresh: M_0, {name: [heads, in, out]}, where a document that starts in the chunk begins.
+    k, v: [..., T, d], zero at padding.
+    gates: {name: [..., T]}, finite and positive at padding.
+    documents: arrays [batch, 1, T]; None for one document without padding.
+  """
+  dtype = k.dtype
+  seen = visible(documents, k.shape[-2], rule.window)
+  if rule.window > 1:
+    k, v = (jnp.concatenate([tail, x], -2) for tail, x in zip(start.tail, (k, v), strict=True))
+  incoming = seen.incoming
+  if incoming is not None and rule.window > 1:  # keys from before the chunk came in
+    incoming = jnp.pad(incoming, [(0, 0)] * (incoming.ndim - 1) + [(rule.window - 1, 0)], constant_values=True)
+  inputs, errors = inner_gradients(rule, k, v, _start_read(start, fresh, incoming, dtype), fresh)
+  c = coefficients(rule, gates, seen, state_dtype(dtype))
+
+  def came_in(before, otherwise):  # the state before the chunk, if it is the last token's
+    return before if incoming is None else jnp.where(incoming[..., -1, None, None], before, otherwise)
+
+  def written(name, weights):  # sum_j weights_j z_j (x) delta_j
+    return product(jnp.swapaxes(inputs[name], -1, -2), weights[..., None] * errors[name], dtype)
+
+  memory, momentum = {}, {}
+  for name in start.memory:
+    memory[name] = came_in(start.memory[name], fresh[name])
+    if rule.retention:
+      memory[name] = c.decay[..., -1, None, None] * memory[name]
+    if rule.momentum:
+      before = came_in(start.momentum[name], 0.0)
+      memory[name] += c.carry[..., -1, None, None] * before
+      momentum[name] = c.kept[..., None, None] * before - written(name, c.momentum)
+    memory[name] -= written(name, c.mix[..., -1, :])
+  tail = tuple(_last(x, rule.window - 1, seen, documents) for x in (k, v)) if rule.window > 1 else None
+  end = State(memory, momentum if rule.momentum else None, tail)
+  return end, Online(start, fresh, seen, c, inputs, errors)
+
+
+def read(online: Online, name: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """x_t W_t: every token through its own online weights. x [..., T, in] to [..., T, out], at least float32."""
+  c = online.coefficients
+  y = _start_read(online.start, online.fresh, online.seen.incoming, dtype)(name, x)
+  if c.decay is not None:
+    y = c.decay[..., None] * y
+  if c.carry is not None:
+    y += c.carry[..., None] * product(x, online.start.momentum[name], dtype)
+  attention = c.mix * product(x, jnp.swapaxes(online.inputs[name], -1, -2), dtype)
+  return y - product(attention, online.errors[name], dtype)
+
+
+def coefficients(rule: Rule, gates: Weights, seen: Visible, dtype: jnp.dtype) -> Coefficients:
+  """A, c, C, and the last rows that the next state needs. gates {name: [..., T]}."""
+  gates = {name: gates[name].astype(dtype) for name in rule.gates}
+
+  def stepped(weights):  # weights @ B
+    if not rule.step:
+      return weights
+    if rule.window == 1:
+      return weights * gates["eta"][..., None, :]
+    length, keys = seen.reach.shape[-2:]
+    band = sum(gates[eta][..., None] * jnp.eye(length, keys, keys - length - i) for i, eta in enumerate(rule.steps))
+    return weights @ jnp.where(seen.reach, band, 0.0)
+
+  decay, retained = _decays(gates["alpha"], seen.same) if rule.retention else (None, seen.same.astype(dtype))
+  if not rule.momentum:
+    return Coefficients(decay, None, stepped(retained), None, None)
+  kept, accumulated = _decays(gates["beta"], seen.same)
+  carry = (retained * kept[..., None, :]).sum(-1)
+  if seen.incoming is not None:
+    carry = jnp.where(seen.incoming, carry, 0.0)
+  accumulated = stepped(accumulated)
+  return Coefficients(decay, carry, retained @ accumulated, kept[..., -1], accumulated[..., -1, :])
+
+
+def inner_gradients(
+  rule: Rule, k: jax.Array, v: jax.Array, linear: Linear, weights: Weights
+) -> tuple[Weights, Weights]:
+  """Every key's inner gradient: each layer's input z {name: [..., J, in]} and error delta {name: [..., J, out]}.
+
+  The loss's gradient at key j in weights `name` is z_j (x) delta_j, all layers together scaled down to
+  rule.max_grad_norm. The errors are gradients in a zero added to each layer's output, so that no network needs a
+  backward pass of its own. `linear` reads the state before the chunk, `weights` gives the layers' widths.
+  """
+
+  def loss(bumps):
+    inputs = {}
+
+    def bumped(name, x):
+      inputs[name] = x
+      return linear(name, x) + bumps[name]
+
+    return rule.loss(rule.network(k, bumped), v).sum(), inputs
+
+  wide = state_dtype(k.dtype)
+  bumps = {name: jnp.zeros((*k.shape[:-1], w.shape[-1]), wide) for name, w in weights.items()}
+  errors, inputs = jax.grad(loss, has_aux=True)(bumps)
+  if rule.max_grad_norm is not None:
+    squared = sum(jnp.square(inputs[n].astype(wide)).sum(-1) * jnp.square(errors[n]).sum(-1) for n in errors)
+    scale = rule.max_grad_norm * jax.lax.rsqrt(jnp.maximum(squared, rule.max_grad_norm**2))
+    errors = {name: scale[..., None] * error for name, error in errors.items()}
+  return inputs, errors
+
+
+def _start_read(start: State, fresh: Weights, incoming: jax.Array | None, dtype: jnp.dtype) -> Linear:
+  """Reads the state before the chunk, or M_0 for documents that start in it."""
+  before, new = dense(start.memory, dtype), dense(fresh, dtype)
+  if incoming is None:
+    return before
+  return lambda name, x: jnp.where(incoming[..., None], before(name, x), new(name, x))
+
+
+def _decays(gate: jax.Array, same: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Products of a gate [..., T] over r <= t and over i < r <= t, inside each document: [..., T] and [..., T, T].
+
+  From differences of cumulative logs, masked BEFORE the exponential: ratios of products, or masking after it, are inf
+  and NaN within 256 tokens in float32.
+  """
+  logs = jnp.log(jnp.maximum(gate, jnp.finfo(gate.dtype).tiny))
+  logs = jnp.einsum("...tj,...j->...t", same.astype(gate.dtype), logs, precision=jax.lax.Precision.HIGHEST)
+  return jnp.exp(logs), jnp.exp(jnp.where(same, logs[..., :, None] - logs[..., None, :], -jnp.inf))
+
+
+def _last(x: jax.Array, count: int, seen: Visible, documents: Documents | None) -> jax.Array:
+  """The last `count` keys of the document at the chunk's end, zero where it has fewer: [..., J, d] to [..., count, d]."""
+  if documents is None:
+    return x[..., -count:, :]
+  own = seen.reach[..., -1, :]  # padding at the end leaves the window as it was: it ends at the last of its own
+  keys = jnp.arange(own.shape[-1])
+  end = jnp.where(own, keys, 0).max(-1, keepdims=True)
+  pick = (end[..., None] - jnp.arange(count)[::-1, None] == keys) & own[..., None, :]
+  return jnp.matmul(pick.astype(x.dtype), x, precision=jax.lax.Precision.HIGHEST)

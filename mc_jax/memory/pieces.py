@@ -1,0 +1,109 @@
+"""Walking the token axis piece by piece: segments of a sequence, chunks of a segment, query tiles of a read."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mc_jax.memory import segments
+
+Pytree = Any
+Step = Callable[[Pytree, Pytree, Pytree, jax.Array], tuple[Pytree, Pytree, Pytree]]
+
+
+def scan(
+  step: Step,
+  carry: Pytree,
+  tokens: Pytree,
+  lengths: tuple[int, ...],
+  *,
+  states: Pytree = (),
+  last: np.ndarray | None = None,
+  together: int = 1,
+  remat: bool = False,
+) -> tuple[Pytree, Pytree, Pytree]:
+  """Runs step over consecutive pieces; equal neighbours in one `jax.lax.scan`, so that each length is compiled once.
+
+  Args:
+    step: (carry, piece of tokens, piece's states, index) to (carry, token outputs, state outputs). Token arrays in and
+      out are [together * batch, heads, piece length, ...], state arrays [together * batch, ...].
+    carry: handed from piece to piece. With together > 1 it must not depend on the pieces.
+    tokens: arrays [batch, heads, length, ...] (heads may be 1).
+    lengths: the pieces' lengths, adding up to length.
+    states: arrays [pieces, batch, ...], handed to step piece by piece.
+    last: [pieces] int, what step gets as index (of the last piece, for pieces side by side); default 0, 1, ...
+    together: pieces that go through step side by side, folded into the batch.
+    remat: compute a step again in the backward pass instead of keeping what is inside it.
+
+  Returns:
+    The last carry; token outputs [batch, heads, length, ...]; state outputs [pieces, batch, ...].
+  """
+  last = np.arange(len(lengths)) if last is None else last
+  token_outputs, state_outputs = [], []
+  start = piece = 0
+  for length, count in _spans(lengths, together):
+    side = min(together, count)
+    blocks = count // side
+
+    def cut(x, start=start, blocks=blocks, side=side, length=length):
+      x = lax.slice_in_dim(x, start, start + blocks * side * length, axis=2)
+      x = x.reshape(*x.shape[:2], blocks, side, length, *x.shape[3:])
+      x = jnp.moveaxis(x, (2, 3), (0, 1))  # [blocks, side, batch, heads, length, ...]
+      return x.reshape(blocks, -1, *x.shape[3:])
+
+    def join(y, side=side):
+      y = y.reshape(y.shape[0], side, -1, *y.shape[2:])
+      y = jnp.moveaxis(y, (0, 1), (2, 3))  # [batch, heads, blocks, side, length, ...]
+      return y.reshape(*y.shape[:2], -1, *y.shape[5:])
+
+    def cut_states(x, piece=piece, count=count, blocks=blocks):
+      return x[piece : piece + count].reshape(blocks, -1, *x.shape[2:])
+
+    def join_states(y, count=count):
+      return y.reshape(count, -1, *y.shape[2:])
+
+    xs = jax.tree.map(cut, tokens), jax.tree.map(cut_states, states)
+    index = last[piece : piece + count].reshape(blocks, side)[:, -1]
+    if blocks == 1:
+      run = jax.checkpoint(step) if remat else step
+      carry, *ys = run(carry, *jax.tree.map(lambda x: x[0], xs), index[0])
+      ys = jax.tree.map(lambda y: y[None], ys)
+    else:
+      # Inside a scan nothing can be merged with its recomputation, so the barriers against that are not needed.
+      run = jax.checkpoint(step, prevent_cse=False) if remat else step
+
+      def body(carry, xs, run=run):
+        carry, *ys = run(carry, *xs)
+        return carry, ys
+
+      carry, ys = lax.scan(body, carry, (*xs, jnp.asarray(index)))
+    token_outputs.append(jax.tree.map(join, ys[0]))
+    state_outputs.append(jax.tree.map(join_states, ys[1]))
+    start += length * count
+    piece += count
+  concatenate = lambda axis: lambda *parts: parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
+  return carry, jax.tree.map(concatenate(2), *token_outputs), jax.tree.map(concatenate(0), *state_outputs)
+
+
+def fold(x: jax.Array, batch: int) -> jax.Array:
+  """Pieces side by side as one long piece: [together * batch, heads, T, ...] to [batch, heads, together * T, ...]."""
+  x = jnp.moveaxis(x.reshape(-1, batch, *x.shape[1:]), 0, 2)
+  return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+def unfold(y: jax.Array, size: int) -> jax.Array:
+  """The inverse of `fold`; size = together * batch."""
+  y = y.reshape(*y.shape[:2], size // len(y), -1, *y.shape[3:])
+  return jnp.moveaxis(y, 2, 0).reshape(size, y.shape[1], *y.shape[3:])
+
+
+def _spans(lengths: tuple[int, ...], together: int) -> list[tuple[int, int]]:
+  """(length, count) of runs of equal pieces, cut where the pieces that go side by side do not fill up."""
+  spans = []
+  for length, count in segments.runs(lengths):
+    whole = count - count % together if count > together else count
+    spans += [(length, whole)] + [(length, count - whole)] * (count > whole)
+  return spans
