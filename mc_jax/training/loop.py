@@ -73,7 +73,7 @@ def train(config: Config, workdir: pathlib.Path, profile: range = range(0)) -> R
           current, values = update(current, next(batches))
           trace.after(step, values)
           meter.add(step, values)
-          due = _Due(config, step, interrupted=bool(interrupt))
+          due = _Due(config, step, stopping=bool(interrupt))
           if due.record:
             records = meter.collect()
             if due.evaluation:
@@ -84,7 +84,7 @@ def train(config: Config, workdir: pathlib.Path, profile: range = range(0)) -> R
             if due.checkpoint:
               checkpoints.save(step, current, batches, config)
             meter.restart()
-          if interrupt and step < config.train.steps:
+          if due.stop:
             return Result(step, bits, interrupt.signal)
   if bits is None:  # a run that was complete already
     bits = bits_per_byte(evaluate, current.params, validation)
@@ -103,11 +103,12 @@ def train(config: Config, workdir: pathlib.Path, profile: range = range(0)) -> R
 class _Due:
   """What is to be done after a step."""
 
-  def __init__(self, config: Config, step: int, *, interrupted: bool):
+  def __init__(self, config: Config, step: int, *, stopping: bool):
     train = config.train
     last = step == train.steps
+    self.stop = stopping and not last
     self.evaluation = last or step % train.eval_every == 0
-    self.checkpoint = last or interrupted or step % train.checkpoint_every == 0
+    self.checkpoint = last or stopping or step % train.checkpoint_every == 0
     self.record = self.evaluation or self.checkpoint or step % train.log_every == 0
 
 

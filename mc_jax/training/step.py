@@ -62,7 +62,7 @@ def train_step(config: Config, graph: nnx.GraphDef) -> Callable:
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = {
       "loss": loss,
-      "grad_norm": optax.global_norm(grads),
+      "grad_norm": optax.tree.norm(grads),
       "learning_rate": learning_rate(state.step),
     }
     params = optax.apply_updates(state.params, updates)

@@ -1,0 +1,62 @@
+"""A checkpoint gives everything back, and is refused to another model."""
+
+import dataclasses
+import pathlib
+
+import chex
+import jax
+import pytest
+
+from mc_jax.data import ConfigError, sources, windows
+from mc_jax.training import state
+from mc_jax.training.checkpointing import Checkpoints, changed
+
+
+def test_state_data_and_configuration_come_back(tiny, tmp_path):
+  config = tiny(mixer="transformer")
+  stream = sources.load(config.data).training
+  data, start = windows.training(stream, config.data), state.create(config)
+  next(data)
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    assert checkpoints.latest() is None
+    checkpoints.save(1, start, data, config)
+    checkpoints.save(1, start, data, config)  # the same step again is no error
+  following = next(data)
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    step = checkpoints.latest()
+    again = windows.training(stream, config.data)
+    restored = checkpoints.restore(step, state.abstract(config), again)
+    stored = checkpoints.config(step)
+  assert step == 1
+  chex.assert_trees_all_equal(restored, start)
+  chex.assert_trees_all_equal(next(again), following)
+  assert stored == dataclasses.asdict(config)
+  assert isinstance(restored.step, jax.Array)
+
+
+def test_only_the_newest_are_kept(tiny, tmp_path):
+  config = tiny(mixer="transformer")
+  data = windows.training(sources.load(config.data).training, config.data)
+  start = state.create(config)
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    for step in (1, 2, 3):
+      checkpoints.save(step, start, data, config)
+  assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [2, 3]
+
+
+def test_another_model_is_refused_with_what_differs(tiny):
+  stored = dataclasses.asdict(tiny())
+  memory = dataclasses.replace(tiny().model.memory, top_k=3)
+  with pytest.raises(ConfigError) as raised:
+    changed(stored, tiny(layers=2, memory=memory, steps=7), pathlib.Path("runs/x"))
+  message = str(raised.value)
+  assert "runs/x holds a checkpoint of another model" in message
+  assert "model.layers: 1 in the checkpoint, 2 now" in message
+  assert "model.memory.top_k: 2 in the checkpoint, 3 now" in message
+  assert "steps" not in message
+
+
+def test_other_fields_may_change_and_new_ones_have_their_defaults(tiny):
+  stored = dataclasses.asdict(tiny())
+  del stored["model"]["rope_theta"]  # as if saved before there was such a field
+  assert changed(stored, tiny(steps=7), pathlib.Path("x")) == {"train.steps": (6, 7)}

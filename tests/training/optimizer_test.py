@@ -1,0 +1,69 @@
+"""The schedule's landmarks, and which weights decay."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mc_jax.training import optimizer, state
+from mc_jax.training.optimizer import OptimizerConfig
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+def test_linear_warmup_then_a_cosine_to_the_final_fraction(warmup):
+  config = OptimizerConfig(learning_rate=0.5, warmup_steps=warmup, final_fraction=0.2)
+  rate = np.array([optimizer.schedule(config, 50)(step) for step in range(51)])
+  np.testing.assert_allclose(rate[:warmup], 0.5 * np.arange(1, warmup + 1) / max(warmup, 1), rtol=1e-6)
+  assert rate[warmup] == pytest.approx(0.5)
+  assert rate[50] == pytest.approx(0.1)
+  assert (np.diff(rate[warmup:]) < 0).all()
+  middle = warmup + (50 - warmup) // 2
+  if (50 - warmup) % 2 == 0:
+    assert rate[middle] == pytest.approx(0.3)
+
+
+def test_a_run_shorter_than_its_warmup_only_warms_up():
+  rate = optimizer.schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10), 5)
+  np.testing.assert_allclose([rate(step) for step in range(5)], np.arange(1, 6) / 10, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mixer", ["memory_caching", "transformer"])
+def test_weight_decay_is_for_the_kernels_of_projections(tiny, mixer):
+  params = state.abstract(tiny(mixer=mixer)).params
+  decays = {
+    jax.tree_util.keystr(path, simple=True, separator="."): flag
+    for path, flag in jax.tree_util.tree_leaves_with_path(optimizer.decayed(params))
+  }
+  for name, flag in decays.items():
+    spared = any(part in name for part in ("norm", "embedding", "bias", "convolution", "token_gates", "initial"))
+    assert flag != spared, name
+  assert decays["blocks.mixer.query.kernel"]
+  assert not decays["embedding"]
+
+
+def test_without_gradients_only_weight_decay_moves_weights():
+  params = {"a": {"kernel": jnp.full((2, 3), 2.0)}, "norm": {"scale": jnp.full((3,), 2.0)}}
+  config = OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.1)
+  update = optimizer.adamw(config, 10)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = update.update(zeros, update.init(params), params)
+  np.testing.assert_allclose(updates["a"]["kernel"], -0.5 * 0.1 * 2.0, rtol=1e-6)
+  np.testing.assert_array_equal(updates["norm"]["scale"], 0)
+
+
+def test_gradients_are_clipped_to_the_global_norm():
+  """Clipped and then scaled: with epsilon far above the gradients, AdamW is linear in them."""
+  params = {"a": jnp.zeros(4), "b": jnp.zeros(4)}
+  grads = {"a": jnp.full(4, 3.0), "b": jnp.full(4, -1.0)}
+
+  def first_update(clip_norm, grads):
+    config = OptimizerConfig(warmup_steps=0, epsilon=1e6, clip_norm=clip_norm)
+    update = optimizer.adamw(config, 10)
+    return update.update(grads, update.init(params), params)[0]
+
+  norm = optax.tree.norm(grads)
+  scaled = jax.tree.map(lambda g: g * 0.5 / norm, grads)
+  for name, update in first_update(0.5, grads).items():
+    np.testing.assert_allclose(update, first_update(0.0, scaled)[name], rtol=1e-4)
+    np.testing.assert_allclose(first_update(100.0, grads)[name], first_update(0.0, grads)[name], rtol=1e-6)
