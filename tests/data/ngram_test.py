@@ -1,5 +1,6 @@
 """The n-gram models equal counting by hand."""
 
+import itertools
 import math
 
 import numpy as np
@@ -21,9 +22,9 @@ def test_unigram():
 
 def test_bigram():
   text, scored = bytes(TRAINING), bytes(VALIDATION)
-  pairs = list(zip(text, text[1:], strict=False))
+  pairs = list(itertools.pairwise(text))
   bits = 0.0
-  for before, byte in zip(scored, scored[1:], strict=False):
+  for before, byte in itertools.pairwise(scored):
     of_before = sum(first == before for first, _ in pairs)
     bits -= math.log2((pairs.count((before, byte)) + 0.1) / (of_before + 25.6))
   expected = bits / (len(scored) - 1)
