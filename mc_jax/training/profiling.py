@@ -6,6 +6,7 @@ import pathlib
 import re
 
 import jax
+import tqdm
 
 from mc_jax.data import ConfigError
 
@@ -51,6 +52,7 @@ class Trace:
     if self._running:
       jax.profiler.stop_trace()
       self._running = False
+      tqdm.tqdm.write(f"a trace is in {self._folder}")  # also where a progress bar is drawn
 
   def __enter__(self) -> Trace:
     return self
