@@ -183,7 +183,6 @@ def test_linear_is_causal_linear_attention():
       [[4, 1], [2]],
     ),
     (dataclasses.replace(TITANS, window=2), "checkpoint", segments.constant(3), [[2, 1], [2, 1], [1]]),
-    (dataclasses.replace(TITANS, window=2), "independent", segments.constant(3), [[2, 1], [2, 1], [1]]),
     (SWLA, "checkpoint", segments.constant(3), [[7]]),
     (SWLA, "independent", segments.constant(3), [[3], [3], [1]]),
   ],
