@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 import signal
 import time
+from collections.abc import Callable
 
 import grain
 import jax
@@ -18,7 +19,7 @@ from mc_jax.training import flops, metrics, report, sampling, state
 from mc_jax.training.checkpointing import Checkpoints, changed
 from mc_jax.training.config import Config
 from mc_jax.training.evaluate import bits_per_byte
-from mc_jax.training.interrupt import deferred
+from mc_jax.training.interrupt import Interrupt, deferred
 from mc_jax.training.profiling import Trace
 from mc_jax.training.progress import Progress, duration
 from mc_jax.training.step import eval_step, loss_sum, train_step
@@ -59,35 +60,25 @@ def train(config: Config, workdir: pathlib.Path, profile: range = range(0)) -> R
     "byte bigram": ngram.bits_per_byte(ngram.bigram(corpus.training), validation),
   }
   graph = state.graph(config)
-  evaluate = jax.jit(eval_step(graph))
+  jitted = jax.jit(eval_step(graph))
+
+  def evaluate(current: state.TrainState) -> float:
+    return bits_per_byte(jitted, current.params, validation)
+
   with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
     current, first = _start(config, workdir, checkpoints, batches)
     print(report.table(_facts(config, workdir, corpus, current, references), "run"), flush=True)
     bits = meter = None
-    with metrics.MetricsLog(workdir, first - 1) as log, deferred() as interrupt:
-      if first <= config.train.steps:
+    if first <= config.train.steps:
+      with deferred() as interrupt:
         update, meter = _compile(config, graph, current, validation[0])
-      with Progress(first - 1, config.train.steps) as progress, Trace(profile, workdir) as trace:
-        for step in range(first, config.train.steps + 1):
-          trace.before(step)
-          current, values = update(current, next(batches))
-          trace.after(step, values)
-          meter.add(step, values)
-          due = _Due(config, step, stopping=bool(interrupt))
-          if due.record:
-            records = meter.collect()
-            if due.evaluation:
-              bits = bits_per_byte(evaluate, current.params, validation)
-              records[-1]["validation_bits_per_byte"] = bits
-            log.write(records)
-            progress.report(records[-1])
-            if due.checkpoint:
-              checkpoints.save(step, current, batches, config)
-            meter.restart()
-          if due.stop:
-            return Result(step, bits, interrupt.signal)
-  if bits is None:  # a run that was complete already
-    bits = bits_per_byte(evaluate, current.params, validation)
+        current, bits = _steps(
+          config, workdir, current, first, batches, update, evaluate, meter, checkpoints, interrupt, profile
+        )
+      if int(current.step) < config.train.steps:
+        return Result(int(current.step), bits, interrupt.signal)
+  if bits is None:  # the run was complete already
+    bits = evaluate(current)
   rows = {"steps": f"{int(current.step):,}", "time of this run": duration(time.monotonic() - begin)}
   if meter is not None:
     rows["time in steps"] = duration(meter.seconds)
@@ -100,16 +91,48 @@ def train(config: Config, workdir: pathlib.Path, profile: range = range(0)) -> R
   return Result(int(current.step), bits)
 
 
-class _Due:
-  """What is to be done after a step."""
-
-  def __init__(self, config: Config, step: int, *, stopping: bool):
-    train = config.train
-    last = step == train.steps
-    self.stop = stopping and not last
-    self.evaluation = last or step % train.eval_every == 0
-    self.checkpoint = last or stopping or step % train.checkpoint_every == 0
-    self.record = self.evaluation or self.checkpoint or step % train.log_every == 0
+def _steps(
+  config: Config,
+  workdir: pathlib.Path,
+  current: state.TrainState,
+  first: int,
+  batches: grain.DatasetIterator,
+  update: jax.stages.Compiled,
+  evaluate: Callable[[state.TrainState], float],
+  meter: metrics.Meter,
+  checkpoints: Checkpoints,
+  interrupt: Interrupt,
+  profile: range,
+) -> tuple[state.TrainState, float | None]:
+  """The steps from `first` on; returns the state and its latest validation bits per byte."""
+  train, bits = config.train, None
+  with (
+    metrics.MetricsLog(workdir, first - 1) as log,
+    Progress(first - 1, train.steps) as progress,
+    Trace(profile, workdir) as trace,
+  ):
+    meter.restart()
+    for step in range(first, train.steps + 1):
+      trace.before(step)
+      current, values = update(current, next(batches))
+      trace.after(step, values)
+      meter.add(step, values)
+      last = step == train.steps or bool(interrupt)
+      evaluates = step == train.steps or step % train.eval_every == 0
+      saves = last or step % train.checkpoint_every == 0
+      if not (evaluates or saves or step % train.log_every == 0):
+        continue
+      records = meter.collect()
+      if evaluates:
+        bits = records[-1]["validation_bits_per_byte"] = evaluate(current)
+      log.write(records)
+      progress.report(records[-1])
+      if saves:
+        checkpoints.save(step, current, batches, config)
+      if last:
+        break
+      meter.restart()
+  return current, bits
 
 
 def _start(

@@ -130,7 +130,10 @@ class Meter:
       record = {"step": step, **{name: float(value) for name, value in scalars.items()}}
       for name in ("loss", "grad_norm"):
         if not math.isfinite(record[name]):
-          raise Diverged(f"step {step}: {name} is {record[name]}")
+          raise Diverged(
+            f"step {step}: {name} is {record[name]}. No checkpoint of it was made, older ones are kept; "
+            "a lower optimizer.learning_rate or optimizer.clip_norm may get past it"
+          )
       records.append(record)
     step_time = seconds / len(steps)
     device = jax.devices()[0]
