@@ -8,6 +8,7 @@ apart, `segment_ids` int32, 1, 2, ... from left to right.
 from __future__ import annotations
 
 import grain
+import jax
 import numpy as np
 
 from mc_jax.data import tokenizers
@@ -63,6 +64,15 @@ def validation(stream: np.ndarray, config: DataConfig) -> list[Batch]:
     group = group + [empty] * (config.batch_size - len(group))
     batches.append({name: np.stack([row[name] for row in group]) for name in empty})
   return batches
+
+
+def shapes(config: DataConfig) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and dtypes of a batch."""
+  dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
+  if config.documents:
+    dtypes["segment_ids"] = np.int32
+  shape = (config.batch_size, config.length)
+  return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
 
 
 def _row(piece: np.ndarray, length: int, documents: bool) -> Batch:

@@ -66,14 +66,13 @@ def train(config: Config, workdir: pathlib.Path, profile: range = range(0)) -> R
     return bits_per_byte(jitted, current.params, validation)
 
   with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
-    current, first = _start(config, workdir, checkpoints, batches)
+    current = _start(config, workdir, checkpoints, batches)
     print(report.table(_facts(config, workdir, corpus, current, references), "run"), flush=True)
     bits = meter = None
-    if first <= config.train.steps:
+    if int(current.step) < config.train.steps:
       with deferred() as interrupt:
-        update, meter = _compile(config, graph, current, validation[0])
-        current, bits = _steps(
-          config, workdir, current, first, batches, update, evaluate, meter, checkpoints, interrupt, profile
+        current, bits, meter = _steps(
+          config, workdir, graph, current, batches, checkpoints, evaluate, interrupt, profile
         )
       if int(current.step) < config.train.steps:
         return Result(int(current.step), bits, interrupt.signal)
@@ -94,18 +93,18 @@ def train(config: Config, workdir: pathlib.Path, profile: range = range(0)) -> R
 def _steps(
   config: Config,
   workdir: pathlib.Path,
+  graph: nnx.GraphDef,
   current: state.TrainState,
-  first: int,
   batches: grain.DatasetIterator,
-  update: jax.stages.Compiled,
-  evaluate: Callable[[state.TrainState], float],
-  meter: metrics.Meter,
   checkpoints: Checkpoints,
+  evaluate: Callable[[state.TrainState], float],
   interrupt: Interrupt,
   profile: range,
-) -> tuple[state.TrainState, float | None]:
-  """The steps from `first` on; returns the state and its latest validation bits per byte."""
+) -> tuple[state.TrainState, float | None, metrics.Meter]:
+  """The steps that are left; returns the state, the latest validation bits per byte, the meter."""
   train, bits = config.train, None
+  first = int(current.step) + 1
+  update, meter = _compile(config, graph, current)
   with (
     metrics.MetricsLog(workdir, first - 1) as log,
     Progress(first - 1, train.steps) as progress,
@@ -132,7 +131,7 @@ def _steps(
       if last:
         break
       meter.restart()
-  return current, bits
+  return current, bits, meter
 
 
 def _start(
@@ -140,8 +139,8 @@ def _start(
   workdir: pathlib.Path,
   checkpoints: Checkpoints,
   batches: grain.DatasetIterator,
-) -> tuple[state.TrainState, int]:
-  """State and number of the first step to do; moves `batches` to a checkpoint's position."""
+) -> state.TrainState:
+  """The newest checkpoint's state, with `batches` moved to its position; or a new one."""
   step = checkpoints.latest()
   if step is None:
     current = state.create(config)
@@ -152,16 +151,16 @@ def _start(
     for field, (then, now) in fields.items():
       print(f"  {field} was {then!r} and is now {now!r}")
   (workdir / "config.json").write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
-  return current, (step or 0) + 1
+  return current
 
 
 def _compile(
-  config: Config, graph: nnx.GraphDef, current: state.TrainState, batch: windows.Batch
+  config: Config, graph: nnx.GraphDef, current: state.TrainState
 ) -> tuple[jax.stages.Compiled, metrics.Meter]:
-  """The training step, compiled for the shapes of `batch`, and a meter that knows its size."""
+  """The training step, compiled for the batches of `config`, and a meter that knows their size."""
   begin = time.monotonic()
   print("compiling the training step ...", flush=True)
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+  shapes = windows.shapes(config.data)
   update = jax.jit(train_step(config, graph), donate_argnums=0).lower(current, shapes).compile()
   print(f"compiled in {duration(time.monotonic() - begin)}", flush=True)
   useful = None
@@ -169,7 +168,7 @@ def _compile(
     # Backward costs twice the forward pass; what is recomputed does not count as useful.
     forward = flops.count(lambda params, b: loss_sum(graph, params, b), current.params, shapes)
     useful = 3 * forward
-  return update, metrics.Meter(batch["tokens"].size, useful)
+  return update, metrics.Meter(shapes["tokens"].size, useful)
 
 
 def _facts(

@@ -84,3 +84,12 @@ def test_documents_are_numbered_from_the_separators():
   np.testing.assert_array_equal(batch["segment_ids"][1], [1] * 16)
   last = windows.validation(stream, _config(documents=True))[1]
   np.testing.assert_array_equal(last["segment_ids"] > 0, last["weights"] > 0)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_shapes_are_those_of_every_batch(documents):
+  config = _config(documents=documents)
+  for batch in (next(windows.training(STREAM, config)), *windows.validation(STREAM, config)):
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+      batch, {name: np.zeros(spec.shape, spec.dtype) for name, spec in windows.shapes(config).items()}
+    )
