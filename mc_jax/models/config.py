@@ -4,11 +4,6 @@ import dataclasses
 
 from mc_jax import memory
 
-AGGREGATIONS = ("none", "residual", "grm", "soup", "ssc")
-CARRIES = ("checkpoint", "independent")
-POOLS = ("mean", "sum")
-GATES = ("softmax", "sigmoid", "constant", "token")
-IMPLEMENTATIONS = ("xla", "reference")
 MIXERS = ("memory_caching", "transformer")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("full", "dots", "none")
@@ -46,13 +41,13 @@ class MemoryConfig:
       *_choices(
         prefix,
         self,
-        rule=memory.rules.NAMES,
-        aggregation=AGGREGATIONS,
+        rule=memory.RULES,
+        aggregation=memory.AGGREGATIONS,
         segmentation=memory.segments.NAMES,
-        carry=CARRIES,
-        pool=POOLS,
-        gate=GATES,
-        implementation=(None, *IMPLEMENTATIONS),
+        carry=memory.CARRIES,
+        pool=memory.POOLS,
+        gate=memory.GATES,
+        implementation=(None, *memory.IMPLEMENTATIONS),
       ),
       *_at_least(
         prefix,

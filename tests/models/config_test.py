@@ -6,7 +6,6 @@ import pytest
 
 from mc_jax import memory
 from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig
-from mc_jax.models.config import AGGREGATIONS
 
 
 def test_the_defaults_have_no_problems():
@@ -70,7 +69,7 @@ def test_a_model_refuses_a_config_with_problems():
     LanguageModel(ModelConfig(layers=0, memory=MemoryConfig(top_k=0)), rngs=None)
 
 
-@pytest.mark.parametrize("rule", memory.rules.NAMES)
+@pytest.mark.parametrize("rule", memory.RULES)
 def test_the_rule_gets_the_options_that_it_takes(rule):
   built = MemoryConfig(rule=rule, chunk=16).build_rule()
   assert built == memory.rules.get(rule, chunk=16)
@@ -109,7 +108,3 @@ def _replace(config, field, value):
   if rest:
     value = _replace(getattr(config, head), rest, value)
   return dataclasses.replace(config, **{head: value})
-
-
-def test_names_are_the_papers():
-  assert AGGREGATIONS == ("none", "residual", "grm", "soup", "ssc")
