@@ -24,7 +24,14 @@ def at_least_one(name: str, value: int) -> None:
 
 
 def check_options(
-  aggregation: str, carry: str, top_k: int, pool: str, gate: str, segment_group: int, implementation: str | None
+  aggregation: str,
+  carry: str,
+  top_k: int,
+  pool: str,
+  gate: str,
+  gate_scale: float,
+  segment_group: int,
+  implementation: str | None,
 ) -> None:
   """Checks the names and sizes that do not depend on any array."""
   one_of("aggregation", aggregation, aggregate.NAMES)
@@ -34,6 +41,8 @@ def check_options(
   one_of("implementation", implementation, (None, *IMPLEMENTATIONS))
   at_least_one("top_k", top_k)
   at_least_one("segment_group", segment_group)
+  if gate_scale <= 0:
+    raise ValueError(f"gate_scale must be positive, got {gate_scale}")
 
 
 def check_arrays(

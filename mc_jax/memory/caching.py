@@ -96,7 +96,7 @@ def memory_caching(
     gate: "softmax", "sigmoid", "constant" (1) or "token" (by token_scores, blind to what the segments hold).
     gate_scale: multiplies the scores.
     segment_ids: [batch, length] int, packed documents; 0 is padding. None: one document a row.
-    token_scores: [batch, length, heads, ages], for gate="token": scores by a memory's age in segments, 0 the online one.
+    token_scores: [batch, length, heads, ages], for gate="token": scores by a memory's age in segments, 0 is online.
     segment_group: independent segments that run side by side; more is faster and takes more memory.
     implementation: None (the best for the platform), "xla", or "reference" (token by token, slow).
 
@@ -107,7 +107,7 @@ def memory_caching(
   Raises:
     ValueError: an unknown name, a size that is not positive, shapes that do not fit.
   """
-  arguments.check_options(aggregation, carry, top_k, pool, gate, segment_group, implementation)
+  arguments.check_options(aggregation, carry, top_k, pool, gate, gate_scale, segment_group, implementation)
   arguments.check_arrays(dict(q=q, k=k, v=v, u=u), gates, init, rule, segmentation, gate, segment_ids, token_scores)
   if implementation == "reference":
     options = dict(rule=rule, aggregation=aggregation, segmentation=segmentation, carry=carry, top_k=top_k, pool=pool)
@@ -180,7 +180,7 @@ def write(
   def write_segment(state, x, _, __):
     start = state if carries else online.start_state(rule, fresh, x.k)
     carry = start, gating.empty_pool(x.k)
-    (end, keys), outputs, _ = pieces.scan(write_chunk, carry, x, _chunks(rule, x))
+    (end, keys), outputs, _ = pieces.scan(write_chunk, carry, x, _chunks(rule, x), unroll=2)
     return end if carries else None, outputs, (end, gating.summary(keys, pool))
 
   start = online.start_state(rule, fresh, tokens.k) if carries else None
@@ -225,7 +225,7 @@ def read_soup(
 
   def read_segment(_, x, start, last):
     start = online.start_state(rule, fresh, x.k) if starts is None else start
-    _, y, _ = pieces.scan(functools.partial(read_chunk, last), start, x, _chunks(rule, x))
+    _, y, _ = pieces.scan(functools.partial(read_chunk, last), start, x, _chunks(rule, x), unroll=2)
     return (), y, ()
 
   def read_chunk(last, state, x, _, __):

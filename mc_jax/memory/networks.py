@@ -42,8 +42,8 @@ class Matrix:
 class MLP:
   """A deep memory, M(x) = x + gelu(x W_1) W_2 (arXiv:2602.24281, appendix B), of any depth.
 
-  `norm` puts a parameter-free layer norm on the branch: x + LN(...). M_0 is never zero: a zero MLP has zero gradients for
-  ever.
+  `norm` puts a parameter-free layer norm on the branch: x + LN(...). M_0 is never zero: a zero MLP has zero gradients
+  for ever.
   """
 
   depth: int = 2

@@ -12,8 +12,8 @@ hence an online read is two dense products and one causal linear attention:
 
   x_t W_t = A_t (x_t W_0) + c_t (x_t S_0) - sum_j C_tj <x_t, z_j> delta_j.
 
-Shapes: `...` is [batch, heads], T the chunk's tokens, J = window - 1 + T the keys written in it (a window reaches back),
-d = head_dim. Documents broadcast over heads: [batch, 1, T].
+Shapes: `...` is [batch, heads], T the chunk's tokens, J = window - 1 + T the keys written in it (a window reaches
+back), d = head_dim. Documents broadcast over heads: [batch, 1, T].
 """
 
 from typing import NamedTuple
@@ -94,7 +94,7 @@ def dense(weights: Weights, dtype: jnp.dtype) -> Linear:
 
 
 def start_state(rule: Rule, fresh: Weights, k: jax.Array) -> State:
-  """M_0, no momentum and an empty window, for each sequence of k [batch, heads, T, d]. fresh {name: [heads, in, out]}."""
+  """M_0, no momentum, an empty window: for each sequence of k [batch, heads, T, d]. fresh is {name: [heads, in, out]}."""
   memory = {name: jnp.broadcast_to(w, (len(k), *w.shape)).astype(state_dtype(k.dtype)) for name, w in fresh.items()}
   momentum = jax.tree.map(jnp.zeros_like, memory) if rule.momentum else None
   empty = jnp.zeros((*k.shape[:-2], rule.window - 1, k.shape[-1]), k.dtype)
@@ -148,11 +148,11 @@ def write(
 def read(online: Online, name: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
   """x_t W_t: every token through its own online weights. x [..., T, in] to [..., T, out], at least float32."""
   c = online.coefficients
-  y = _start_read(online.start, online.fresh, online.seen.incoming, dtype)(name, x)
-  if c.decay is not None:
-    y = c.decay[..., None] * y
+  # Decays scale x rather than the product, whose gradient would need the product again.
+  decayed = x if c.decay is None else c.decay[..., None] * x
+  y = _start_read(online.start, online.fresh, online.seen.incoming, dtype)(name, decayed)
   if c.carry is not None:
-    y += c.carry[..., None] * product(x, online.start.momentum[name], dtype)
+    y += product(c.carry[..., None] * x, online.start.momentum[name], dtype)
   attention = c.mix * product(x, jnp.swapaxes(online.inputs[name], -1, -2), dtype)
   return y - product(attention, online.errors[name], dtype)
 
@@ -230,7 +230,7 @@ def _decays(gate: jax.Array, same: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _last(x: jax.Array, count: int, seen: Visible, documents: Documents | None) -> jax.Array:
-  """The last `count` keys of the document at the chunk's end, zero where it has fewer: [..., J, d] to [..., count, d]."""
+  """The chunk's last document's last `count` keys, zero where it has fewer: [..., J, d] to [..., count, d]."""
   if documents is None:
     return x[..., -count:, :]
   own = seen.reach[..., -1, :]  # padding at the end leaves the window as it was: it ends at the last of its own

@@ -24,6 +24,7 @@ def scan(
   last: np.ndarray | None = None,
   together: int = 1,
   remat: bool = False,
+  unroll: int = 1,
 ) -> tuple[Pytree, Pytree, Pytree]:
   """Runs step over consecutive pieces; equal neighbours in one `jax.lax.scan`, so that each length is compiled once.
 
@@ -37,6 +38,7 @@ def scan(
     last: [pieces] int, what step gets as index (of the last piece, for pieces side by side); default 0, 1, ...
     together: pieces that go through step side by side, folded into the batch.
     remat: compute a step again in the backward pass instead of keeping what is inside it.
+    unroll: pieces in a scan's body; two save the copies of what is carried between them.
 
   Returns:
     The last carry; token outputs [batch, heads, length, ...]; state outputs [pieces, batch, ...].
@@ -79,13 +81,13 @@ def scan(
         carry, *ys = run(carry, *xs)
         return carry, ys
 
-      carry, ys = lax.scan(body, carry, (*xs, jnp.asarray(index)))
+      carry, ys = lax.scan(body, carry, (*xs, jnp.asarray(index)), unroll=min(unroll, blocks))
     token_outputs.append(jax.tree.map(join, ys[0]))
     state_outputs.append(jax.tree.map(join_states, ys[1]))
     start += length * count
     piece += count
-  concatenate = lambda axis: lambda *parts: parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
-  return carry, jax.tree.map(concatenate(2), *token_outputs), jax.tree.map(concatenate(0), *state_outputs)
+  token_outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts, 2), *token_outputs)
+  return carry, token_outputs, jax.tree.map(lambda *parts: jnp.concatenate(parts, 0), *state_outputs)
 
 
 def fold(x: jax.Array, batch: int) -> jax.Array:

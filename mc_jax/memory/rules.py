@@ -3,18 +3,18 @@
 A rule is three choices: the memory's network, the inner loss, the inner optimiser. The optimiser is one recurrence, of
 which every rule switches parts on:
 
-  S_t = beta_t S_{t-1} - sum_{i < window} eta^(i)_t grad L(M; k_{t-i}, v_{t-i})      (momentum; without it S_t is the step)
-  M_t = alpha_t M_{t-1} + S_t                                                        (retention)
+  S_t = beta_t S_{t-1} - sum_{i < window} eta^(i)_t grad L(M; k_{t-i}, v_{t-i})   momentum; without it, just the step
+  M_t = alpha_t M_{t-1} + S_t                                                     retention; without it, alpha = 1
 
-| rule   | network | inner loss        | alpha | beta | eta     | equations |
-|--------|---------|-------------------|-------|------|---------|-----------|
-| linear | matrix  | -<M(k), v>        |       |      | 1       | 2, 12     |
-| swla   | matrix  | -<M(k), v>        | yes   |      | c gates | 26-29     |
-| dla    | MLP     | -<M(k), v>        | yes * |      | 1 gate  | 30-33     |
-| titans | MLP     | ||M(k) - v||^2    | yes   | yes  | 1 gate  | 34-36     |
+| rule   | network | inner loss     | alpha | beta | eta          | equations |
+|--------|---------|----------------|-------|------|--------------|-----------|
+| linear | matrix  | -<M(k), v>     |       |      | 1            | 2, 12     |
+| swla   | matrix  | -<M(k), v>     | yes   |      | window gates | 26-29     |
+| dla    | MLP     | -<M(k), v>     | yes * |      | a gate       | 30-33     |
+| titans | MLP     | ||M(k) - v||^2 | yes   | yes  | a gate       | 34-36     |
 
-(*) not in the paper: dla as printed has an unbounded loss and no retention, and diverges. `get("dla", retention=False,
-max_grad_norm=None)` is the printed form.
+(*) not in the paper: dla as printed climbs an unbounded loss without retention, and diverges.
+`get("dla", retention=False, max_grad_norm=None)` is the printed form.
 """
 
 import dataclasses
@@ -60,9 +60,9 @@ class Rule:
     window: how many of the last tokens each token writes, with a step size eta of its own each.
     step: whether there are step-size gates; without them every step is 1.
     max_grad_norm: each token's inner gradient, all layers together, is scaled down to this Frobenius norm; None: never.
-    max_step: the largest eta; None: 1 for matrices, (1 - beta at its start) / chunk for networks, because gradients frozen
-      over a chunk add up to one step and overshoot.
-    chunk: tokens whose inner gradients are taken at the same state (the one before the chunk). 1 is the exact recurrence.
+    max_step: the largest eta; None: 1 for matrices, (1 - beta at its start) / chunk for networks, because gradients
+      frozen over a chunk add up to one step and overshoot.
+    chunk: tokens whose inner gradients are taken at one state, that before the chunk. 1 is the exact recurrence.
     learned_init: M_0 is a learned parameter (networks) or fixed (matrices start at 0).
   """
 
@@ -106,8 +106,8 @@ class Rule:
   def gate_init(self, segment_length: int) -> dict[str, GateInit]:
     """Where the gates start, chosen so that no memory dies or blows up.
 
-    Retention pulls a network towards zero, where it cannot learn, so 1 - alpha starts at 1 / segment_length: what a segment
-    writes is still there at its end. beta starts at 0.9. Step sizes start at half their maximum.
+    Retention pulls a network towards zero, where it cannot learn, so 1 - alpha starts at 1 / segment_length: what a
+    segment writes is still there at its end. beta starts at 0.9. Step sizes start at half their maximum.
     """
     beta = 0.9
     if self.max_step is not None:
@@ -116,7 +116,7 @@ class Rule:
       max_step = ((1 - beta) if self.momentum else 1.0) / self.chunk if self.learned_init else 1.0
     starts = {name: GateInit(0.0, max_step) for name in self.steps}
     if self.retention:
-      starts["alpha"] = GateInit(math.log(max(segment_length, 2) - 1) if segment_length > 2 else 0.0)
+      starts["alpha"] = GateInit(math.log(max(segment_length - 1, 1)))
     if self.momentum:
       starts["beta"] = GateInit(math.log(beta / (1 - beta)))
     return {name: starts[name] for name in self.gates}
@@ -180,7 +180,10 @@ def titans(
   max_grad_norm: float | None = 8.0,
   max_step: float | None = None,
 ) -> Rule:
-  """Titans: momentum, retention, squared loss (arXiv:2602.24281, Eq. 34-36, with the descending sign of arXiv:2501.00663)."""
+  """Titans: momentum, retention, squared loss (arXiv:2602.24281, Eq. 34-36; signs descend, as arXiv:2501.00663 has it).
+
+  S_t = beta_t S_{t-1} - eta_t grad L, M_t = alpha_t M_{t-1} + S_t; the gradient is clipped by default (max_grad_norm).
+  """
   return Rule(
     "titans",
     networks.MLP(depth, expansion, norm),

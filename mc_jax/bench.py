@@ -1,0 +1,98 @@
+"""Training speed of one Memory Caching layer: forward and backward tokens per second.
+
+  python -m mc_jax.bench --rules=linear,titans --aggregations=none,grm,ssc --lengths=1024,2048 --json=bench.json
+
+Times the mixer as it stands in a model (projections, convolution, gates, memory, output), with a gradient for every
+parameter and the input. The median of --repeats calls, after one that compiles. For speed, nothing else should run.
+"""
+
+import itertools
+import json
+import pathlib
+import platform
+import statistics
+import sys
+import time
+
+import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from flax import nnx
+
+from mc_jax import memory
+from mc_jax.models.config import MemoryConfig, ModelConfig
+from mc_jax.models.mixer import MemoryCaching
+
+_RULES = flags.DEFINE_list("rules", list(memory.RULES), "Memory rules.")
+_AGGREGATIONS = flags.DEFINE_list("aggregations", list(memory.AGGREGATIONS), "Ways to read the cache.")
+_LENGTHS = flags.DEFINE_list("lengths", ["1024"], "Sequence lengths, tokens.")
+_CARRY = flags.DEFINE_enum("carry", "checkpoint", memory.CARRIES, "What a segment starts from.")
+_BATCH = flags.DEFINE_integer("batch", 1, "Sequences.", lower_bound=1)
+_D_MODEL = flags.DEFINE_integer("d_model", 256, "Width of the layer.", lower_bound=1)
+_HEADS = flags.DEFINE_integer("heads", 4, "Heads of the layer.", lower_bound=1)
+_CHUNK = flags.DEFINE_integer("chunk", 64, "Tokens per chunk.", lower_bound=1)
+_SEGMENT = flags.DEFINE_integer("segment", 128, "Tokens per segment.", lower_bound=1)
+_TOP_K = flags.DEFINE_integer("top_k", 2, "Caches that ssc reads.", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls, of which the median counts.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
+
+
+def measure(config: ModelConfig, batch: int, length: int, repeats: int) -> dict[str, float]:
+  """Times one layer's forward and backward pass. Returns seconds (median) and tokens per second."""
+  layer = MemoryCaching(config, rngs=nnx.Rngs(0))
+  graph, parameters = nnx.split(layer)
+
+  @jax.jit
+  def gradients(parameters, x):
+    def loss(parameters, x):
+      return jnp.square(nnx.merge(graph, parameters)(x).astype(jnp.float32)).mean()
+
+    return jax.grad(loss, argnums=(0, 1))(parameters, x)
+
+  x = jax.random.normal(jax.random.key(0), (batch, length, config.d_model), jnp.dtype(config.dtype))
+  jax.block_until_ready(gradients(parameters, x))
+  seconds = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    jax.block_until_ready(gradients(parameters, x))
+    seconds.append(time.perf_counter() - start)
+  median = statistics.median(seconds)
+  return {"seconds": median, "tokens_per_second": batch * length / median}
+
+
+def main(_) -> None:
+  """Measures every combination that the flags name, prints a table, and writes JSON if asked."""
+  lengths = [int(length) for length in _LENGTHS.value]
+  combinations = list(itertools.product(_RULES.value, _AGGREGATIONS.value, lengths))
+  configs = []
+  for rule, aggregation, _ in combinations:
+    options = dict(rule=rule, aggregation=aggregation, chunk=_CHUNK.value, segment_length=_SEGMENT.value)
+    options |= dict(carry=_CARRY.value, top_k=_TOP_K.value)
+    config = ModelConfig(
+      d_model=_D_MODEL.value, heads=_HEADS.value, dtype=_DTYPE.value, layers=1, memory=MemoryConfig(**options)
+    )
+    if problems := config.problems("bench"):
+      sys.exit("\n".join(problems))
+    configs.append(config)
+
+  device = jax.devices()[0]
+  print(f"{device.device_kind} ({device.platform}), {platform.machine()}, jax {jax.__version__}, {_CARRY.value} carry")
+  print(f"{'rule':8} {'aggregation':12} {'length':>7} {'tokens/s':>10} {'ms':>9}", flush=True)
+  rows = []
+  for (rule, aggregation, length), config in zip(combinations, configs, strict=True):
+    figures = measure(config, _BATCH.value, length, _REPEATS.value)
+    rows.append({"rule": rule, "aggregation": aggregation, "length": length, **figures})
+    rate, milliseconds = figures["tokens_per_second"], 1e3 * figures["seconds"]
+    print(f"{rule:8} {aggregation:12} {length:7} {rate:10,.0f} {milliseconds:9.1f}", flush=True)
+  if _JSON.value:
+    settings = {
+      flag.name: flag.value for flag in flags.FLAGS.flags_by_module_dict()[sys.argv[0]] if flag.name != "json"
+    }
+    report = {"device": device.device_kind, "platform": device.platform, "jax": jax.__version__, "settings": settings}
+    pathlib.Path(_JSON.value).write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  app.run(main)
