@@ -35,19 +35,23 @@ def test_rotation_is_a_complex_one_and_depends_on_the_distance_only():
 
 
 def test_attention_is_the_softmax_written_out():
-  attention = Attention(CONFIG, rngs=nnx.Rngs(0))
+  attention = Attention(CONFIG, rngs=nnx.Rngs(jax.random.key(0, impl="rbg")))
   x = jax.random.normal(jax.random.key(1), (2, 7, 16))
-  position = jnp.arange(7)[None]
-  q = rotate(attention.query(x), position, CONFIG.rope_theta)
-  k = rotate(attention.key(x), position, CONFIG.rope_theta)
-  scores = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(8)
-  scores = jnp.where(np.tril(np.ones((7, 7), bool)), scores, -jnp.inf)
-  y = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), attention.value(x))
-  chex.assert_trees_all_close(attention(x), attention.output(y), atol=1e-5)
+
+  @jax.jit
+  def written_out(x):
+    position = jnp.arange(7)[None]
+    q = rotate(attention.query(x), position, CONFIG.rope_theta)
+    k = rotate(attention.key(x), position, CONFIG.rope_theta)
+    scores = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(8)
+    scores = jnp.where(np.tril(np.ones((7, 7), bool)), scores, -jnp.inf)
+    return attention.output(jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), attention.value(x)))
+
+  chex.assert_trees_all_close(jax.jit(attention.__call__)(x), written_out(x), atol=1e-5)
 
 
 def test_a_packed_document_is_attended_as_if_alone():
-  attention = Attention(CONFIG, rngs=nnx.Rngs(0))
+  attention = jax.jit(Attention(CONFIG, rngs=nnx.Rngs(jax.random.key(0, impl="rbg"))).__call__)
   x = jax.random.normal(jax.random.key(1), (1, 14, 16))
   document = jnp.array([[0, 1, 1, 1, 1, 2, 2, 2, 2, 0, 3, 3, 3, 3]])
   y = attention(x, document)

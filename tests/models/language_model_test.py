@@ -162,10 +162,10 @@ def test_layers_are_scanned_as_a_loop_would_run_them(config):
   chex.assert_trees_all_close(jit(model.__call__)(TOKENS), loop(TOKENS), atol=1e-5)
 
 
-@pytest.mark.parametrize(("config", "remat"), [(TRANSFORMER, "full"), (TRANSFORMER, "dots"), (LINEAR, "full")], ids=str)
-def test_rematerialisation_does_not_change_gradients(config, remat):
-  parameters, step = compiled(config)
-  _, remat_step = compiled(dataclasses.replace(config, remat=remat))
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_rematerialisation_does_not_change_gradients(remat):
+  parameters, step = compiled(TRANSFORMER)
+  _, remat_step = compiled(dataclasses.replace(TRANSFORMER, remat=remat))
   data = parameters, TOKENS, SEGMENT_IDS, EVERYWHERE
   chex.assert_trees_all_close(arrays(remat_step(*data)[1]), arrays(step(*data)[1]), rtol=1e-4, atol=1e-4)
 
