@@ -1,19 +1,38 @@
-"""A first run: Titans with gated residual memory (grm) on the source of Python's standard library.
+"""A first run: Titans with gated residual memory (grm) learns the Python standard library.
 
     python -m mc_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Needs no download and no accelerator.
+Its corpus is the source code of the standard library of the Python that runs it, bytes as tokens:
+nothing is downloaded, no accelerator is needed. On two CPU cores it takes two to three minutes,
+compiling included, and reaches about 2.3 bits per byte on validation text, where counting pairs
+of bytes (bigram) reaches 3.5. Stopped, it goes on when the command is given again.
 """
 
 from mc_jax.training import config
 
 
 def get_config():
+  """The default tree, made small."""
   c = config.default()
-  c.model.d_model = 128
+
   c.model.layers = 2
-  c.model.memory.chunk = 64
-  c.model.memory.segment_length = 128
-  c.data.length = 256
-  c.data.batch_size = 8
+  c.model.d_model = 128
+  c.model.heads = 4  # memories per layer, each a network 32 -> 128 -> 32
+  c.model.remat = "none"  # so small a model has nothing to save memory for
+  c.model.memory.rule = "titans"
+  c.model.memory.aggregation = "grm"
+  c.model.memory.segment_length = 64  # a row has 4 segments: up to 3 cached memories to read
+  c.model.memory.chunk = 64  # tokens between two writes
+
+  c.data.source = "stdlib"
+  c.data.length = 256  # bytes in a row
+  c.data.batch_size = 4  # rows in a step: 1,024 bytes
+  c.data.validation_tokens = 65_536
+
+  c.optimizer.learning_rate = 4e-3
+  c.optimizer.warmup_steps = 30
+
+  c.train.steps = 500
+  c.train.eval_every = 125
+  c.train.checkpoint_every = 125
   return c
