@@ -46,7 +46,7 @@ class Coefficients(NamedTuple):
 
   Attributes:
     decay: A [..., T], or None without retention (1).
-    carry: c [..., T], or None without momentum.
+    carry: c [..., T], or None without momentum. It counts where the document of S_0 goes on.
     mix: C [..., T, J].
     kept: b_T [...], or None without momentum.
     momentum: (Q B)_T [..., J], or None without momentum.
@@ -94,7 +94,7 @@ def dense(weights: Weights, dtype: jnp.dtype) -> Linear:
 
 
 def start_state(rule: Rule, fresh: Weights, k: jax.Array) -> State:
-  """M_0, no momentum, an empty window: for each sequence of k [batch, heads, T, d]. fresh is {name: [heads, in, out]}."""
+  """M_0, no momentum, an empty window, for each sequence of k [batch, heads, T, d]. fresh: {name: [heads, in, out]}."""
   memory = {name: jnp.broadcast_to(w, (len(k), *w.shape)).astype(state_dtype(k.dtype)) for name, w in fresh.items()}
   momentum = jax.tree.map(jnp.zeros_like, memory) if rule.momentum else None
   empty = jnp.zeros((*k.shape[:-2], rule.window - 1, k.shape[-1]), k.dtype)
@@ -147,12 +147,13 @@ def write(
 
 def read(online: Online, name: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
   """x_t W_t: every token through its own online weights. x [..., T, in] to [..., T, out], at least float32."""
-  c = online.coefficients
+  c, incoming = online.coefficients, online.seen.incoming
   # Decays scale x rather than the product, whose gradient would need the product again.
   decayed = x if c.decay is None else c.decay[..., None] * x
-  y = _start_read(online.start, online.fresh, online.seen.incoming, dtype)(name, decayed)
+  y = _start_read(online.start, online.fresh, incoming, dtype)(name, decayed)
   if c.carry is not None:
-    y += product(c.carry[..., None] * x, online.start.momentum[name], dtype)
+    carried = product(c.carry[..., None] * x, online.start.momentum[name], dtype)
+    y += carried if incoming is None else jnp.where(incoming[..., None], carried, 0.0)
   attention = c.mix * product(x, jnp.swapaxes(online.inputs[name], -1, -2), dtype)
   return y - product(attention, online.errors[name], dtype)
 
@@ -175,8 +176,6 @@ def coefficients(rule: Rule, gates: Weights, seen: Visible, dtype: jnp.dtype) ->
     return Coefficients(decay, None, stepped(retained), None, None)
   kept, accumulated = _decays(gates["beta"], seen.same)
   carry = (retained * kept[..., None, :]).sum(-1)
-  if seen.incoming is not None:
-    carry = jnp.where(seen.incoming, carry, 0.0)
   accumulated = stepped(accumulated)
   return Coefficients(decay, carry, retained @ accumulated, kept[..., -1], accumulated[..., -1, :])
 

@@ -26,6 +26,9 @@ import jax.numpy as jnp
 
 from mc_jax.memory import networks
 
+# Segments in which retention alone, at its start, takes a memory down to 1 / e.
+_LIFETIME = 16
+
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -106,8 +109,10 @@ class Rule:
   def gate_init(self, segment_length: int) -> dict[str, GateInit]:
     """Where the gates start, chosen so that no memory dies or blows up.
 
-    Retention pulls a network towards zero, where it cannot learn, so 1 - alpha starts at 1 / segment_length: what a
-    segment writes is still there at its end. beta starts at 0.9. Step sizes start at half their maximum.
+    alpha: 1 - 1 / (16 segment_length). Retention pulls a network towards zero, and a network of zeros cannot learn: at
+      1 - 1 / segment_length a memory that is carried on had died after some twenty segments, whatever its depth, for
+      what it writes in a token is worth no more than that decay (tests/memory/stability_test.py).
+    beta: 0.9. Step sizes: half their maximum.
     """
     beta = 0.9
     if self.max_step is not None:
@@ -116,7 +121,7 @@ class Rule:
       max_step = ((1 - beta) if self.momentum else 1.0) / self.chunk if self.learned_init else 1.0
     starts = {name: GateInit(0.0, max_step) for name in self.steps}
     if self.retention:
-      starts["alpha"] = GateInit(math.log(max(segment_length - 1, 1)))
+      starts["alpha"] = GateInit(math.log(_LIFETIME * segment_length - 1))
     if self.momentum:
       starts["beta"] = GateInit(math.log(beta / (1 - beta)))
     return {name: starts[name] for name in self.gates}

@@ -1,0 +1,95 @@
+"""Memories neither die nor blow up over a long stream, at the gates' starting values and at their worst.
+
+The long runs (200 training steps at length 4,096) are docs/stability.md's.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mc_jax.memory import caching, documents, online, rules, segments
+
+LENGTH, SEGMENT, WIDTH = 32_768, 256, 16
+DEEP = {
+  "titans": rules.get("titans"),
+  "titans, depth 4": rules.get("titans", depth=4),
+  "titans, norm": rules.get("titans", norm=True),
+  "dla": rules.get("dla"),
+}
+
+
+def stream(seed):
+  """Unit keys, and values that are a noisy linear map of them; the map is another every 2,048 tokens."""
+  keys, maps, noise = jax.random.split(jax.random.key(seed), 3)
+  k = jax.random.normal(keys, (LENGTH, WIDTH))
+  k /= jnp.linalg.norm(k, axis=-1, keepdims=True)
+  tasks = jax.random.normal(maps, (LENGTH // 2048, WIDTH, WIDTH))
+  v = jnp.einsum("nld,nde->nle", k.reshape(-1, 2048, WIDTH), tasks).reshape(LENGTH, WIDTH)
+  return k, v + 0.2 * jax.random.normal(noise, v.shape)
+
+
+def write(rule, k, v, gates):
+  """Writes one long sequence [LENGTH, WIDTH]; returns reads of its own keys, and norms of M and S by segment."""
+  init = rule.init(jax.random.key(1), heads=1, head_dim=WIDTH)
+  k, v = k[None, None], v[None, None]
+  gates = {name: jnp.full(k.shape[:-1], value) for name, value in gates.items()}
+  tokens = caching.Tokens(k, k, v, k, gates, None)
+
+  @jax.jit
+  def run(tokens):
+    lengths = segments.constant(SEGMENT).lengths(LENGTH)
+    written = caching.write(rule, init, tokens, lengths, pool="mean", carries=True, side_by_side=1)
+    square = lambda tree: sum(jnp.square(w).sum((1, 2, 3, 4)) for w in jax.tree.leaves(tree))
+    return written.y[0, 0], jnp.sqrt(square(written.states.memory)), jnp.sqrt(square(written.states.momentum) + 0.0)
+
+  return jax.tree.map(np.asarray, run(tokens))
+
+
+def start_values(rule):
+  return {name: float(g.maximum * jax.nn.sigmoid(g.bias)) for name, g in rule.gate_init(SEGMENT).items()}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_memory_stays_alive_and_bounded_over_a_long_stream(name):
+  k, v = stream(0)
+  y, memory, _ = write(DEEP[name], k, v, start_values(DEEP[name]))
+  start = float(
+    jnp.sqrt(sum(jnp.square(w).sum() for w in DEEP[name].init(jax.random.key(1), heads=1, head_dim=WIDTH).values()))
+  )
+  chex.assert_tree_all_finite((y, memory))
+  assert memory.max() < 4 * start
+  assert memory.min() > 0.25 * start
+  if name != "dla":  # whose loss is not an error
+    error = np.square(y - v).sum(-1) / np.square(v).sum(-1).mean()
+    assert error[-512:].mean() < 0.6, "the last task is not learned: the memory is dead or forgets at once"
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_norms_keep_to_the_bound_of_clipped_gradients(name):
+  """|S| <= eta g / (1 - beta), |M| <= |M_0| + t |S|: with the largest gates, and one pair written 32,768 times."""
+  rule = DEEP[name]
+  k, v = (jnp.broadcast_to(x[:1], x.shape) for x in stream(0))
+  beta = 0.99 if rule.momentum else 0.0
+  step = rule.gate_init(SEGMENT)["eta"].maximum * rule.max_grad_norm / (1 - beta)
+  gates = {"alpha": 1.0 - 1e-6, "beta": beta, "eta": rule.gate_init(SEGMENT)["eta"].maximum}
+  y, memory, momentum = write(rule, k, v, {gate: gates[gate] for gate in rule.gates})
+  chex.assert_tree_all_finite((y, memory, momentum))
+  assert (momentum <= 1.001 * step).all()
+  assert (np.diff(memory) <= 1.001 * step * SEGMENT).all()
+
+
+def test_documents_that_start_in_a_chunk_do_not_revive_old_momentum():
+  rule = rules.get("titans", chunk=8)
+  init = rule.init(jax.random.key(0), heads=1, head_dim=4)
+  k = jax.random.normal(jax.random.key(1), (1, 1, 8, 4))
+  gates = {name: jnp.full((1, 1, 8), value) for name, value in start_values(rule).items()}
+  start = online.start_state(rule, init, k)
+  start = start._replace(momentum=jax.tree.map(lambda s: s + jnp.inf, start.momentum))
+  index = documents.index(jnp.array([[1, 1, 1, 2, 2, 2, 2, 2]]))
+  index = documents.Documents(*(x[:, None] for x in index))
+  end, memory = online.write(rule, start, init, k, k, gates, index)
+  chex.assert_tree_all_finite(end)
+  read = rule.network(k, lambda layer, x: online.read(memory, layer, x, k.dtype))
+  chex.assert_tree_all_finite(read[:, :, 3:])
