@@ -16,6 +16,7 @@ from flax import nnx
 
 from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig
 from mc_jax.models.block import Block
+from mc_jax.models.language_model import number_documents
 
 # The optimiser's level changes what is compiled by rounding only, and is half of the time it takes.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -83,6 +84,12 @@ def compiled(config):
     return logits, gradients
 
   return parameters, step
+
+
+def test_documents_are_numbered_and_padding_is_not():
+  segment_ids = jnp.array([[7, 7, 3, 3, 0, 3, 0, 0], [0, 0, 5, 5, 5, 7, 7, 7]])
+  expected = jnp.array([[1, 1, 2, 2, 0, 3, 0, 0], [0, 0, 1, 1, 1, 2, 2, 2]], jnp.int32)
+  chex.assert_trees_all_equal(number_documents(segment_ids), expected)
 
 
 def arrays(tree):
