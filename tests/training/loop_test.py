@@ -41,7 +41,7 @@ def _kill():
   [
     {"mixer": "transformer"},
     {"mixer": "transformer", "microbatches": 2, "log_every": 2},
-    {"microbatches": 2, "documents": True},
+    pytest.param({"microbatches": 2, "documents": True}, marks=pytest.mark.slow),
   ],
   ids=["transformer", "accumulated", "memory_caching"],
 )
