@@ -16,6 +16,9 @@ from mc_jax.data.config import ConfigError, DataConfig
 
 Batch = dict[str, np.ndarray]
 
+# As good as endless: the length that Grain gives an endless dataset overflows in batches of one row.
+_EPOCHS = 1_000_000
+
 
 def training(stream: np.ndarray, config: DataConfig) -> grain.DatasetIterator:
   """Endless shuffled batches of `stream` [tokens], a function of the seed and the step alone.
@@ -39,7 +42,7 @@ def training(stream: np.ndarray, config: DataConfig) -> grain.DatasetIterator:
     return _row(stream[start : start + length + 1], length, config.documents)
 
   dataset = grain.MapDataset.range(-(-len(stream) // length))
-  dataset = dataset.seed(config.seed).shuffle().repeat().random_map(cut)
+  dataset = dataset.seed(config.seed).shuffle().repeat(_EPOCHS).random_map(cut)
   dataset = dataset.batch(config.batch_size)
   # The text is in memory: threads would only wait for each other.
   return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

@@ -34,6 +34,12 @@ def test_batches_depend_on_seed_and_step_alone():
   assert (other["tokens"] != first[0]["tokens"]).any()
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_batches_of_any_size(batch_size):
+  batch = next(windows.training(STREAM, _config(batch_size=batch_size)))
+  chex.assert_shape(batch["tokens"], (batch_size, 16))
+
+
 @pytest.mark.parametrize("step", [0, 3, 40])
 def test_a_restored_iterator_goes_on_where_the_saved_one_was(step):
   iterator = windows.training(STREAM, _config())
@@ -53,6 +59,11 @@ def test_epochs_cover_the_text_in_different_orders():
   for starts in (first, second):  # one window in each stretch of 16, the last pushed back
     np.testing.assert_array_equal((starts[:-1] - 1) // 16, np.arange(9))
   assert (first != second).any()
+
+
+def test_a_batch_may_be_one_row_of_one_token():
+  batch = next(windows.training(STREAM, _config(batch_size=1, length=1)))
+  chex.assert_shape(batch["tokens"], (1, 1))
 
 
 def test_a_text_shorter_than_a_row_is_an_error():
