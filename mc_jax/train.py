@@ -7,6 +7,7 @@ command goes on where an earlier run in the same --workdir stopped.
 import pathlib
 import sys
 
+import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 from absl import app, flags, logging
 from ml_collections import config_flags
 
