@@ -47,11 +47,10 @@ class MemoryCaching(nnx.Module):
       convolution = CausalConvolution(heads, config.conv_width, rngs=rngs)
       setattr(self, f"{name}_convolution", convolution)
     if has_connector(config):
-      # Unit variance, hence |u| near sqrt(head_dim): pooled keys of different segments lie close together, and scores
-      # must tell them apart. On text (head_dim 64, segments of 256) scores start with a spread of 0.1 over a token's
-      # segments, against 0.01 for u = q of unit length. Starting 4 times larger, or from a copy of the keys' projection,
-      # trained no better: a young segment's summary is one or few keys, and its score, of that same factor, then
-      # decides its gate by chance.
+      # Unit variance, hence |u| near sqrt(head_dim): pooled keys of different segments lie close together, and the
+      # scores must tell them apart. On text (head_dim 64, segments of 256) they start with a standard deviation of
+      # 0.1 over a token's segments, against 0.01 for u = q of unit length. Larger is not better: a summary of few
+      # keys is longer, so that in a young segment the same factor makes the online gate all or nothing.
       self.connector = Linear(embed, heads, dtype=config.dtype, rngs=rngs)
     if self.rule.gates:
       starts = self.rule.gate_init(_longest_segment(config))
