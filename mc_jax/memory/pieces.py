@@ -54,18 +54,18 @@ def scan(
       x = lax.slice_in_dim(x, start, start + blocks * side * length, axis=2)
       x = x.reshape(*x.shape[:2], blocks, side, length, *x.shape[3:])
       x = jnp.moveaxis(x, (2, 3), (0, 1))  # [blocks, side, batch, heads, length, ...]
-      return x.reshape(blocks, -1, *x.shape[3:])
+      return x.reshape(blocks, side * x.shape[2], *x.shape[3:])
 
-    def join(y, side=side):
-      y = y.reshape(y.shape[0], side, -1, *y.shape[2:])
+    def join(y, blocks=blocks, side=side):
+      y = y.reshape(blocks, side, y.shape[1] // side, *y.shape[2:])
       y = jnp.moveaxis(y, (0, 1), (2, 3))  # [batch, heads, blocks, side, length, ...]
-      return y.reshape(*y.shape[:2], -1, *y.shape[5:])
+      return y.reshape(*y.shape[:2], blocks * side * y.shape[4], *y.shape[5:])
 
-    def cut_states(x, piece=piece, count=count, blocks=blocks):
-      return x[piece : piece + count].reshape(blocks, -1, *x.shape[2:])
+    def cut_states(x, piece=piece, count=count, blocks=blocks, side=side):
+      return x[piece : piece + count].reshape(blocks, side * x.shape[1], *x.shape[2:])
 
-    def join_states(y, count=count):
-      return y.reshape(count, -1, *y.shape[2:])
+    def join_states(y, count=count, side=side):
+      return y.reshape(count, y.shape[1] // side, *y.shape[2:])
 
     xs = jax.tree.map(cut, tokens), jax.tree.map(cut_states, states)
     index = last[piece : piece + count].reshape(blocks, side)[:, -1]

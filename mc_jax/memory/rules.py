@@ -182,7 +182,7 @@ def titans(
   depth: int = 2,
   expansion: int = 4,
   norm: bool = False,
-  max_grad_norm: float | None = 8.0,
+  max_grad_norm: float | None = 4.0,
   max_step: float | None = None,
 ) -> Rule:
   """Titans: momentum, retention, squared loss (arXiv:2602.24281, Eq. 34-36; signs descend, as arXiv:2501.00663 has it).
