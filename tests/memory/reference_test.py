@@ -14,7 +14,7 @@ from mc_jax.memory import reference, rules, segments
 HEAD_DIM = 3
 LENGTH = 9  # and the same options where it does not matter: tests then share what was compiled
 CHUNKS = [[2], [2], [2], [2], [1]]
-DEFAULTS = dict(  # noqa: C408
+DEFAULTS = dict(
   aggregation="none",
   segmentation=segments.constant(2),
   carry="checkpoint",
