@@ -20,7 +20,7 @@ RULES = {
   "checkpoint": {
     "linear": rules.get("linear", chunk=CHUNK),
     "swla": rules.get("swla", chunk=CHUNK),
-    "dla": rules.get("dla", chunk=CHUNK, expansion=2, max_grad_norm=0.7),
+    "dla": rules.get("dla", chunk=CHUNK, depth=1, max_grad_norm=0.7),
     "titans": rules.get("titans", chunk=CHUNK, expansion=2, max_grad_norm=4.0),
   },
   "independent": {
@@ -34,7 +34,7 @@ OPTIONS = {
   "checkpoint": dict(pool="mean", gate="softmax", gate_scale=1.5, top_k=2),
   "independent": dict(pool="sum", gate="sigmoid", top_k=1, segment_group=2),
 }
-# Matrices have a ragged last segment of a ragged chunk. Networks compile for too long; theirs are cut so further below.
+# Matrices have a ragged last segment of a ragged chunk. Networks compile for too long; theirs are further below.
 LENGTHS = {"linear": samples.LENGTH, "swla": samples.LENGTH, "dla": 24, "titans": 24}
 
 
@@ -221,7 +221,7 @@ def temporary_bytes(aggregation, length):
 
 @pytest.mark.parametrize("aggregation", ["grm", "soup", "ssc"])
 def test_a_training_steps_memory_grows_with_the_states_and_not_with_length_times_state(aggregation):
-  """Of every segment: its state, its gradient and one copy. Of every token: some vectors. Of one segment: its chunks."""
+  """Of every segment its state, its gradient and one copy; of every token some vectors; of one segment its chunks."""
   short, long = (temporary_bytes(aggregation, length) for length in (512, 1024))
   head_dim = SIZES["head_dim"]
   vector = 4 * head_dim

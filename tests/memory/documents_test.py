@@ -63,7 +63,7 @@ def test_without_documents_everything_earlier_is_seen():
   ids=lambda x: getattr(x, "name", x),
 )
 def test_a_row_of_one_document_is_a_row_without_marks(rule, aggregation, carry):
-  """So that a packed document that starts on a boundary gets what it gets alone (caching_test.py): without any marks."""
+  """So a packed document that starts on a boundary gets what it gets alone (caching_test.py) and without marks."""
   x = samples.inputs(rule, batch=2, length=8, heads=1)
   run = samples.forward(rule=rule, aggregation=aggregation, carry=carry, segmentation=segments.constant(2), top_k=1)
   chex.assert_trees_all_close(run(x, np.full((2, 8), 7)), run(x), rtol=1e-9, atol=1e-9)

@@ -42,7 +42,7 @@ def test_bfloat16_is_near_float32(name, aggregation, carry):
   what is read from a memory, the output) and what is summed is summed in float32, so errors neither line up nor grow
   with the length: outputs are within 2^-7, and gradients, which pass about twice as many, within 2^-6.
   """
-  rule = rules.get(name, chunk=8)
+  rule = rules.get(name, chunk=SEGMENT)
   x = inputs(rule)
   exact = jax.tree.map(lambda w: w.astype(np.float32), x)
   cotangent = samples.like(x.q)
