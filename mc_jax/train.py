@@ -26,6 +26,8 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells a page per checkpoint
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   workdir = pathlib.Path(WORKDIR.value or f"runs/{name}")
+  if "://" in str(WORKDIR.value):
+    raise ConfigError(f"--workdir must be a folder of this machine, got {WORKDIR.value}")
   profile = profiling.parse(PROFILE.value) if PROFILE.value else range(0)
   result = loop.train(config.from_config_dict(CONFIG.value), workdir, profile)
   if result.stopped_by:
@@ -53,7 +55,7 @@ if __name__ == "__main__":
   flags.mark_flag_as_required("config")
   try:
     app.run(main, flags_parser=parse_flags)
-  except (ConfigError, metrics.Diverged) as error:
+  except (ConfigError, metrics.Diverged, OSError) as error:
     sys.exit(f"error: {error}")
   except KeyboardInterrupt:
     sys.exit("\nstopped at once; the same command goes on from the last checkpoint")

@@ -1,7 +1,7 @@
 """Where text comes from, and which files are held out for validation.
 
 A corpus is two streams of bytes, training and validation. Files are split whole: a file is in one
-of them, decided by a hash of its name, so that adding files never moves the others.
+of them, decided by a hash of its name below the folder that all files share: files added below it move no others.
 """
 
 from __future__ import annotations

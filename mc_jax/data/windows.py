@@ -23,8 +23,8 @@ _EPOCHS = 1_000_000
 def training(stream: np.ndarray, config: DataConfig) -> grain.DatasetIterator:
   """Endless shuffled batches of `stream` [tokens], a function of the seed and the step alone.
 
-  An epoch visits every stretch of `length` tokens once, in another order and cut at another place
-  than in the epoch before. The iterator's get_state/set_state resume it exactly.
+  An epoch visits every stretch of `length` tokens once on average: one window starts at a random
+  place in each, in an order of its own. The iterator's get_state/set_state resume it exactly.
 
   Raises:
     ConfigError: the stream is shorter than one row.

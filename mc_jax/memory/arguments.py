@@ -19,8 +19,8 @@ def one_of(name: str, value: object, valid: tuple) -> None:
 
 def at_least_one(name: str, value: int) -> None:
   """Raises ValueError unless value >= 1."""
-  if value < 1:
-    raise ValueError(f"{name} must be at least 1, got {value}")
+  if not isinstance(value, int) or value < 1:
+    raise ValueError(f"{name} must be at least 1, got {value!r}")
 
 
 def check_options(
@@ -41,7 +41,7 @@ def check_options(
   one_of("implementation", implementation, (None, *IMPLEMENTATIONS))
   at_least_one("top_k", top_k)
   at_least_one("segment_group", segment_group)
-  if gate_scale <= 0:
+  if not 0 < gate_scale < float("inf"):
     raise ValueError(f"gate_scale must be positive, got {gate_scale}")
 
 
@@ -70,6 +70,10 @@ def check_arrays(
   for name, x in gates.items():
     if x.shape != (batch, length, heads):
       raise ValueError(f"gates[{name!r}] must be [batch, length, heads] = {(batch, length, heads)}; got {x.shape}")
+  if set(init) != (
+    names := set(jax.eval_shape(lambda key: rule.init(key, heads=1, head_dim=shape[3]), jax.random.key(0)))
+  ):
+    raise ValueError(f"init must have rule {rule.name!r}'s weights {sorted(names)}; got {sorted(init)}")
   for name, w in init.items():
     if w.ndim != 3 or w.shape[0] != heads:
       raise ValueError(f"init[{name!r}] must be [heads, in, out] with {heads} heads; got {w.shape}")
@@ -84,8 +88,8 @@ def check_arrays(
       )
   if gate == "token":
     caches = len(segmentation.lengths(length))
-    if token_scores is None or token_scores.shape[:3] != (batch, length, heads) or token_scores.shape[3] < caches:
-      got = None if token_scores is None else token_scores.shape
+    got = None if token_scores is None else token_scores.shape
+    if got is None or len(got) != 4 or got[:3] != (batch, length, heads) or got[3] < caches:
       raise ValueError(
         f"gate='token' needs token_scores [batch, length, heads, ages] = {(batch, length, heads)} with at least "
         f"{caches} ages, one a segment; got {got}"

@@ -3,7 +3,7 @@
 Two passes. WRITING walks the segments, and in each its chunks; it gives every token's online read and every segment's
 final memory, the cache. READING takes the cache to the queries. A segment is computed again in the backward pass from
 the state it started with, and the states that the scan keeps for that are the cache's own: activation memory is
-O(states + one segment), never O(length x state).
+O(states + one segment), never O(length x state). Scores and gates are one number per token and cache.
 """
 
 import functools
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mc_jax.memory import aggregate, arguments, online, pieces, reference, segments
 from mc_jax.memory import documents as documents_lib
@@ -84,7 +85,7 @@ def memory_caching(
     q, k, v: queries, keys, values [batch, length, heads, head_dim]. The rules' default step sizes count on
       L2-normalised keys.
     u: connectors, the gates' queries, like q.
-    gates: the rule's per-token scalars (rule.gates), {name: [batch, length, heads]}, as values, not logits.
+    gates: the rule's per-token scalars (rule.gates), {name: [batch, length, heads]}, as positive values, not logits.
     init: M_0, {name: [heads, in, out]}, from rule.init.
     rule: how a memory writes, from rules.get.
     aggregation: how caches are read: "none" (not at all), "residual" (Eq. 7), "grm" (Eq. 9), "soup" (Eq. 14), "ssc"
@@ -104,6 +105,8 @@ def memory_caching(
     [batch, length, heads, head_dim] in q's dtype; 0 at padding. Whatever that dtype, states, scores and softmax are at
     least float32.
 
+  Differentiable once, in reverse mode. Documents are kept apart as long as states are finite.
+
   Raises:
     ValueError: an unknown name, a size that is not positive, shapes that do not fit.
   """
@@ -121,12 +124,15 @@ def memory_caching(
   side_by_side = segment_group if carry == "independent" else 1
   written = write(rule, fresh, tokens, lengths, pool=pool, carries=carry == "checkpoint", side_by_side=side_by_side)
 
-  # From here on, what the aggregation does not use is never computed: XLA drops it.
+  # From here on, what the aggregation does not use is not computed: under jit, XLA drops it.
   segment, caches = segments.index(lengths), len(lengths) - 1
   visible = _visible(tokens.documents, lengths)
   memories, summaries = {name: w[:-1] for name, w in written.states.memory.items()}, written.summaries[:-1]
   if gate == "token":
-    scores = gating.token_scores(jnp.moveaxis(token_scores, 2, 1).astype(wide), segment, caches)
+    scores = jnp.moveaxis(token_scores, 2, 1).astype(wide)
+    if tokens.documents is not None:
+      scores = jnp.where(tokens.documents.valid[..., None], scores, 0.0)
+    scores = gating.token_scores(scores, segment, caches)
   else:
     scores = written.scores, gating.cached_scores(tokens.u, summaries)
 
@@ -265,7 +271,7 @@ def _visible(documents: documents_lib.Documents | None, lengths: tuple[int, ...]
   earlier = segments.index(lengths)[:, None] > jnp.arange(len(lengths) - 1)
   if documents is None:
     return earlier[None, None]
-  ends = jnp.cumsum(jnp.array(lengths[:-1], int)) - 1
+  ends = np.cumsum(np.array(lengths[:-1], int)) - 1
   owner = jnp.where(documents.valid, documents.number, -1)[..., ends]
   return earlier & (documents.number[..., :, None] == owner[..., None, :])
 

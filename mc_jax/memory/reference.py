@@ -160,7 +160,7 @@ def _aggregate(aggregation, network, q, memories, scores, visible, gate, top_k):
   i = jnp.arange(len(scores))
   online = i == len(scores) - 1
   if aggregation == "none":
-    visible = online
+    visible, gate = online, "constant"
   elif aggregation == "residual":  # Eq. 7
     gate = "constant"
   elif aggregation == "ssc":  # Eq. 16: of the visible caches, the k of largest score (of equals, the earliest)

@@ -70,6 +70,10 @@ class Checkpoints:
     self.close()
 
 
+# How a model is computed, not what it is: these may change when a run goes on.
+_HOW = ("model.remat", "model.memory.implementation", "model.memory.segment_group")
+
+
 def changed(stored: dict, config: Config, workdir: pathlib.Path) -> dict[str, tuple]:
   """Fields in which a run that goes on differs from its checkpoint, {field: (then, now)}.
 
@@ -78,7 +82,7 @@ def changed(stored: dict, config: Config, workdir: pathlib.Path) -> dict[str, tu
   """
   then = config_lib.from_dict(stored)
   fields = config_lib.differences(then, config)
-  model = {field: values for field, values in fields.items() if field.startswith("model.")}
+  model = {field: values for field, values in fields.items() if field.startswith("model.") and field not in _HOW}
   if model:
     lines = [f"  {field}: {a!r} in the checkpoint, {b!r} now" for field, (a, b) in model.items()]
     raise ConfigError(

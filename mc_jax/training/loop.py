@@ -127,6 +127,7 @@ def _steps(
       log.write(records)
       progress.report(records[-1])
       if saves:
+        metrics.require_finite(step, current.params)
         checkpoints.save(step, current, batches, config)
       if last:
         break

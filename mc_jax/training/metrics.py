@@ -9,6 +9,7 @@ import pathlib
 import time
 
 import jax
+import numpy as np
 import tensorboardX
 
 JSONL = "metrics.jsonl"
@@ -51,6 +52,15 @@ def device_memory(device: jax.Device) -> dict[str, float]:
 
 class Diverged(RuntimeError):
   """The loss or its gradient is not a finite number; the message names the step."""
+
+
+def require_finite(step: int, params: object) -> None:
+  """Raises Diverged if any parameter is not finite: such a state must not become a checkpoint."""
+  if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(params))):
+    raise Diverged(
+      f"step {step}: a parameter is not finite. No checkpoint of it was made, older ones are kept; "
+      "a lower optimizer.learning_rate may get past it"
+    )
 
 
 class MetricsLog:
