@@ -83,17 +83,25 @@ def _scan(recurrence, constants, initial, tokens, marks):
   blocks = _blocks(constants, 1), _blocks(initial, 2), _blocks(tokens, 3), _blocks(marks, 3)
   _, y = jax.eval_shape(step, *blocks)
 
-  def kernel(constants, initial, tokens, marks, outputs, ends, carry):
-    segment, chunk = pl.program_id(2), pl.program_id(3)
+  def kernel(constants, initial, tokens, marks, outputs, ends, carry, sent):
+    row, segment, chunk = (pl.program_id(0), pl.program_id(1)), pl.program_id(2), pl.program_id(3)
     constants = _load(constants)
+
+    def send(segment):
+      at = jax.tree.map(lambda ref: ref.at[(segment, *row)], ends)
+      return jax.tree.map(pltpu.make_async_copy, carry, at, sent)
 
     @pl.when((segment == 0) & (chunk == 0))
     def _():
-      _store(carry, _load(initial))
+      jax.tree.map(lambda source, target: pltpu.sync_copy(source.at[row], target), initial, carry)
+
+    @pl.when((segment > 0) & (chunk == 0))
+    def _():
+      jax.tree.map(lambda copy: copy.wait(), send(segment - 1))
 
     @pl.when(chunk == 0)
     def _():
-      _store(carry, restart(constants, _load(carry)))
+      _update(carry, functools.partial(restart, constants))
 
     end, y = step(constants, _load(carry), _load(tokens), _load(marks))
     _store(outputs, y)
@@ -101,7 +109,11 @@ def _scan(recurrence, constants, initial, tokens, marks):
 
     @pl.when(chunk == chunks - 1)
     def _():
-      _store(ends, end)
+      jax.tree.map(lambda copy: copy.start(), send(segment))
+
+    @pl.when((chunk == chunks - 1) & (segment == segments - 1))
+    def _():
+      jax.tree.map(lambda copy: copy.wait(), send(segment))
 
   def here(b, h, s, c):
     return b, h, s * chunks + c
@@ -112,13 +124,13 @@ def _scan(recurrence, constants, initial, tokens, marks):
     grid=(batch, heads, segments, chunks),
     in_specs=(
       _specs(blocks[0], lambda b, h, s, c: (h,)),
-      _specs(blocks[1], lambda b, h, s, c: (b, h)),
+      jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), initial),
       _specs(blocks[2], here),
       _specs(blocks[3], lambda b, h, s, c: (b, 0, s * chunks + c)),
     ),
     out_shape=out_shape,
-    out_specs=(_specs(y, here), _specs(blocks[1], lambda b, h, s, c: (s, b, h))),
-    scratch_shapes=(_scratch(blocks[1]),),
+    out_specs=(_specs(y, here), jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), initial)),
+    scratch_shapes=(_scratch(blocks[1]), jax.tree.map(lambda _: pltpu.SemaphoreType.DMA, initial)),
     cost_estimate=_cost(
       [(batch * heads * length, step, blocks)],
       (constants, initial, tokens, marks, out_shape),
@@ -282,6 +294,17 @@ def _store(refs: Pytree, values: Pytree, *at: jax.Array) -> None:
     ref[(*at, ...)] = value.astype(ref.dtype)
 
   jax.tree.map(store, refs, values)
+
+
+def _update(refs: Pytree, function: Callable[[Pytree], Pytree]) -> None:
+  """Stores function(what the refs hold), where that is anything new."""
+  before = _load(refs)
+
+  def store(ref, old, new):
+    if new is not old:
+      ref[...] = new.astype(ref.dtype)
+
+  jax.tree.map(store, refs, before, function(before))
 
 
 def _add(refs: Pytree, values: Pytree) -> None:
