@@ -6,6 +6,7 @@ touching the network. Weights are stored [in, out] and read as x @ W.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -58,7 +59,7 @@ class MLP:
   def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
     h = x
     for layer in range(1, self.depth):
-      h = jax.nn.gelu(linear(f"w{layer}", h))
+      h = gelu(linear(f"w{layer}", h))
     h = linear(f"w{self.depth}", h)
     return x + (layer_norm(h) if self.norm else h)
 
@@ -71,6 +72,32 @@ class MLP:
       )
     }
 
+
+@jax.custom_jvp
+def gelu(x: jax.Array) -> jax.Array:
+  """x Phi(x), by the tanh approximation; its derivative is one array to keep, where jax.nn.gelu's are several."""
+  return 0.5 * x * (1.0 + _tanh(x))
+
+
+def _tanh(x):
+  return jnp.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * (x * x * x)))
+
+
+@jax.custom_jvp
+def _gelu_slope(x):
+  t = _tanh(x)
+  return 0.5 * (1.0 + t) + x * (1.0 - t * t) * (0.5 * math.sqrt(2.0 / math.pi)) * (1.0 + 3 * 0.044715 * (x * x))
+
+gelu.defjvp(lambda p, t: (gelu(p[0]), _gelu_slope(p[0]) * t[0]))
+
+def _gelu_curve(x):
+  t = _tanh(x)
+  c = math.sqrt(2.0 / math.pi)
+  u1 = c * (1.0 + 3 * 0.044715 * (x * x))
+  s = 1.0 - t * t
+  return s * (u1 + x * (3 * 0.044715 * c) * x - x * t * u1 * u1)
+
+_gelu_slope.defjvp(lambda p, t: (_gelu_slope(p[0]), _gelu_curve(p[0]) * t[0]))
 
 def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
   """Layer norm over the last axis, without parameters."""

@@ -229,7 +229,7 @@ def inner_gradients(
     inputs = {}
 
     def bumped(name, x):
-      inputs[name] = x
+      inputs[name] = x.astype(k.dtype)
       return linear(name, x) + bumps[name]
 
     return rule.loss(rule.network(k, bumped), v).sum(), inputs
