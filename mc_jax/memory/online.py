@@ -157,7 +157,7 @@ def write(
   if incoming is not None and rule.window > 1:  # keys from before the chunk came in
     incoming = jnp.pad(incoming, [(0, 0)] * (incoming.ndim - 1) + [(rule.window - 1, 0)], constant_values=True)
   inputs, errors = inner_gradients(rule, k, v, _start_read(start, fresh, incoming, dtype), fresh)
-  c = coefficients(rule, gates, seen, state_dtype(dtype))
+  c = coefficients(rule, gates, seen, dtype)
 
   def came_in(before, otherwise):  # the state before the chunk, if it is the last token's
     return before if incoming is None else jnp.where(incoming[..., -1, None, None], before, otherwise)
@@ -193,8 +193,9 @@ def read(online: Online, name: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array
   return y - product(attention, online.errors[name], dtype)
 
 
-def coefficients(rule: Rule, gates: Weights, seen: Visible, dtype: jnp.dtype) -> Coefficients:
-  """A, c, C, and the last rows that the next state needs. gates {name: [..., T]}."""
+def coefficients(rule: Rule, gates: Weights, seen: Visible, compute: jnp.dtype) -> Coefficients:
+  """A, c, C, and the last rows that the next state needs. gates {name: [..., T]}; products in the compute dtype."""
+  dtype = state_dtype(compute)
   gates = {name: gates[name].astype(dtype) for name in rule.gates}
 
   def stepped(weights):  # weights @ B
@@ -204,7 +205,7 @@ def coefficients(rule: Rule, gates: Weights, seen: Visible, dtype: jnp.dtype) ->
       return weights * gates["eta"][..., None, :]
     length, keys = seen.reach.shape[-2:]
     band = sum(gates[eta][..., None] * jnp.eye(length, keys, keys - length - i) for i, eta in enumerate(rule.steps))
-    return weights @ jnp.where(seen.reach, band, 0.0)
+    return product(weights, jnp.where(seen.reach, band, 0.0), compute)
 
   decay, retained = _decays(gates["alpha"], seen.same) if rule.retention else (None, seen.same.astype(dtype))
   if not rule.momentum:
@@ -212,7 +213,7 @@ def coefficients(rule: Rule, gates: Weights, seen: Visible, dtype: jnp.dtype) ->
   kept, accumulated = _decays(gates["beta"], seen.same)
   carry = (retained * kept[..., None, :]).sum(-1)
   accumulated = stepped(accumulated)
-  return Coefficients(decay, carry, retained @ accumulated, kept[..., -1], accumulated[..., -1, :])
+  return Coefficients(decay, carry, product(retained, accumulated, compute), kept[..., -1], accumulated[..., -1, :])
 
 
 def inner_gradients(
@@ -259,8 +260,22 @@ def _decays(gate: jax.Array, same: jax.Array) -> tuple[jax.Array, jax.Array]:
   and NaN within 256 tokens in float32.
   """
   logs = jnp.log(jnp.maximum(gate, jnp.finfo(gate.dtype).tiny))
-  logs = jnp.einsum("...tj,...j->...t", same.astype(gate.dtype), logs, precision=jax.lax.Precision.HIGHEST)
+  logs = _masked_sums(same, logs)
   return jnp.exp(logs), jnp.exp(jnp.where(same, logs[..., :, None] - logs[..., None, :], -jnp.inf))
+
+
+def _masked_sums(mask: jax.Array, x: jax.Array) -> jax.Array:
+  """sum_j mask_tj x_j to float32's precision: mask [..., T, T] bool, x [..., T] to [..., T].
+
+  A float32 number is the sum of three bfloat16 ones, which one pass of a TPU's matrix unit multiplies by the mask.
+  """
+  if x.dtype != jnp.float32:
+    return jnp.einsum("...tj,...j->...t", mask.astype(x.dtype), x)
+  parts = []
+  for _ in range(3):
+    parts.append(x.astype(jnp.bfloat16).astype(jnp.float32))
+    x -= parts[-1]
+  return product(jnp.stack(parts, -2), jnp.swapaxes(mask, -1, -2), jnp.bfloat16).sum(-2)
 
 
 def _last(x: jax.Array, count: int, seen: Visible, documents: Documents | None) -> jax.Array:
