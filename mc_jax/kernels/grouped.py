@@ -1,0 +1,174 @@
+"""A function of blocks of tokens, each with the state that it chose: a Pallas TPU kernel, forward and backward.
+
+Blocks come sorted by the state that owns them, so a state is fetched once for all its blocks, and its gradient stays in
+VMEM while they pass. The function is handed in and runs whole inside the kernels, its gradient by `jax.vjp` there: what
+a network has between its layers never leaves VMEM, where a grouped matrix product a layer would write it to HBM.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from mc_jax.kernels import vmem
+
+Pytree = Any
+Function = Callable[[jax.Array, Pytree], jax.Array]
+
+
+def grouped(
+  function: Function,
+  x: jax.Array,
+  owner: jax.Array,
+  states: Pytree,
+  *,
+  name: str = "selected_read",
+  interpret: bool | pltpu.InterpretParams = False,
+) -> jax.Array:
+  """y of every block is function(x of the block, the state that owns the block).
+
+  Args:
+    function: (x [1, T, in], states' leaves [1, a, b]) to [1, T, out], pure.
+    x: [rows, blocks, T, in], T a multiple of 8 (float32) or 16 (bfloat16) tokens, better of 128.
+    owner: [rows, blocks] int32, ascending along each row; a block whose owner is `states` or more is empty.
+    states: arrays [states, rows, a, b].
+    name: the kernels are called name_fwd and name_bwd.
+    interpret: as in `pl.pallas_call`.
+
+  Returns:
+    [rows, blocks, T, out] in the function's dtype; zero in empty blocks. So is the gradient in their x, and in states
+    that own no block.
+  """
+  return _grouped(function, name, interpret, x, owner, states)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _grouped(function, name, interpret, x, owner, states):
+  y = jax.eval_shape(function, *_one(x, states))
+  y = jax.ShapeDtypeStruct((*x.shape[:2], *y.shape[1:]), y.dtype)
+  count = _count(states)
+
+  def kernel(owner, x, states, y):
+    mine = owner[pl.program_id(0), pl.program_id(1)]
+
+    @pl.when(mine < count)
+    def _():
+      y[...] = function(x[...], jax.tree.map(lambda w: w[...], states))
+
+    @pl.when(mine >= count)
+    def _():
+      y[...] = jnp.zeros_like(y)
+
+  return pl.pallas_call(
+    kernel,
+    out_shape=y,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,
+      grid=x.shape[:2],
+      in_specs=[_tokens(x), jax.tree.map(_owned, states)],
+      out_specs=_tokens(y),
+    ),
+    cost_estimate=_cost(function, x, states, (x, states, y)),
+    **_parameters(f"{name}_fwd", interpret),
+  )(owner, x, states)
+
+
+def _forward(function, name, interpret, x, owner, states):
+  return _grouped(function, name, interpret, x, owner, states), (x, owner, states)
+
+
+def _backward(function, name, interpret, residuals, d_y):
+  x, owner, states = residuals
+  count = _count(states)
+
+  def kernel(owner, x, states, d_y, _, d_x, d_states):
+    row, block = pl.program_id(0), pl.program_id(1)
+    mine, before = owner[row, block], owner[row, jnp.maximum(block - 1, 0)]
+
+    @pl.when((block == 0) | (jnp.minimum(mine, count - 1) != jnp.minimum(before, count - 1)))
+    def _():
+      jax.tree.map(lambda d: d.__setitem__(..., jnp.zeros_like(d)), d_states)
+
+    @pl.when(mine < count)
+    def _():
+      _, pull = jax.vjp(function, x[...], jax.tree.map(lambda w: w[...], states))
+      d_x[...], parts = pull(d_y[...])
+      jax.tree.map(lambda d, part: d.__setitem__(..., d[...] + part.astype(d.dtype)), d_states, parts)
+
+    @pl.when(mine >= count)
+    def _():
+      d_x[...] = jnp.zeros_like(d_x)
+
+  def back(x, states):
+    y, pull = jax.vjp(function, x, states)
+    return pull(y)
+
+  # Gradients add up in float32. They are written over zeros, which is what remains of states that own no block.
+  wide = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), states)
+  first = 3 + len(jax.tree.leaves(states))
+  d_x, d_states = pl.pallas_call(
+    kernel,
+    out_shape=(x, wide),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,
+      grid=x.shape[:2],
+      in_specs=[
+        _tokens(x),
+        jax.tree.map(_owned, states),
+        _tokens(d_y),
+        jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), wide),
+      ],
+      out_specs=(_tokens(x), jax.tree.map(_owned, wide)),
+    ),
+    input_output_aliases={first + i: 1 + i for i in range(len(jax.tree.leaves(wide)))},
+    cost_estimate=_cost(back, x, states, (x, states, d_y, x, wide)),
+    **_parameters(f"{name}_bwd", interpret),
+  )(owner, x, states, d_y, wide)
+  return d_x, None, jax.tree.map(lambda d, w: d.astype(w.dtype), d_states, states)
+
+
+_grouped.defvjp(_forward, _backward)
+
+
+def _count(states: Pytree) -> int:
+  return jax.tree.leaves(states)[0].shape[0]
+
+
+def _one(x: jax.Array, states: Pytree) -> tuple[jax.ShapeDtypeStruct, Pytree]:
+  """A block of tokens and a state, as the function gets them."""
+  return jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[2:]), a.dtype), (x, states))
+
+
+def _tokens(x: jax.Array) -> pl.BlockSpec:
+  return pl.BlockSpec((1, None, *x.shape[2:]), lambda row, block, owner: (row, block, 0, 0))
+
+
+def _owned(w: jax.Array) -> pl.BlockSpec:
+  """A block's own state; for an empty one the last, which the block before it may have had already."""
+  return pl.BlockSpec(
+    (None, 1, *w.shape[2:]), lambda row, block, owner: (jnp.minimum(owner[row, block], len(w) - 1), row, 0, 0)
+  )
+
+
+def _cost(function: Callable, x: jax.Array, states: Pytree, arrays: Pytree) -> pl.CostEstimate:
+  """All blocks taken to be full and all states to be read; every array crosses HBM once."""
+  blocks = math.prod(x.shape[:2])
+  one = pl.estimate_cost(function, *_one(x, states))
+  return pl.CostEstimate(
+    flops=blocks * one.flops,
+    transcendentals=blocks * one.transcendentals,
+    bytes_accessed=sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(arrays)),
+  )
+
+
+def _parameters(name: str, interpret: bool | pltpu.InterpretParams) -> dict[str, Any]:
+  return dict(
+    name=name,
+    interpret=interpret,
+    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem.budget()),
+  )

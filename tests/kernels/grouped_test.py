@@ -1,0 +1,102 @@
+"""Blocks read by the state that owns them: against a plain loop, with empty blocks and states that own none."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from mc_jax.kernels.grouped import grouped
+
+ROWS, STATES, TOKENS, WIDTH = 2, 4, 16, 8
+# State 1 of the first row and state 0 and 3 of the second own no block; STATES marks an empty one.
+OWNER = np.array([[0, 0, 2, 3, 3, STATES], [1, 1, 1, 2, STATES, STATES]], np.int32)
+
+
+def network(x, state):
+  dot = functools.partial(jnp.matmul, precision="highest", preferred_element_type=jnp.float32)
+  return x + dot(jnp.tanh(dot(x, state["w1"].astype(x.dtype))).astype(x.dtype), state["w2"].astype(x.dtype))
+
+
+def plain(x, owner, states):
+  def block(row, mine, x):
+    if mine >= STATES:
+      return jnp.zeros_like(network(x, jax.tree.map(lambda w: w[0, row], states)))
+    return network(x, jax.tree.map(lambda w: w[mine, row], states))
+
+  return jnp.stack([jnp.stack([block(r, mine, x[r, i]) for i, mine in enumerate(owner[r])]) for r in range(ROWS)])
+
+
+def arguments(dtype=jnp.float32):
+  keys = jax.random.split(jax.random.key(0), 4)
+  x = jax.random.normal(keys[0], (*OWNER.shape, TOKENS, WIDTH), dtype)
+  states = {
+    "w1": jax.random.normal(keys[1], (STATES, ROWS, WIDTH, 3 * WIDTH)),
+    "w2": jax.random.normal(keys[2], (STATES, ROWS, 3 * WIDTH, WIDTH)),
+  }
+  return x, states, jax.random.normal(keys[3], x.shape)
+
+
+def gradients(read, x, states, d_y):
+  y, pull = jax.vjp(read, x, states)
+  return y, *pull(d_y.astype(y.dtype))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("owner", [OWNER, np.zeros_like(OWNER), np.full_like(OWNER, STATES - 1)])
+def test_agrees_with_a_plain_loop(dtype, owner):
+  args = arguments(dtype)
+  got = gradients(lambda x, states: grouped(network, x, owner, states, interpret=True), *args)
+  expected = gradients(lambda x, states: plain(x, owner, states), *args)
+  tolerance = 1e-5 if dtype == jnp.float32 else 2e-2  # the loop adds up bfloat16 gradients
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, tolerance, tolerance * np.abs(b).max()), got, expected)
+  assert jax.tree.map(lambda a: a.dtype, got) == jax.tree.map(lambda a: a.dtype, expected)
+
+
+def test_what_nobody_chose_has_exactly_zero_gradients():
+  x, states, d_y = arguments()
+  x = x.at[OWNER == STATES].set(jnp.nan)  # whatever fills the empty blocks
+  y, d_x, d_states = gradients(lambda x, s: grouped(network, x, OWNER, s, interpret=True), x, states, d_y)
+  assert not y[OWNER == STATES].any()
+  assert not d_x[OWNER == STATES].any()
+  chosen = np.array([[i in row for row in OWNER] for i in range(STATES)])
+  for d in d_states.values():
+    assert not d[~chosen].any()
+    assert d[chosen].any(axis=(1, 2)).all()
+
+
+def test_all_blocks_empty():
+  owner = np.full_like(OWNER, STATES)
+  for leaf in jax.tree.leaves(gradients(lambda x, s: grouped(network, x, owner, s, interpret=True), *arguments())):
+    assert not leaf.any()
+
+
+def test_gradients_of_bfloat16_states_add_up_in_float32():
+  """A thousand like parts: in bfloat16 a sum stands still after some 256 of them."""
+  owner = np.zeros((1, 1000), np.int32)
+  x, states = jnp.ones((1, 1000, 16, 8), jnp.bfloat16), jnp.zeros((1, 1, 8, 8), jnp.bfloat16)
+
+  def total(states):
+    product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    return grouped(product, x, owner, states, interpret=True).sum()
+
+  d = jax.grad(total)(states)
+  assert d.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(d, 16_000)
+
+
+def test_owners_may_be_traced():
+  x, states, _ = arguments()
+  run = jax.jit(lambda x, owner, s: grouped(network, x, owner, s, interpret=True))
+  np.testing.assert_allclose(run(x, OWNER, states), plain(x, OWNER, states), 1e-5, 1e-5)
+
+
+def test_no_races(capfd):
+  args = arguments()
+  interpret = pltpu.InterpretParams(detect_races=True)
+  got = gradients(lambda x, s: grouped(network, x, OWNER, s, interpret=interpret), *args)
+  expected = gradients(lambda x, s: plain(x, OWNER, s), *args)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5 * np.abs(b).max()), got, expected)
+  assert "RACE" not in "".join(capfd.readouterr())
