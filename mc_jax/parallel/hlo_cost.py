@@ -241,7 +241,9 @@ class _Program:
     return min(total, array.bytes) if fused.users.get(name) else array.bytes
 
   def _kernel(self, op: _Instruction, operands: list[_Instruction]) -> collections.Counter:
-    name = re.sub(r"(\.\d+|\.clone|\.remat\d*)+$", "", op.name)
+    # Its own name is what transformations are wrapped around: ".../transpose(jvp(NAME))/pallas_call".
+    named = re.search(r"([\w.\-]+)\)*/pallas_call", op.attribute("op_name", r'"([^"]*)') or "")
+    name = named[1] if named else re.sub(r"(\.\d+|\.clone)+$", "", op.name)
     total = collections.Counter({("kernel calls", name): 1})
     if found := re.search(r'"cost_estimate":\{([^}]*)\}', op.attributes):
       estimate = collections.Counter({key: int(n) for key, n in re.findall(r'"(\w+)":"?(-?\d+)', found[1])})

@@ -195,6 +195,22 @@ def test_a_kernel_is_worth_its_estimate_times_its_calls():
   assert result.kernels["double"].calls == 6
 
 
+def test_a_kernel_keeps_its_name_under_transformations():
+  def double(x_ref, y_ref):
+    y_ref[...] = 2 * x_ref[...]
+
+  @jax.custom_vjp
+  def f(x):
+    return pl.pallas_call(double, out_shape=x, name="forward")(x)
+
+  def backward(_, d_y):
+    return (pl.pallas_call(double, out_shape=d_y, name="backward")(d_y),)
+
+  f.defvjp(lambda x: (f(x), None), backward)
+  result = cost(jax.grad(lambda x: jnp.square(f(x)).sum()), ("float32", 256, 256))
+  assert result.kernels.keys() == {"forward", "backward"}
+
+
 def test_collectives_are_counted_apart():
   mesh = topology.mesh(TPU, {"x": 4})
   split = jax.sharding.NamedSharding(mesh, jax.P(None, "x"))
