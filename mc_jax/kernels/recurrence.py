@@ -19,7 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mc_jax.kernels import vmem
+from mc_jax.kernels import cost, vmem
 
 Pytree = Any
 
@@ -311,12 +311,12 @@ def _add(refs: Pytree, values: Pytree) -> None:
   _store(refs, jax.tree.map(lambda ref, value: ref[...] + value.astype(ref.dtype), refs, values))
 
 
-def _cost(work: list, arrays: Pytree) -> pl.CostEstimate:
-  """FLOPs and transcendentals of (how often, function, arguments); bytes of arrays that cross HBM once."""
-  estimates = [(count, pl.estimate_cost(function, *args)) for count, function, args in work]
+def _cost(runs: list, arrays: Pytree) -> pl.CostEstimate:
+  """The work of (how often, function, arguments) runs; bytes of arrays that cross HBM once."""
+  works = [(count, cost.work(function, *args)) for count, function, args in runs]
   return pl.CostEstimate(
-    flops=sum(count * e.flops for count, e in estimates),
-    transcendentals=sum(count * e.transcendentals for count, e in estimates),
+    flops=sum(count * w.flops for count, w in works),
+    transcendentals=sum(count * w.transcendentals for count, w in works),
     bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays)),
   )
 

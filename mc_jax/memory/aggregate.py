@@ -73,33 +73,21 @@ def _at(states: Weights, i: jax.Array) -> Weights:
   return {name: lax.dynamic_index_in_dim(w, i, 0, keepdims=False) for name, w in states.items()}
 
 
-def read_gated(network: Network, q: jax.Array, gates: jax.Array, states: Weights, count: jax.Array) -> jax.Array:
-  """sum_i gamma_i M^(i)(q) over the first `count` memories (Eq. 7, 9): whole networks, one after the other.
-
-  q [b, h, T, d], gates [b, h, T, n], states {name: [n, b, h, in, out]} to [b, h, T, d], at least float32.
-  """
-
-  return gated_sum(functools.partial(_read_block, network), q, jnp.moveaxis(gates, -1, 0), states, count)
+def whole(network: Network) -> Contribution:
+  """M(x): what a cached memory contributes to residual and grm (Eq. 7, 9), its hidden layers included."""
+  return functools.partial(_read_block, network)
 
 
-def read_layer(x: jax.Array, gates: jax.Array, states: jax.Array, count: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """x sum_i gamma_i W^(i): one layer of a soup (Eq. 14-15), read without building it.
-
-  x [b, h, T, in], gates [b, h, T, n], states [n, b, h, in, out] to [b, h, T, out], at least float32.
-  """
-
-  def contribution(x, memory):
-    return product(x, memory["w"], dtype)
-
-  return gated_sum(contribution, x, jnp.moveaxis(gates, -1, 0), {"w": states}, count)
+def layer(name: str) -> Contribution:
+  """x W: what a cached memory contributes to one layer of a soup (Eq. 14-15)."""
+  return functools.partial(_read_layer, name)
 
 
-def read_selected(
-  network: Network, q: jax.Array, index: jax.Array, gates: jax.Array, states: Weights, *, block: int = 32
-) -> jax.Array:
+def read_selected(network: Network, q: jax.Array, index: jax.Array, gates: jax.Array, states: Weights) -> jax.Array:
   """sum over a token's selected memories of gamma M(q) (Eq. 17): a mixture of experts whose experts are the caches.
 
-  (token, slot) pairs are sorted by the memory they chose and read by a grouped product; cost k / n of `read_gated`.
+  (token, slot) pairs are sorted by the memory they chose and read in blocks of one memory each; cost k / n of reading
+  them all.
 
   Args:
     network: the memory's network.
@@ -107,74 +95,67 @@ def read_selected(
     index: [b, h, length, k] int, the memories chosen.
     gates: [b, h, length, k]; where 0 the slot is empty.
     states: {name: [n, b, h, in, out]}.
-    block: tokens per block, off TPU.
 
   Returns:
     [b, h, length, d], at least float32.
   """
-  length, slots = index.shape[-2:]
-  states = {name: jnp.moveaxis(w, 0, 2) for name, w in states.items()}  # [b, h, n, in, out]
-  chosen = index.reshape(*index.shape[:-2], length * slots)
+  return select_and_read(functools.partial(_read_in_turn, network), 32, q, index, gates, states)
+
+
+def select_and_read(
+  read_blocks: Callable[[jax.Array, jax.Array, Weights], jax.Array],
+  block: int,
+  q: jax.Array,
+  index: jax.Array,
+  gates: jax.Array,
+  states: Weights,
+) -> jax.Array:
+  """`read_selected`, its blocks of `block` tokens read by a function handed in.
+
+  read_blocks: (x [b, h, blocks, block, d], owner [b, h, blocks] int32 ascending, states) to y like x. An owner of n
+  marks a block that nobody looks at.
+  """
+  slots, memories = index.shape[-1], jax.tree.leaves(states)[0].shape[0]
+  chosen = index.reshape(*index.shape[:-2], -1)
   order = jnp.argsort(chosen, axis=-1)
   chosen = jnp.take_along_axis(chosen, order, axis=-1)
-  rows = jnp.take_along_axis(q, (order // slots)[..., None], axis=-2)  # [b, h, pairs, d], sorted by memory
-  y = lax.platform_dependent(
-    rows,
-    chosen,
-    states,
-    tpu=functools.partial(_grouped_ragged, network),
-    default=functools.partial(_grouped_blocks, network, block),
-  )
-  y = jnp.take_along_axis(y, jnp.argsort(order, axis=-1)[..., None], axis=-2)  # unsorted
-  y = y.reshape(*index.shape, y.shape[-1])
-  gates = gates[..., None]
+  pairs = chosen.shape[-1]
+  take = functools.partial(jnp.take_along_axis, axis=-1)
+
+  # Each memory's pairs are padded to whole blocks.
+  sizes = (chosen[..., None] == jnp.arange(memories)).sum(-2, dtype=jnp.int32)
+  used = -(-sizes // block)
+  first = jnp.cumsum(used, -1) - used  # every memory's first block
+  row = jnp.cumsum(sizes, -1) - sizes  # and first pair
+  blocks = jnp.arange(-(-pairs // block) + memories)  # enough for a partly filled last block of every memory
+  owner = (blocks >= (first + used)[..., None]).sum(-2, dtype=jnp.int32)
+  known = jnp.minimum(owner, memories - 1)
+  source = (take(row, known) + (blocks - take(first, known)) * block)[..., None] + jnp.arange(block)
+  source = jnp.minimum(source, pairs - 1).reshape(*chosen.shape[:2], -1)  # the pair in each place of each block
+  place = take(first, chosen) * block + jnp.arange(pairs) - take(row, chosen)  # the place of each pair
+
+  x = jnp.take_along_axis(q, (take(order, source) // slots)[..., None], axis=-2)
+  y = read_blocks(x.reshape(*owner.shape, block, -1), owner, states)
+  y = y.reshape(*chosen.shape[:2], -1, y.shape[-1])
+  y = jnp.take_along_axis(y, take(place, jnp.argsort(order, axis=-1))[..., None], axis=-2)  # unsorted
+  y, gates = y.reshape(*index.shape, -1), gates[..., None]
   return jnp.where(gates == 0, 0.0, gates * y).sum(-2)
 
 
-def _sizes(chosen: jax.Array, states: Weights) -> jax.Array:
-  """How many of the sorted rows each memory reads: [b, h, pairs] to [b, h, n]."""
-  memories = jnp.arange(jax.tree.leaves(states)[0].shape[2])
-  return (chosen[..., None] == memories).sum(-2, dtype=jnp.int32)
-
-
-def _grouped_ragged(network: Network, rows: jax.Array, chosen: jax.Array, states: Weights) -> jax.Array:
-  """M(row) for rows [b, h, pairs, d] sorted by the memory they chose [b, h, pairs], by `jax.lax.ragged_dot`."""
-  dtype, wide = rows.dtype, state_dtype(rows.dtype)
-  sizes = _sizes(chosen, states).reshape(-1)
-  flat = {name: w.reshape(-1, *w.shape[-2:]).astype(dtype) for name, w in states.items()}
-
-  def linear(name, x):
-    return lax.ragged_dot(x.astype(dtype), flat[name], sizes, preferred_element_type=wide)
-
-  return network(rows.reshape(-1, rows.shape[-1]), linear).astype(wide).reshape(rows.shape)
-
-
-def _grouped_blocks(network: Network, block: int, rows: jax.Array, chosen: jax.Array, states: Weights) -> jax.Array:
-  """The same off TPU, where `ragged_dot` costs a product over all rows for every memory.
-
-  Each memory's rows are padded to whole blocks, and each block multiplied by its memory, gathered, a few at a time.
-  """
-  batch, heads, pairs, width = rows.shape
-  sizes = _sizes(chosen, states)
-  memories = sizes.shape[-1]
+def _read_in_turn(network: Network, x: jax.Array, owner: jax.Array, states: Weights) -> jax.Array:
+  """M^(owner)(x) block by block, each multiplied by its memory, gathered, a few at a time."""
+  states = {name: jnp.moveaxis(w, 0, 2) for name, w in states.items()}  # [b, h, n, in, out]
+  memories, blocks = jax.tree.leaves(states)[0].shape[2], owner.shape[-1]
   together = max(1, memories // 4)  # blocks whose gathered memories exist at one time
-  steps = -(-(-(-pairs // block) + memories) // together)  # enough for a partly filled last block of every memory
-  take = functools.partial(jnp.take_along_axis, axis=-1)
+  steps = -(-blocks // together)
 
-  used = -(-sizes // block)
-  first = jnp.cumsum(used, -1) - used  # every memory's first block
-  row = jnp.cumsum(sizes, -1) - sizes  # and first row
-  blocks = jnp.arange(steps * together)
-  owner = jnp.minimum((blocks >= (first + used)[..., None]).sum(-2), memories - 1)
-  source = (take(row, owner) + (blocks - take(first, owner)) * block)[..., None] + jnp.arange(block)
-  source = jnp.minimum(source, pairs - 1).reshape(batch, heads, -1)  # the row in each place of each block
-  place = take(first, chosen) * block + jnp.arange(pairs) - take(row, chosen)  # the place of each row
+  def cut(x):
+    x = jnp.pad(x, [(0, 0)] * 2 + [(0, steps * together - blocks)] + [(0, 0)] * (x.ndim - 3))
+    return jnp.moveaxis(x.reshape(*x.shape[:2], steps, together, *x.shape[3:]), 2, 0)
 
-  x = jnp.take_along_axis(rows, source[..., None], axis=-2).reshape(batch, heads, steps, together, block, width)
-  owner = owner.reshape(batch, heads, steps, together)
-  y = _read_blocks(network, jnp.moveaxis(x, 2, 0), jnp.moveaxis(owner, 2, 0), states)
-  y = jnp.moveaxis(y, 0, 2).reshape(batch, heads, -1, width)
-  return jnp.take_along_axis(y, place[..., None], axis=-2)
+  y = _read_blocks(network, cut(x), cut(jnp.minimum(owner, memories - 1)), states)
+  y = jnp.moveaxis(y, 0, 2)
+  return y.reshape(*y.shape[:2], -1, *y.shape[4:])[:, :, :blocks]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -213,6 +194,10 @@ _read_blocks.defvjp(_read_blocks_forward, _read_blocks_backward)
 
 def _read_block(network: Network, x: jax.Array, memory: Weights) -> jax.Array:
   return network(x, dense(memory, x.dtype)).astype(state_dtype(x.dtype))
+
+
+def _read_layer(name: str, x: jax.Array, memory: Weights) -> jax.Array:
+  return product(x, memory[name], x.dtype)
 
 
 def _gather(states: Weights, owner: jax.Array) -> Weights:

@@ -8,7 +8,7 @@ from mc_jax.memory.networks import Weights
 from mc_jax.memory.rules import Rule
 
 CARRIES = ("checkpoint", "independent")
-IMPLEMENTATIONS = ("xla", "reference")
+IMPLEMENTATIONS = ("xla", "pallas", "reference")
 
 
 def one_of(name: str, value: object, valid: tuple) -> None:

@@ -39,28 +39,49 @@ def _shift(x: jax.Array) -> jax.Array:
 class Visible(NamedTuple):
   """Who sees whom inside a chunk of T tokens.
 
+  A window over the last tokens has J = T + window - 1 keys: the chunk's, then those of the tokens before it.
+
   Attributes:
     same: [..., T, T] bool, row t sees column j: j <= t, of the same document, j not padding.
-    reach: [..., T, J] bool, the same for the J = window - 1 + T keys that a window over the last tokens has.
-    incoming: [..., T] bool, the token's document came in from before the chunk; None without documents: all did.
+    reach: [..., T, J] bool, the same for the keys of a window.
+    last: [..., 1, J] bool, reach's last row.
+    incoming: [..., T, 1] bool, the token's document came in from before the chunk; None without documents: all did.
+    keys_incoming: [..., J, 1] bool, the key's did; None without documents.
+    continues: [..., 1, 1] bool, the last token's did; None without documents.
   """
 
   same: jax.Array
   reach: jax.Array
+  last: jax.Array
   incoming: jax.Array | None
+  keys_incoming: jax.Array | None
+  continues: jax.Array | None
 
 
 def visible(documents: Documents | None, length: int, window: int = 1) -> Visible:
   """Who sees whom inside a chunk of `length` tokens. documents: arrays [..., length]."""
-  rows = jax.lax.broadcasted_iota(jnp.int32, (length, length), 0)
-  columns = jax.lax.broadcasted_iota(jnp.int32, (length, length), 1)
-  same, incoming = rows >= columns, None
-  if documents is not None:
-    number = documents.number
-    same &= (number[..., :, None] == number[..., None, :]) & documents.valid[..., None, :]
-    incoming = number == documents.before[..., :1]
-  if window == 1:
-    return Visible(same, same, incoming)
-  earlier = jnp.ones((length, 1), bool) if incoming is None else incoming[..., None]
-  reach = jnp.concatenate([jnp.broadcast_to(earlier, (*same.shape[:-1], window - 1)), same], -1)
-  return Visible(same, reach, incoming)
+  # Numbers are compared where they are wanted: Mosaic moves integers between rows and columns, not masks.
+  keys = length + window - 1
+  rows = jax.lax.broadcasted_iota(jnp.int32, (length, keys), 0)
+  reach, last = rows >= positions(length, keys), jnp.ones((1, keys), bool)
+  same = rows[:, :length] >= positions(length, length)
+  if documents is None:
+    return Visible(same, reach, last, None, None, None)
+  number, first = documents.number, documents.before[..., :1]
+  owner = jnp.where(documents.valid, number, -1)
+  earlier = jnp.broadcast_to(first, (*first.shape[:-1], window - 1))
+  key_number, key_owner = (jnp.concatenate([x, earlier], -1) if window > 1 else x for x in (number, owner))
+  return Visible(
+    same & (number[..., :, None] == owner[..., None, :]),
+    reach & (number[..., :, None] == key_owner[..., None, :]),
+    number[..., -1:, None] == key_owner[..., None, :],
+    number[..., :, None] == first[..., None],
+    key_number[..., :, None] == first[..., None],
+    number[..., -1:, None] == first[..., None],
+  )
+
+
+def positions(length: int, keys: int) -> jax.Array:
+  """Where in the chunk a window's keys are, [1, keys] int32; those from before it have negative positions."""
+  column = jax.lax.broadcasted_iota(jnp.int32, (1, keys), 1)
+  return jnp.where(column < length, column, column - keys)

@@ -16,7 +16,7 @@ NAMES = ("softmax", "sigmoid", "constant", "token")
 
 
 class Pool(NamedTuple):
-  """The keys of a segment so far: total [..., d], count [...] (of the last token's document)."""
+  """The keys of a segment so far: total [..., d], count [..., 1] (of the last token's document)."""
 
   total: jax.Array
   count: jax.Array
@@ -25,28 +25,28 @@ class Pool(NamedTuple):
 def empty_pool(k: jax.Array) -> Pool:
   """A pool of no keys, for each sequence of k [..., T, d]."""
   wide = state_dtype(k.dtype)
-  return Pool(jnp.zeros((*k.shape[:-2], k.shape[-1]), wide), jnp.zeros(k.shape[:-2], wide))
+  return Pool(jnp.zeros((*k.shape[:-2], k.shape[-1]), wide), jnp.zeros((*k.shape[:-2], 1), wide))
 
 
 def pool_keys(pool: Pool, k: jax.Array, seen: Visible) -> tuple[Pool, Pool]:
   """Adds a chunk's keys [..., T, d].
 
   Returns:
-    The pool after the chunk, and the pool of every token (total [..., T, d], count [..., T]): its own segment's keys up
+    The pool after the chunk, and the pool of every token (total [..., T, d], count [..., T, 1]): its own segment's keys up
     to and including its own, never a later one.
   """
   wide = state_dtype(k.dtype)
   total = product(seen.same, k, k.dtype)
-  count = jnp.broadcast_to(seen.same.astype(wide).sum(-1), total.shape[:-1])
+  count = seen.same.astype(wide).sum(-1, keepdims=True)
   before = jnp.ones_like(count) if seen.incoming is None else seen.incoming.astype(wide)
-  total += before[..., None] * pool.total[..., None, :]
-  count += before * pool.count[..., None]
-  return Pool(total[..., -1, :], count[..., -1]), Pool(total, count)
+  total += before * pool.total[..., None, :]
+  count = jnp.broadcast_to(count + before * pool.count[..., None, :], (*total.shape[:-1], 1))
+  return Pool(total[..., -1, :], count[..., -1, :]), Pool(total, count)
 
 
 def summary(pool: Pool, kind: str) -> jax.Array:
   """p: the pool's mean or sum, [..., d]; zero for an empty pool."""
-  return pool.total if kind == "sum" else pool.total / jnp.maximum(pool.count, 1.0)[..., None]
+  return pool.total if kind == "sum" else pool.total / jnp.maximum(pool.count, 1.0)
 
 
 def online_scores(u: jax.Array, summaries: jax.Array) -> jax.Array:

@@ -12,8 +12,8 @@ hence an online read is two dense products and one causal linear attention:
 
   x_t W_t = A_t (x_t W_0) + c_t (x_t S_0) - sum_j C_tj <x_t, z_j> delta_j.
 
-Shapes: `...` is [batch, heads], T the chunk's tokens, J = window - 1 + T the keys written in it (a window reaches
-back), d = head_dim. Documents broadcast over heads: [batch, 1, T].
+Shapes: `...` is [batch, heads], T the chunk's tokens, J = T + window - 1 the keys written in it (a window reaches
+back; the chunk's keys come first), d = head_dim. Documents broadcast over heads: [batch, 1, T].
 """
 
 import functools
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mc_jax.memory.documents import Documents, Visible, visible
+from mc_jax.memory.documents import Documents, Visible, positions, visible
 from mc_jax.memory.networks import Linear, Weights
 from mc_jax.memory.rules import Rule
 
@@ -152,15 +152,12 @@ def write(
   dtype = k.dtype
   seen = visible(documents, k.shape[-2], rule.window)
   if rule.window > 1:
-    k, v = (jnp.concatenate([tail, x], -2) for tail, x in zip(start.tail, (k, v), strict=True))
-  incoming = seen.incoming
-  if incoming is not None and rule.window > 1:  # keys from before the chunk came in
-    incoming = jnp.pad(incoming, [(0, 0)] * (incoming.ndim - 1) + [(rule.window - 1, 0)], constant_values=True)
-  inputs, errors = inner_gradients(rule, k, v, _start_read(start, fresh, incoming, dtype), fresh)
+    k, v = (jnp.concatenate([x, tail], -2) for tail, x in zip(start.tail, (k, v), strict=True))
+  inputs, errors = inner_gradients(rule, k, v, _start_read(start, fresh, seen.keys_incoming, dtype), fresh)
   c = coefficients(rule, gates, seen, dtype)
 
   def came_in(before, otherwise):  # the state before the chunk, if it is the last token's
-    return before if incoming is None else jnp.where(incoming[..., -1, None, None], before, otherwise)
+    return before if seen.continues is None else jnp.where(seen.continues, before, otherwise)
 
   def written(name, weights):  # sum_j weights_j z_j (x) delta_j
     return product(jnp.swapaxes(inputs[name], -1, -2), weights[..., None] * errors[name], dtype)
@@ -175,7 +172,7 @@ def write(
       memory[name] += c.carry[..., -1, None, None] * before
       momentum[name] = c.kept[..., None, None] * before - written(name, c.momentum)
     memory[name] -= written(name, c.mix[..., -1, :])
-  tail = tuple(_last(x, rule.window - 1, seen, documents) for x in (k, v)) if rule.window > 1 else None
+  tail = tuple(_last(x, rule.window - 1, seen) for x in (k, v)) if rule.window > 1 else None
   end = State(memory, momentum if rule.momentum else None, tail)
   return end, Online(start, fresh, seen, c, inputs, errors)
 
@@ -188,7 +185,7 @@ def read(online: Online, name: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array
   y = _start_read(online.start, online.fresh, incoming, dtype)(name, decayed)
   if c.carry is not None:
     carried = product(c.carry[..., None] * x, online.start.momentum[name], dtype)
-    y += carried if incoming is None else jnp.where(incoming[..., None], carried, 0.0)
+    y += carried if incoming is None else jnp.where(incoming, carried, 0.0)
   attention = c.mix * product(x, jnp.swapaxes(online.inputs[name], -1, -2), dtype)
   return y - product(attention, online.errors[name], dtype)
 
@@ -204,7 +201,8 @@ def coefficients(rule: Rule, gates: Weights, seen: Visible, compute: jnp.dtype) 
     if rule.window == 1:
       return weights * gates["eta"][..., None, :]
     length, keys = seen.reach.shape[-2:]
-    band = sum(gates[eta][..., None] * jnp.eye(length, keys, keys - length - i) for i, eta in enumerate(rule.steps))
+    age = jax.lax.broadcasted_iota(jnp.int32, (length, keys), 0) - positions(length, keys)
+    band = sum(jnp.where(age == i, gates[eta][..., None], 0.0) for i, eta in enumerate(rule.steps))
     return product(weights, jnp.where(seen.reach, band, 0.0), compute)
 
   decay, retained = _decays(gates["alpha"], seen.same) if rule.retention else (None, seen.same.astype(dtype))
@@ -250,7 +248,7 @@ def _start_read(start: State, fresh: Weights, incoming: jax.Array | None, dtype:
   before, new = dense(start.memory, dtype), dense(fresh, dtype)
   if incoming is None:
     return before
-  return lambda name, x: jnp.where(incoming[..., None], before(name, x), new(name, x))
+  return lambda name, x: jnp.where(incoming, before(name, x), new(name, x))
 
 
 def _decays(gate: jax.Array, same: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -278,12 +276,14 @@ def _masked_sums(mask: jax.Array, x: jax.Array) -> jax.Array:
   return product(jnp.stack(parts, -2), jnp.swapaxes(mask, -1, -2), jnp.bfloat16).sum(-2)
 
 
-def _last(x: jax.Array, count: int, seen: Visible, documents: Documents | None) -> jax.Array:
-  """The chunk's last document's last `count` keys, zero where it has fewer: [..., J, d] to [..., count, d]."""
-  if documents is None:
-    return x[..., -count:, :]
-  own = seen.reach[..., -1, :]  # padding at the end leaves the window as it was: it ends at the last of its own
-  keys = jnp.arange(own.shape[-1])
-  end = jnp.where(own, keys, 0).max(-1, keepdims=True)
-  pick = (end[..., None] - jnp.arange(count)[::-1, None] == keys) & own[..., None, :]
-  return jnp.matmul(pick.astype(x.dtype), x, precision=jax.lax.Precision.HIGHEST)
+def _last(x: jax.Array, count: int, seen: Visible) -> jax.Array:
+  """The last document's last `count` keys, zero where it has fewer: [..., J, d] to [..., count, d].
+
+  Padding at the end leaves the window as it was: it ends at the last key of the document.
+  """
+  keys = x.shape[-2]
+  position = positions(keys - count, keys)
+  end = jnp.where(seen.last, position, -keys).max(-1, keepdims=True)
+  before_end = count - 1 - jax.lax.broadcasted_iota(jnp.int32, (count, keys), 0)
+  pick = (end - before_end == position) & seen.last
+  return product(pick, x, x.dtype).astype(x.dtype)

@@ -1,0 +1,149 @@
+"""The passes as Pallas TPU kernels: the functions of passes.py, handed to the drivers of mc_jax/kernels."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+
+from mc_jax.kernels import gated_sum, grouped, recurrence
+from mc_jax.memory import aggregate, online, passes, segments
+from mc_jax.memory import documents as documents_lib
+from mc_jax.memory import gates as gating
+from mc_jax.memory.networks import Network, Weights
+from mc_jax.memory.rules import Rule
+
+# Queries that read cached memories together: so many make a state worth its way from HBM.
+QUERY_TILE = 512
+# Pairs that read a selected memory together.
+BLOCK = 256
+
+
+def unsupported(rule: Rule, lengths: tuple[int, ...], q: jax.Array) -> str | None:
+  """What the kernels cannot take, for a message; None if they take it all. q [batch, length, heads, head_dim]."""
+  chunk = min(rule.chunk, lengths[0])
+  rows = 16 if q.dtype == jnp.bfloat16 else 8
+  if q.dtype not in (jnp.bfloat16, jnp.float32):
+    return f"{q.dtype} inputs (bfloat16 and float32 are)"
+  if any(length != lengths[0] for length in lengths[:-1]) or lengths[-1] > lengths[0]:
+    return "segments of different lengths (segmentation constant has equal ones)"
+  if len(lengths) > 1 and lengths[0] % chunk:
+    return f"chunks of {chunk} tokens in segments of {lengths[0]} (the chunk must divide the segment)"
+  if len(lengths) > 1 and chunk % rows:
+    return f"chunks of {chunk} tokens (a multiple of {rows} is, for {q.dtype})"
+  return None
+
+
+@functools.cache
+def log_fallback(reason: str) -> None:
+  """Says once that XLA runs what the kernels do not support, where there is a TPU to run them."""
+  if pltpu.is_tpu_device():
+    logging.getLogger(__name__).warning("memory_caching runs without kernels: they do not support %s", reason)
+
+
+def write(
+  rule: Rule,
+  fresh: Weights,
+  tokens: passes.Tokens,
+  lengths: tuple[int, ...],
+  *,
+  read: passes.Read,
+  pool: str | None,
+  carries: bool,
+  side_by_side: int,
+  interpret: bool = False,
+) -> passes.Written:
+  """`passes.write` as one kernel: the state stays in VMEM from the first token to the last."""
+  del side_by_side  # a core runs one segment at a time
+  length = sum(lengths)
+  rows = 16 if tokens.k.dtype == jnp.bfloat16 else 8
+  chunk = min(rule.chunk, -(-lengths[0] // rows) * rows)
+  segment = -(-lengths[0] // chunk) * chunk
+  tokens = _pad(tokens, len(lengths) * segment - length)
+  if pool is None:
+    tokens = tokens._replace(u=None)
+  marks = None if tokens.documents is None else jax.tree.map(jnp.int32, tokens.documents)
+
+  def step(fresh, carry, x, marks):
+    if marks is not None:
+      x = x._replace(documents=marks._replace(valid=marks.valid != 0))
+    return passes.write_chunk(rule, read, pool, fresh, carry, x)
+
+  def restart(fresh, carry):
+    state, keys = carry
+    if not carries:
+      state = online.State(fresh, *jax.tree.map(jnp.zeros_like, state[1:]))
+    return state, jax.tree.map(jnp.zeros_like, keys)
+
+  start = online.start_state(rule, fresh, tokens.k), None if pool is None else gating.empty_pool(tokens.k)
+  run = recurrence.Recurrence(step, restart, chunk, segment // chunk, "write", interpret)
+  (y, scores), (states, keys) = recurrence.scan(run, fresh, start, tokens._replace(documents=None), marks)
+  y, scores = jax.tree.map(lambda x: x[:, :, :length], (y, scores))
+  return passes.Written(y, scores, states, None if pool is None else gating.summary(keys, pool))
+
+
+def read_caches(
+  contribution: aggregate.Contribution,
+  x: jax.Array,
+  gamma: jax.Array,
+  memories: Weights,
+  lengths: tuple[int, ...],
+  *,
+  interpret: bool = False,
+) -> jax.Array:
+  """`passes.read_caches` as one kernel, through which the memories stream."""
+  if len(lengths) == 1:
+    return passes.read_caches(contribution, x, gamma, memories, lengths)
+  batch, heads, length = x.shape[:3]
+  tile = min(QUERY_TILE, -(-length // 128) * 128)
+  last = np.minimum(np.arange(tile - 1, length + tile - 1, tile), length - 1)
+  y = gated_sum.gated_sum(
+    contribution,
+    x.reshape(batch * heads, length, -1),
+    jnp.pad(jnp.moveaxis(gamma, -1, 0), ((0, 1), (0, 0), (0, 0), (0, 0))).reshape(-1, batch * heads, length),
+    _rows(memories, x.dtype),
+    segments.index(lengths)[last],
+    tile,
+    interpret=interpret,
+  )
+  return y.reshape(batch, heads, length, -1)
+
+
+def read_selected(
+  network: Network, q: jax.Array, index: jax.Array, gates: jax.Array, states: Weights, *, interpret: bool = False
+) -> jax.Array:
+  """`aggregate.read_selected`, every block of pairs read by one kernel that runs the whole network."""
+
+  def read_blocks(x, owner, states):
+    x = x.reshape(-1, *x.shape[2:])
+    states = _rows(states, x.dtype)
+    y = grouped.grouped(aggregate.whole(network), x, owner.reshape(len(x), -1), states, interpret=interpret)
+    return y.reshape(*owner.shape, *y.shape[2:])
+
+  return aggregate.select_and_read(read_blocks, BLOCK, q, index, gates, states)
+
+
+def _rows(states: Weights, dtype: jnp.dtype) -> Weights:
+  """[n, b, h, in, out] to [n, b * h, in, out], in the dtype that they are multiplied in: half the bytes to fetch."""
+  return {name: w.reshape(len(w), -1, *w.shape[-2:]).astype(dtype) for name, w in states.items()}
+
+
+def _pad(tokens: passes.Tokens, padding: int) -> passes.Tokens:
+  """Tokens followed by padding, which changes no state."""
+  if not padding:
+    return tokens
+  number = jnp.zeros((len(tokens.k), 1, tokens.k.shape[2]), jnp.int32)
+  documents = tokens.documents or documents_lib.Documents(number, number, number == 0)
+
+  def pad(x, **kwargs):
+    return jnp.pad(x, [(0, 0)] * 2 + [(0, padding)] + [(0, 0)] * (x.ndim - 3), **kwargs)
+
+  last = pad(documents.number, mode="edge")
+  documents = documents_lib.Documents(
+    last, jnp.concatenate([documents.before, last[..., -padding:]], -1), pad(documents.valid)
+  )
+  gates = {name: pad(gate, constant_values=1) for name, gate in tokens.gates.items()}
+  q, k, v, u = (pad(x) for x in tokens[:4])
+  return passes.Tokens(q, k, v, u, gates, documents)

@@ -1,0 +1,141 @@
+"""The two passes over a sequence, writing and reading, by XLA (arXiv:2602.24281, section 3).
+
+WRITING walks the segments, and in each its chunks; it gives every token's online read and every segment's final memory,
+the cache. READING takes the cache to the queries. A segment is computed again in the backward pass from the state it
+started with, and the states that the scan keeps for that are the cache's own: activation memory is O(states + one
+segment), never O(length x state).
+
+fused.py has the same passes as TPU kernels, which run the same functions.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mc_jax.memory import aggregate, online, pieces, segments
+from mc_jax.memory import gates as gating
+from mc_jax.memory.documents import Documents
+from mc_jax.memory.networks import Weights
+from mc_jax.memory.rules import Rule
+
+# Queries that read a cached memory together, at least: each state that is fetched should serve many.
+QUERY_TILE = 128
+
+Read = Callable[[online.Online, jax.Array], jax.Array]
+
+
+class Tokens(NamedTuple):
+  """What the tokens bring; every array [batch, heads or 1, length, ...].
+
+  Attributes:
+    q: [b, h, length, in], what reads: in is d but inside a soup's layers.
+    k, v, u: [b, h, length, d].
+    gates: the rule's, {name: [b, h, length]}.
+    documents: arrays [b, 1, length]; None for one document a row.
+  """
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+  u: jax.Array
+  gates: dict[str, jax.Array]
+  documents: Documents | None
+
+
+class Written(NamedTuple):
+  """What the write pass leaves.
+
+  Attributes:
+    y: online reads [b, h, length, out].
+    scores: the online memory's scores [b, h, length]; None if there is no pool.
+    states: the state at the end of every segment, leaves [segments, b, h, ...]; their memories are the cache. The last
+      is never read: no token comes after it.
+    summaries: p of every segment [segments, b, h, d]; None if there is no pool.
+  """
+
+  y: jax.Array
+  scores: jax.Array | None
+  states: online.State
+  summaries: jax.Array | None
+
+
+def write_chunk(
+  rule: Rule,
+  read: Read,
+  pool: str | None,
+  fresh: Weights,
+  carry: tuple[online.State, gating.Pool | None],
+  x: Tokens,
+) -> tuple[tuple[online.State, gating.Pool | None], tuple[jax.Array, jax.Array | None]]:
+  """One chunk of the write pass: (state, pool) and the chunk's tokens to (state, pool) and (online reads, scores).
+
+  This is what `jax.lax.scan` runs, and what the kernels run.
+  """
+  state, keys = carry
+  state, memory = online.write(rule, state, fresh, x.k, x.v, x.gates, x.documents)
+  y = read(memory, x.q)
+  if pool is None:
+    return (state, None), (y, None)
+  keys, keys_so_far = gating.pool_keys(keys, x.k, memory.seen)
+  return (state, keys), (y, gating.online_scores(x.u, gating.summary(keys_so_far, pool)))
+
+
+def write(
+  rule: Rule,
+  fresh: Weights,
+  tokens: Tokens,
+  lengths: tuple[int, ...],
+  *,
+  read: Read,
+  pool: str | None,
+  carries: bool,
+  side_by_side: int,
+) -> Written:
+  """The write pass: every token's online read and score, every segment's final state and summary.
+
+  Args:
+    rule: how a memory writes.
+    fresh: M_0, {name: [heads, in, out]}.
+    tokens: the whole sequence.
+    lengths: the segments' lengths.
+    read: (a chunk's online memory, q) to what its tokens read from it.
+    pool: "mean" or "sum"; None: no scores and no summaries.
+    carries: a segment starts from the last one's state; if not, from M_0.
+    side_by_side: segments that run at a time; 1 if they carry.
+  """
+  step = functools.partial(write_chunk, rule, read, pool, fresh)
+
+  def write_segment(state, x, _, __):
+    start = state if carries else online.start_state(rule, fresh, x.k)
+    keys = None if pool is None else gating.empty_pool(x.k)
+    chunks = segments.constant(rule.chunk).lengths(x.k.shape[2])  # restarting here; the last may be ragged
+    (end, keys), outputs, _ = pieces.scan(lambda carry, x, _, __: (*step(carry, x), ()), (start, keys), x, chunks, unroll=2)
+    return end if carries else None, outputs, (end, None if pool is None else gating.summary(keys, pool))
+
+  start = online.start_state(rule, fresh, tokens.k) if carries else None
+  _, (y, scores), (states, summaries) = pieces.scan(
+    write_segment, start, tokens, lengths, together=side_by_side, remat=True
+  )
+  return Written(y, scores, states, summaries)
+
+
+def read_caches(
+  contribution: aggregate.Contribution, x: jax.Array, gamma: jax.Array, memories: Weights, lengths: tuple[int, ...]
+) -> jax.Array:
+  """sum_{i<s} gamma_t^(i) contribution(x_t, M^(i)) for the whole sequence: [b, h, length, out], at least float32.
+
+  x [b, h, length, in], gamma [b, h, length, n], memories {name: [segments, b, h, in, out]}, the segments' lengths.
+  """
+  if len(lengths) == 1:
+    like = jax.eval_shape(contribution, x, {name: w[0] for name, w in memories.items()})
+    return jnp.zeros(like.shape, like.dtype)
+  tiles, last = segments.tiles(lengths, QUERY_TILE)
+
+  def read_tile(_, x, __, last):
+    x, gamma = x
+    return (), aggregate.gated_sum(contribution, x, jnp.moveaxis(gamma, -1, 0), memories, last), ()
+
+  return pieces.scan(read_tile, (), (x, gamma), tiles, last=last, remat=True)[1]
