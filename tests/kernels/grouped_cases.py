@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mc_jax.kernels.grouped import grouped
+from mc_jax.kernels.grouped import block_size, grouped
 from mc_jax.memory import networks, online
 
 ROWS, LENGTH, TOP_K, CACHES, EXPANSION = 32, 4096, 2, 15, 4
@@ -19,18 +19,16 @@ def read(network, x, memory):
   return network(x, online.dense(memory, x.dtype)).astype(jnp.float32)
 
 
-def arguments(head_dim=128, block=256):
-  blocks = LENGTH * TOP_K // block + CACHES  # enough, if the last block of every state is not full
+def arguments(head_dim, block):
   hidden = EXPANSION * head_dim
   shape = jax.ShapeDtypeStruct
-  return (
-    shape((ROWS, blocks, block, head_dim), jnp.bfloat16),
-    shape((ROWS, blocks), jnp.int32),
-    {
-      "w1": shape((CACHES, ROWS, head_dim, hidden), jnp.float32),
-      "w2": shape((CACHES, ROWS, hidden, head_dim), jnp.float32),
-    },
-  )
+  states = {
+    "w1": shape((CACHES, ROWS, head_dim, hidden), jnp.float32),
+    "w2": shape((CACHES, ROWS, hidden, head_dim), jnp.float32),
+  }
+  block = block or block_size(states)
+  blocks = LENGTH * TOP_K // block + CACHES  # enough, if the last block of every state is not full
+  return shape((ROWS, blocks, block, head_dim), jnp.bfloat16), shape((ROWS, blocks), jnp.int32), states
 
 
 def flops(x, states):
@@ -38,7 +36,7 @@ def flops(x, states):
   return 2 * x.shape[2] * sum(w.shape[2] * w.shape[3] for w in states.values())
 
 
-def selected_read_fwd(head_dim=128, block=256):
+def selected_read_fwd(head_dim=128, block=None):
   x, owner, states = arguments(head_dim, block)
 
   def fn(x, owner, states):
@@ -48,7 +46,7 @@ def selected_read_fwd(head_dim=128, block=256):
   return fn, (x, owner, states), {"selected_read_fwd": flops(x, states)}
 
 
-def selected_read_bwd(head_dim=128, block=256):
+def selected_read_bwd(head_dim=128, block=None):
   """Three times the forward: its products again, and two more each for the gradients."""
   fn, (x, owner, states), _ = selected_read_fwd(head_dim, block)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from mc_jax.kernels.grouped import grouped
+from mc_jax.kernels import vmem
+from mc_jax.kernels.grouped import block_size, grouped
 
 ROWS, STATES, TOKENS, WIDTH = 2, 4, 16, 8
 # State 1 of the first row and state 0 and 3 of the second own no block; STATES marks an empty one.
@@ -100,3 +101,15 @@ def test_no_races(capfd):
   expected = gradients(lambda x, s: plain(x, OWNER, s), *args)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5 * np.abs(b).max()), got, expected)
   assert "RACE" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+  ("capacity", "head_dim", "tokens"),
+  [(128, 128, 256), (128, 256, 256), (16, 128, 256), (16, 256, 128), (16, 512, None)],
+)
+def test_blocks_fit_vmem(monkeypatch, capacity, head_dim, tokens):
+  """As compiling for v5e (128 MiB) and v4 (16 MiB) has it: head_dim 256 with blocks of 256 needs 14.46 MiB there."""
+  monkeypatch.setattr(vmem, "capacity", lambda: capacity << 20)
+  shape = jax.ShapeDtypeStruct
+  states = shape((1, 1, head_dim, 4 * head_dim), jnp.float32), shape((1, 1, 4 * head_dim, head_dim), jnp.float32)
+  assert block_size(states) == tokens
