@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mc_jax.kernels import vmem
+from mc_jax.kernels import cost, vmem
 
 Pytree = Any
 Function = Callable[[jax.Array, Pytree], jax.Array]
@@ -187,11 +187,10 @@ def _owned(w: jax.Array) -> pl.BlockSpec:
 
 def _cost(function: Callable, x: jax.Array, states: Pytree, arrays: Pytree) -> pl.CostEstimate:
   """All blocks taken to be full and all states to be read; every array crosses HBM once."""
-  blocks = math.prod(x.shape[:2])
-  one = pl.estimate_cost(function, *_one(x, states))
+  blocks, work = math.prod(x.shape[:2]), cost.work(function, *_one(x, states))
   return pl.CostEstimate(
-    flops=blocks * one.flops,
-    transcendentals=blocks * one.transcendentals,
+    flops=blocks * work.flops,
+    transcendentals=blocks * work.transcendentals,
     bytes_accessed=sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(arrays)),
   )
 
