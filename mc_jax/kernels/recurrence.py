@@ -83,37 +83,23 @@ def _scan(recurrence, constants, initial, tokens, marks):
   blocks = _blocks(constants, 1), _blocks(initial, 2), _blocks(tokens, 3), _blocks(marks, 3)
   _, y = jax.eval_shape(step, *blocks)
 
-  def kernel(constants, initial, tokens, marks, outputs, ends, carry, sent):
+  def kernel(constants, initial, tokens, marks, outputs, ends, carry):
     row, segment, chunk = (pl.program_id(0), pl.program_id(1)), pl.program_id(2), pl.program_id(3)
     constants = _load(constants)
 
-    def send(segment):
-      at = jax.tree.map(lambda ref: ref.at[(segment, *row)], ends)
-      return jax.tree.map(pltpu.make_async_copy, carry, at, sent)
-
     @pl.when((segment == 0) & (chunk == 0))
     def _():
-      jax.tree.map(lambda source, target: pltpu.sync_copy(source.at[row], target), initial, carry)
+      jax.tree.map(lambda source, ref: pltpu.sync_copy(source.at[row], ref), initial, carry)
 
-    @pl.when((segment > 0) & (chunk == 0))
-    def _():
-      jax.tree.map(lambda copy: copy.wait(), send(segment - 1))
-
-    @pl.when(chunk == 0)
-    def _():
-      _update(carry, functools.partial(restart, constants))
-
-    end, y = step(constants, _load(carry), _load(tokens), _load(marks))
+    before = _load(carry)
+    start = _select(chunk == 0, restart(constants, before), before)
+    end, y = step(constants, start, _load(tokens), _load(marks))
     _store(outputs, y)
     _store(carry, end)
 
     @pl.when(chunk == chunks - 1)
     def _():
-      jax.tree.map(lambda copy: copy.start(), send(segment))
-
-    @pl.when((chunk == chunks - 1) & (segment == segments - 1))
-    def _():
-      jax.tree.map(lambda copy: copy.wait(), send(segment))
+      _store(ends, end)
 
   def here(b, h, s, c):
     return b, h, s * chunks + c
@@ -129,8 +115,8 @@ def _scan(recurrence, constants, initial, tokens, marks):
       _specs(blocks[3], lambda b, h, s, c: (b, 0, s * chunks + c)),
     ),
     out_shape=out_shape,
-    out_specs=(_specs(y, here), jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), initial)),
-    scratch_shapes=(_scratch(blocks[1]), jax.tree.map(lambda _: pltpu.SemaphoreType.DMA, initial)),
+    out_specs=(_specs(y, here), _specs(blocks[1], lambda b, h, s, c: (s, b, h))),
+    scratch_shapes=(_scratch(blocks[1]),),
     cost_estimate=_cost(
       [(batch * heads * length, step, blocks)],
       (constants, initial, tokens, marks, out_shape),
@@ -296,15 +282,8 @@ def _store(refs: Pytree, values: Pytree, *at: jax.Array) -> None:
   jax.tree.map(store, refs, values)
 
 
-def _update(refs: Pytree, function: Callable[[Pytree], Pytree]) -> None:
-  """Stores function(what the refs hold), where that is anything new."""
-  before = _load(refs)
-
-  def store(ref, old, new):
-    if new is not old:
-      ref[...] = new.astype(ref.dtype)
-
-  jax.tree.map(store, refs, before, function(before))
+def _select(condition: jax.Array, new: Pytree, old: Pytree) -> Pytree:
+  return jax.tree.map(lambda new, old: old if new is old else jnp.where(condition, new, old), new, old)
 
 
 def _add(refs: Pytree, values: Pytree) -> None:

@@ -159,8 +159,13 @@ def write(
   def came_in(before, otherwise):  # the state before the chunk, if it is the last token's
     return before if seen.continues is None else jnp.where(seen.continues, before, otherwise)
 
-  def written(name, weights):  # sum_j weights_j z_j (x) delta_j
-    return product(jnp.swapaxes(inputs[name], -1, -2), weights[..., None] * errors[name], dtype)
+  def written(name, weights):  # sum_j weights_j z_j (x) delta_j, weighing the narrower of the two
+    z, delta = inputs[name], errors[name]
+    if z.shape[-1] < delta.shape[-1]:
+      z = weights[..., None] * z
+    else:
+      delta = weights[..., None] * delta
+    return product(jnp.swapaxes(z, -1, -2), delta, dtype)
 
   memory, momentum = {}, {}
   for name in start.memory:
@@ -262,18 +267,30 @@ def _decays(gate: jax.Array, same: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.exp(logs), jnp.exp(jnp.where(same, logs[..., :, None] - logs[..., None, :], -jnp.inf))
 
 
+@jax.custom_vjp
 def _masked_sums(mask: jax.Array, x: jax.Array) -> jax.Array:
-  """sum_j mask_tj x_j to float32's precision: mask [..., T, T] bool, x [..., T] to [..., T].
+  """sum_j mask_tj x_j to x's full precision: mask [..., T, T] bool, x [..., T] to [..., T]."""
+  return _exact_product(x, jnp.swapaxes(mask, -1, -2))
+
+
+_masked_sums.defvjp(
+  lambda mask, x: (_masked_sums(mask, x), mask), lambda mask, cotangent: (None, _exact_product(cotangent, mask))
+)
+
+
+def _exact_product(x: jax.Array, mask: jax.Array) -> jax.Array:
+  """x @ mask: [..., T] and [..., T, T] bool to [..., T].
 
   A float32 number is the sum of three bfloat16 ones, which one pass of a TPU's matrix unit multiplies by the mask.
   """
   if x.dtype != jnp.float32:
-    return jnp.einsum("...tj,...j->...t", mask.astype(x.dtype), x)
+    return product(x[..., None, :], mask, x.dtype)[..., 0, :]
   parts = []
   for _ in range(3):
-    parts.append(x.astype(jnp.bfloat16).astype(jnp.float32))
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)  # not by rounding: XLA may drop conversions there and back
+    parts.append(jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32))
     x -= parts[-1]
-  return product(jnp.stack(parts, -2), jnp.swapaxes(mask, -1, -2), jnp.bfloat16).sum(-2)
+  return product(jnp.stack(parts, -2), mask, jnp.bfloat16).sum(-2)
 
 
 def _last(x: jax.Array, count: int, seen: Visible) -> jax.Array:
