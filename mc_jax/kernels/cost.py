@@ -7,7 +7,21 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-_TRANSCENDENTAL = {"exp", "exp2", "expm1", "log", "log1p", "tanh", "logistic", "sin", "cos", "rsqrt", "sqrt", "erf", "pow"}
+_TRANSCENDENTAL = {
+  "exp",
+  "exp2",
+  "expm1",
+  "log",
+  "log1p",
+  "tanh",
+  "logistic",
+  "sin",
+  "cos",
+  "rsqrt",
+  "sqrt",
+  "erf",
+  "pow",
+}
 
 
 class Work(NamedTuple):
@@ -38,7 +52,9 @@ def _work(jaxpr: core.Jaxpr, needed: set[core.Var]) -> Work:
       flops += 2 * size * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
     elif eqn.primitive.name in _TRANSCENDENTAL:
       transcendentals += size
-    for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: isinstance(p, core.Jaxpr | core.ClosedJaxpr)):
+    for inner in jax.tree.leaves(
+      list(eqn.params.values()), is_leaf=lambda p: isinstance(p, core.Jaxpr | core.ClosedJaxpr)
+    ):
       if isinstance(inner, core.ClosedJaxpr):
         inner = inner.jaxpr
       if isinstance(inner, core.Jaxpr):

@@ -171,12 +171,12 @@ def _scan_backward(recurrence, residuals, cotangents):
 
     @pl.when(phase == last)
     def _():
-      leaves, tree = jax.tree.flatten(d_carry)
+      leaves = jax.tree.leaves(d_carry)
       _store(leaves, [x[...] if d is None else x[...] + d[...] for x, d in zip(leaves, d_ends, strict=True)])
 
     @pl.when(phase >= last)
     def _():
-      (end, outputs), pull = jax.vjp(
+      (_, outputs), pull = jax.vjp(
         lambda *args: step(*args, marks), constants, _load(starts, 2 * last - phase), _load(tokens)
       )
       leaves, tree = jax.tree.flatten(outputs)

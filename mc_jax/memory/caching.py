@@ -107,7 +107,7 @@ def memory_caching(
     pool=pool,
     gate=gate,
     gate_scale=gate_scale,
-    side_by_side=segment_group if carry == "independent" else 1,
+    segment_group=segment_group,
   )
   xla = functools.partial(run, XLA)
   arrays = q, k, v, u, gates, init, segment_ids, token_scores
@@ -144,22 +144,23 @@ def _memory_caching(
   pool: str,
   gate: str,
   gate_scale: float,
-  side_by_side: int,
+  segment_group: int,
 ) -> jax.Array:
   """`memory_caching` by the passes given."""
   tokens = _heads_first(q, k, v, u, gates, segment_ids)
   dtype, wide = q.dtype, online.state_dtype(q.dtype)
   fresh = {name: w.astype(wide) for name, w in init.items()}
   visible = _visible(tokens.documents, lengths)
+  side_by_side = 1 if carries else segment_group
   write = functools.partial(by.write, rule, fresh, lengths=lengths, carries=carries, side_by_side=side_by_side)
-  # Only what the aggregation looks at is pooled and scored.
-  by_content = aggregation == "ssc" or (aggregation in ("grm", "soup") and gate != "constant")
-  pooled = by_content and gate != "token"
-  written = write(tokens, read=functools.partial(_read_network, rule, dtype), pool=pool if pooled else None)
+  written = write(tokens, read=functools.partial(_read_network, rule, dtype))
   memories = written.states.memory
 
-  if pooled:
-    scores = written.scores, gating.cached_scores(tokens.u, written.summaries[:-1])
+  # Only what the aggregation looks at is pooled and scored.
+  by_content = aggregation == "ssc" or (aggregation in ("grm", "soup") and gate != "constant")
+  if by_content and gate != "token":
+    scores, summaries = passes.summarize(rule, tokens, lengths, pool, side_by_side=segment_group)
+    scores = scores, gating.cached_scores(tokens.u, summaries[:-1])
   elif by_content:
     scores = jnp.moveaxis(token_scores, 2, 1).astype(wide)
     if tokens.documents is not None:
@@ -185,7 +186,7 @@ def _memory_caching(
 
       def linear(name, x):
         x = x.astype(dtype)
-        own = write(tokens._replace(q=x), read=functools.partial(_read_layer, name, dtype), pool=None)
+        own = write(tokens._replace(q=x), read=functools.partial(_read_layer, name, dtype))
         cached = by.read_caches(aggregate.layer(name), x, gamma, {name: memories[name]}, lengths)
         return gamma_online[..., None] * own.y + cached
 

@@ -11,7 +11,6 @@ from jax.experimental.pallas import tpu as pltpu
 from mc_jax.kernels import gated_sum, grouped, recurrence
 from mc_jax.memory import aggregate, online, passes, segments
 from mc_jax.memory import documents as documents_lib
-from mc_jax.memory import gates as gating
 from mc_jax.memory.networks import Network, Weights
 from mc_jax.memory.rules import Rule
 
@@ -50,7 +49,6 @@ def write(
   lengths: tuple[int, ...],
   *,
   read: passes.Read,
-  pool: str | None,
   carries: bool,
   side_by_side: int,
   interpret: bool = False,
@@ -61,27 +59,21 @@ def write(
   rows = 16 if tokens.k.dtype == jnp.bfloat16 else 8
   chunk = min(rule.chunk, -(-lengths[0] // rows) * rows)
   segment = -(-lengths[0] // chunk) * chunk
-  tokens = _pad(tokens, len(lengths) * segment - length)
-  if pool is None:
-    tokens = tokens._replace(u=None)
+  tokens = _pad(tokens, len(lengths) * segment - length)._replace(u=None)
   marks = None if tokens.documents is None else jax.tree.map(jnp.int32, tokens.documents)
 
-  def step(fresh, carry, x, marks):
+  def step(fresh, state, x, marks):
     if marks is not None:
       x = x._replace(documents=marks._replace(valid=marks.valid != 0))
-    return passes.write_chunk(rule, read, pool, fresh, carry, x)
+    return passes.write_chunk(rule, read, fresh, state, x)
 
-  def restart(fresh, carry):
-    state, keys = carry
-    if not carries:
-      state = online.State(fresh, *jax.tree.map(jnp.zeros_like, state[1:]))
-    return state, jax.tree.map(jnp.zeros_like, keys)
+  def restart(fresh, state):
+    return state if carries else online.State(fresh, *jax.tree.map(jnp.zeros_like, state[1:]))
 
-  start = online.start_state(rule, fresh, tokens.k), None if pool is None else gating.empty_pool(tokens.k)
   run = recurrence.Recurrence(step, restart, chunk, segment // chunk, "write", interpret)
-  (y, scores), (states, keys) = recurrence.scan(run, fresh, start, tokens._replace(documents=None), marks)
-  y, scores = jax.tree.map(lambda x: x[:, :, :length], (y, scores))
-  return passes.Written(y, scores, states, None if pool is None else gating.summary(keys, pool))
+  start = online.start_state(rule, fresh, tokens.k)
+  y, states = recurrence.scan(run, fresh, start, tokens._replace(documents=None), marks)
+  return passes.Written(y[:, :, :length], states)
 
 
 def read_caches(

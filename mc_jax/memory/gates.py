@@ -32,8 +32,8 @@ def pool_keys(pool: Pool, k: jax.Array, seen: Visible) -> tuple[Pool, Pool]:
   """Adds a chunk's keys [..., T, d].
 
   Returns:
-    The pool after the chunk, and the pool of every token (total [..., T, d], count [..., T, 1]): its own segment's keys up
-    to and including its own, never a later one.
+    The pool after the chunk, and the pool of every token (total [..., T, d], count [..., T, 1]): its own segment's keys
+    up to and including its own, never a later one.
   """
   wide = state_dtype(k.dtype)
   total = product(seen.same, k, k.dtype)

@@ -88,7 +88,9 @@ def _gelu_slope(x):
   t = _tanh(x)
   return 0.5 * (1.0 + t) + x * (1.0 - t * t) * (0.5 * math.sqrt(2.0 / math.pi)) * (1.0 + 3 * 0.044715 * (x * x))
 
+
 gelu.defjvp(lambda p, t: (gelu(p[0]), _gelu_slope(p[0]) * t[0]))
+
 
 def _gelu_curve(x):
   t = _tanh(x)
@@ -97,7 +99,9 @@ def _gelu_curve(x):
   s = 1.0 - t * t
   return s * (u1 + x * (3 * 0.044715 * c) * x - x * t * u1 * u1)
 
+
 _gelu_slope.defjvp(lambda p, t: (_gelu_slope(p[0]), _gelu_curve(p[0]) * t[0]))
+
 
 def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
   """Layer norm over the last axis, without parameters."""

@@ -8,7 +8,6 @@ segment), never O(length x state).
 fused.py has the same passes as TPU kernels, which run the same functions.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 
 from mc_jax.memory import aggregate, online, pieces, segments
 from mc_jax.memory import gates as gating
-from mc_jax.memory.documents import Documents
+from mc_jax.memory.documents import Documents, visible
 from mc_jax.memory.networks import Weights
 from mc_jax.memory.rules import Rule
 
@@ -50,37 +49,23 @@ class Written(NamedTuple):
 
   Attributes:
     y: online reads [b, h, length, out].
-    scores: the online memory's scores [b, h, length]; None if there is no pool.
     states: the state at the end of every segment, leaves [segments, b, h, ...]; their memories are the cache. The last
       is never read: no token comes after it.
-    summaries: p of every segment [segments, b, h, d]; None if there is no pool.
   """
 
   y: jax.Array
-  scores: jax.Array | None
   states: online.State
-  summaries: jax.Array | None
 
 
 def write_chunk(
-  rule: Rule,
-  read: Read,
-  pool: str | None,
-  fresh: Weights,
-  carry: tuple[online.State, gating.Pool | None],
-  x: Tokens,
-) -> tuple[tuple[online.State, gating.Pool | None], tuple[jax.Array, jax.Array | None]]:
-  """One chunk of the write pass: (state, pool) and the chunk's tokens to (state, pool) and (online reads, scores).
+  rule: Rule, read: Read, fresh: Weights, state: online.State, x: Tokens
+) -> tuple[online.State, jax.Array]:
+  """One chunk of the write pass: a state and the chunk's tokens to the state after them and their online reads.
 
   This is what `jax.lax.scan` runs, and what the kernels run.
   """
-  state, keys = carry
   state, memory = online.write(rule, state, fresh, x.k, x.v, x.gates, x.documents)
-  y = read(memory, x.q)
-  if pool is None:
-    return (state, None), (y, None)
-  keys, keys_so_far = gating.pool_keys(keys, x.k, memory.seen)
-  return (state, keys), (y, gating.online_scores(x.u, gating.summary(keys_so_far, pool)))
+  return state, read(memory, x.q)
 
 
 def write(
@@ -90,11 +75,10 @@ def write(
   lengths: tuple[int, ...],
   *,
   read: Read,
-  pool: str | None,
   carries: bool,
   side_by_side: int,
 ) -> Written:
-  """The write pass: every token's online read and score, every segment's final state and summary.
+  """The write pass: every token's online read, every segment's final state.
 
   Args:
     rule: how a memory writes.
@@ -102,24 +86,54 @@ def write(
     tokens: the whole sequence.
     lengths: the segments' lengths.
     read: (a chunk's online memory, q) to what its tokens read from it.
-    pool: "mean" or "sum"; None: no scores and no summaries.
     carries: a segment starts from the last one's state; if not, from M_0.
     side_by_side: segments that run at a time; 1 if they carry.
   """
-  step = functools.partial(write_chunk, rule, read, pool, fresh)
+
+  def step(state, x, _, __):
+    return *write_chunk(rule, read, fresh, state, x), ()
 
   def write_segment(state, x, _, __):
     start = state if carries else online.start_state(rule, fresh, x.k)
-    keys = None if pool is None else gating.empty_pool(x.k)
-    chunks = segments.constant(rule.chunk).lengths(x.k.shape[2])  # restarting here; the last may be ragged
-    (end, keys), outputs, _ = pieces.scan(lambda carry, x, _, __: (*step(carry, x), ()), (start, keys), x, chunks, unroll=2)
-    return end if carries else None, outputs, (end, None if pool is None else gating.summary(keys, pool))
+    end, y, _ = pieces.scan(step, start, x, _chunks(rule, x.k), unroll=2)
+    return end if carries else None, y, end
 
   start = online.start_state(rule, fresh, tokens.k) if carries else None
-  _, (y, scores), (states, summaries) = pieces.scan(
-    write_segment, start, tokens, lengths, together=side_by_side, remat=True
-  )
-  return Written(y, scores, states, summaries)
+  return Written(*pieces.scan(write_segment, start, tokens, lengths, together=side_by_side, remat=True)[1:])
+
+
+def summarize(
+  rule: Rule, tokens: Tokens, lengths: tuple[int, ...], kind: str, *, side_by_side: int
+) -> tuple[jax.Array, jax.Array]:
+  """Every token's score with the summary of its own segment so far, and every segment's summary (Eq. 10, 16).
+
+  Args:
+    rule: for the chunks in which keys are pooled.
+    tokens: the whole sequence.
+    lengths: the segments' lengths.
+    kind: "mean" or "sum".
+    side_by_side: segments that run at a time.
+
+  Returns:
+    [b, h, length] and [segments, b, h, d], at least float32.
+  """
+
+  def step(keys, x, _, __):
+    seen = visible(x.documents, x.k.shape[-2])
+    keys, so_far = gating.pool_keys(keys, x.k, seen)
+    return keys, gating.online_scores(x.u, gating.summary(so_far, kind)), ()
+
+  def pool_segment(_, x, __, ___):
+    keys, scores, _ = pieces.scan(step, gating.empty_pool(x.k), x, _chunks(rule, x.k))
+    return None, scores, gating.summary(keys, kind)
+
+  tokens = tokens._replace(q=None, v=None, gates={})
+  return pieces.scan(pool_segment, None, tokens, lengths, together=side_by_side, remat=True)[1:]
+
+
+def _chunks(rule: Rule, k: jax.Array) -> tuple[int, ...]:
+  """Chunks restart at every segment; its last one may be ragged."""
+  return segments.constant(rule.chunk).lengths(k.shape[2])
 
 
 def read_caches(
