@@ -209,7 +209,7 @@ class _Program:
 
   def _fusion_bytes(self, fused: _Computation, op: _Instruction, operands: list[_Instruction]) -> float:
     """HBM bytes of a fusion: its operands, as far as they are read, and its results, as far as they are written."""
-    updates = [_updated(fused, result) for result in _results(fused)]
+    updates = _updates(fused)
     in_place = {id(update) for update in updates if update}
     total = 0.0
     for i, name in enumerate(op.operands):
@@ -326,9 +326,12 @@ class _Program:
     return value
 
 
-def _results(fused: _Computation) -> list[_Instruction]:
+def _updates(fused: _Computation) -> list[_Instruction | None]:
+  """For every result of a fusion, the dynamic-update-slice that makes it in place."""
   root = fused.instructions[fused.root]
-  return [fused.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
+  if root.opcode == "tuple":
+    return [_updated(fused, fused.instructions[name]) for name in root.operands]
+  return [_updated(fused, root)] * len(root.arrays)  # more than one: a reduction to a pair, such as argmax
 
 
 def _updated(fused: _Computation, result: _Instruction) -> _Instruction | None:

@@ -142,6 +142,11 @@ def test_an_update_in_place_is_charged_the_update():
   assert cost(f, stack, ("float32",)).hbm_bytes < 5 * size  # 64 whole stacks, if it were not
 
 
+def test_a_reduction_to_a_pair():
+  x = ("float32", 64, WIDTH, 512)
+  assert cost(lambda x: jnp.argmax(x, -1), x).hbm_bytes == pytest.approx(4 * 64 * WIDTH * (512 + 1), rel=0.01)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_batched_products(dtype):
   """XLA:TPU makes them strided convolutions, most positions of whose window fall into holes."""
