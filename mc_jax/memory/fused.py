@@ -70,9 +70,10 @@ def write(
   def restart(fresh, state):
     return state if carries else online.State(fresh, *jax.tree.map(jnp.zeros_like, state[1:]))
 
-  run = recurrence.Recurrence(step, restart, chunk, segment // chunk, "write", interpret)
+  run = recurrence.Recurrence(step, restart, chunk, segment // chunk, f"{rule.name}_write", interpret)
   start = online.start_state(rule, fresh, tokens.k)
-  y, states = recurrence.scan(run, fresh, start, tokens._replace(documents=None), marks)
+  with jax.named_scope("memory_write"):
+    y, states = recurrence.scan(run, fresh, start, tokens._replace(documents=None), marks)
   return passes.Written(y[:, :, :length], states)
 
 
