@@ -27,29 +27,41 @@ def test_tokens_see_their_own_documents_tokens_and_windows_reach_back(window):
   found = jax.tree.map(lambda x: x[..., chunk], jax.jit(documents.index)(ids))
   seen = documents.visible(found, before, window)
   own = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0]], bool)[None]
-  chex.assert_trees_all_equal(np.asarray(seen.same), own)
-  chex.assert_trees_all_equal(np.asarray(seen.incoming), np.zeros((1, 4), bool))
   earlier = np.zeros((1, 4, window - 1), bool)
-  chex.assert_trees_all_equal(np.asarray(seen.reach), np.concatenate([earlier, own], -1))
+  chex.assert_trees_all_equal(np.asarray(seen.same), own)
+  chex.assert_trees_all_equal(np.asarray(seen.reach), np.concatenate([own, earlier], -1))
+  chex.assert_trees_all_equal(np.asarray(seen.last), np.asarray(seen.reach[:, -1:]))
+  chex.assert_trees_all_equal(np.asarray(seen.incoming), np.zeros((1, 4, 1), bool))
+  # The window's earlier keys are of the document that came in.
+  came_in = np.array([False] * 4 + [True] * (window - 1))[None, :, None]
+  chex.assert_trees_all_equal(np.asarray(seen.keys_incoming), came_in)
+  chex.assert_trees_all_equal(np.asarray(seen.continues), np.zeros((1, 1, 1), bool))
 
   found = jax.tree.map(lambda x: x[..., 1:5], jax.jit(documents.index)(ids))
   seen = documents.visible(found, 4, window)
-  incoming = np.array([[True, False, False, False]])
+  incoming = np.array([True, False, False, False])[None, :, None]
   chex.assert_trees_all_equal(np.asarray(seen.incoming), incoming)
-  chex.assert_trees_all_equal(
-    np.asarray(seen.reach[..., : window - 1]), np.repeat(incoming[..., None], window - 1, axis=-1)
-  )
+  chex.assert_trees_all_equal(np.asarray(seen.keys_incoming)[:, :4], incoming)
   # Token 3 is padding: nobody sees it, and it sees the document that it follows.
-  chex.assert_trees_all_equal(
-    np.asarray(seen.same), np.array([[[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]], bool)
-  )
+  own = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]], bool)[None]
+  chex.assert_trees_all_equal(np.asarray(seen.same), own)
+  earlier = np.repeat(incoming, window - 1, axis=-1)
+  chex.assert_trees_all_equal(np.asarray(seen.reach), np.concatenate([own, earlier], -1))
+  chex.assert_trees_all_equal(np.asarray(seen.last), np.asarray(seen.reach[:, -1:]))
+  chex.assert_trees_all_equal(np.asarray(seen.continues), np.zeros((1, 1, 1), bool))
+
+  found = jax.tree.map(lambda x: x[..., 5:8], jax.jit(documents.index)(ids))
+  seen = documents.visible(found, 3, window)  # a document that goes on to the chunk's end, and padding there
+  chex.assert_trees_all_equal(np.asarray(seen.continues), np.ones((1, 1, 1), bool))
+  assert np.asarray(seen.last)[0, 0].tolist() == [True, True, False] + [True] * (window - 1)
 
 
 def test_without_documents_everything_earlier_is_seen():
   seen = documents.visible(None, 5, 3)
   chex.assert_trees_all_equal(np.asarray(seen.same), np.tri(5, dtype=bool))
-  chex.assert_trees_all_equal(np.asarray(seen.reach), np.concatenate([np.ones((5, 2), bool), np.tri(5, dtype=bool)], 1))
-  assert seen.incoming is None
+  chex.assert_trees_all_equal(np.asarray(seen.reach), np.concatenate([np.tri(5, dtype=bool), np.ones((5, 2), bool)], 1))
+  chex.assert_trees_all_equal(np.asarray(seen.last), np.ones((1, 7), bool))
+  assert seen.incoming is seen.keys_incoming is seen.continues is None
 
 
 @pytest.mark.usefixtures("float64")

@@ -100,16 +100,16 @@ def test_pools_hold_the_documents_keys_up_to_and_including_each_token():
   ids = np.array([[1, 1, 2, 0, 3, 3], [1, 1, 1, 1, 1, 1]])
   k = rng.normal(size=(2, 3, 6, 4)).astype(np.float32) * (ids > 0)[:, None, :, None]
   seen = samples.jit(lambda ids: documents.visible(jax.tree.map(lambda x: x[:, None], documents.index(ids)), 6))(ids)
-  before = gates.Pool(np.full((2, 3, 4), 7, np.float32), np.full((2, 3), 2, np.float32))  # of a document that has ended
+  before = gates.Pool(np.full((2, 3, 4), 7, np.float32), np.full((2, 3, 1), 2, np.float32))  # of a document that has ended
   after, so_far = pool_keys(before, k, seen)
   for row, t in np.ndindex(2, 6):
     number = max(ids[row, : t + 1]) if ids[row, t] == 0 else ids[row, t]
     own = [j for j in range(t + 1) if ids[row, j] == number]
     chex.assert_trees_all_close(so_far.total[row, :, t], k[row, :, own].sum(0), atol=1e-6)
-    chex.assert_trees_all_equal(so_far.count[row, :, t], np.full(3, len(own), np.float32))
+    chex.assert_trees_all_equal(so_far.count[row, :, t], np.full((3, 1), len(own), np.float32))
   chex.assert_trees_all_equal(after, jax.tree.map(lambda x: x[:, :, 5], so_far))
   mean, total = gates.summary(so_far, "mean"), gates.summary(so_far, "sum")
-  chex.assert_trees_all_close(mean * so_far.count[..., None], total, rtol=1e-6)
+  chex.assert_trees_all_close(mean * so_far.count, total, rtol=1e-6)
   chex.assert_trees_all_equal(gates.summary(gates.empty_pool(k), "mean"), np.zeros((2, 3, 4), np.float32))
 
 
@@ -120,7 +120,7 @@ def test_an_open_pool_goes_on():
   half, _ = pool_keys(gates.empty_pool(k), k[:, :, :3], documents.visible(None, 3))
   end, _ = pool_keys(half, k[:, :, 3:], documents.visible(None, 3))
   chex.assert_trees_all_close(end, whole, rtol=1e-5)
-  assert whole.count.tolist() == [[6.0, 6.0]]
+  assert whole.count.tolist() == [[[6.0], [6.0]]]
 
 
 def test_scores_of_tokens_are_looked_up_by_age():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mc_jax.memory import caching, documents, online, rules, segments
+from mc_jax.memory import documents, online, passes, rules, segments
 
 LENGTH, SEGMENT, WIDTH = 32_768, 256, 16
 DEEP = {
@@ -35,12 +35,15 @@ def write(rule, k, v, gates):
   init = rule.init(jax.random.key(1), heads=1, head_dim=WIDTH)
   k, v = k[None, None], v[None, None]
   gates = {name: jnp.full(k.shape[:-1], value) for name, value in gates.items()}
-  tokens = caching.Tokens(k, k, v, k, gates, None)
+  tokens = passes.Tokens(k, k, v, k, gates, None)
+
+  def read(memory, x):
+    return rule.network(x, lambda name, z: online.read(memory, name, z, x.dtype))
 
   @jax.jit
   def run(tokens):
     lengths = segments.constant(SEGMENT).lengths(LENGTH)
-    written = caching.write(rule, init, tokens, lengths, pool="mean", carries=True, side_by_side=1)
+    written = passes.write(rule, init, tokens, lengths, read=read, carries=True, side_by_side=1)
     return written.y[0, 0], norms(written.states.memory), norms(written.states.momentum)
 
   return jax.tree.map(np.asarray, run(tokens))
