@@ -139,7 +139,7 @@ def _forward(contribution, tile, interpret, x, gates, states, counts):
     for i in range(together):
       state = block * together + i
       y = contribution(x_ref[...], tree.unflatten(ref[i] for ref in state_refs))
-      gate = jnp.where(state < counts_ref[tile_ref[step]], _row(gates_ref, state), 0.0)
+      gate = jnp.where(state < counts_ref[tile_ref[step]], _row(gates_ref, block, i, together), 0.0)
       # With many small contributions a step the transposing units are busier than the matrix units, which take one.
       column = _column_by_product if i == 0 and together == _SUBLANES else _column
       gate = column(gate, y.shape[-1])
@@ -173,7 +173,7 @@ def _forward(contribution, tile, interpret, x, gates, states, counts):
 
 
 def _backward(contribution, tile, interpret, x, gates, states, counts, cotangent):
-  """Gradients of x, gates and states, the last float32."""
+  """Gradients of x, gates and states."""
   rows, length, width = x.shape
   n = len(gates)
   leaves, tree = jax.tree.flatten(states)
@@ -194,7 +194,7 @@ def _backward(contribution, tile, interpret, x, gates, states, counts, cotangent
       refs[len(leaves) :][:2],
       refs[len(leaves) + 2 :],
     )
-    *state_grad_refs, x_total_ref = refs
+    state_grad_refs, x_total_ref, state_total_refs = refs[: len(leaves)], refs[len(leaves)], refs[len(leaves) + 1 :]
     step = pl.program_id(1)
     block, here = block_ref[step], tile_ref[step]
     first = (step == 0) | (block_ref[jnp.maximum(step - 1, 0)] != block)
@@ -205,12 +205,14 @@ def _backward(contribution, tile, interpret, x, gates, states, counts, cotangent
     for i in range(together):
       state = block * together + i
       used = state < counts_ref[here]
-      gate = _column(_row(gates_ref, state), cotangent.shape[-1])
+      gate = _column(_row(gates_ref, block, i, together), cotangent.shape[-1])
       y, x_part, state_part = contribute(x, tree.unflatten(ref[i] for ref in state_refs), gate, cotangent)
       x_total += jnp.where(used, x_part[0].astype(jnp.float32), 0.0)
       gate_parts.append(jnp.where(gate == 0, 0.0, y[0] * cotangent[0]).sum(-1))
-      for ref, part in zip(state_grad_refs, jax.tree.leaves(state_part), strict=True):
-        ref[i] = jnp.where(first, 0.0, ref[i]) + jnp.where(used, part.astype(jnp.float32), 0.0)
+      for total_ref, ref, part in zip(state_total_refs, state_grad_refs, jax.tree.leaves(state_part), strict=True):
+        total = jnp.where(first, 0.0, total_ref[i]) + jnp.where(used, part[0].astype(jnp.float32), 0.0)
+        total_ref[i] = total
+        ref[i, 0] = total.astype(ref.dtype)
     x_total_ref[tokens] = x_total
     x_grad_ref[0, tokens] = x_total.astype(x_grad_ref.dtype)
     gates_grad_ref[0, 0] = jnp.stack(gate_parts)
@@ -226,14 +228,17 @@ def _backward(contribution, tile, interpret, x, gates, states, counts, cotangent
     out_shape=[
       jax.ShapeDtypeStruct(x.shape, x.dtype),
       jax.ShapeDtypeStruct((rows, blocks, together, length), gates.dtype),
-      *(jax.ShapeDtypeStruct(w.shape, jnp.float32) for w in leaves),
+      *(jax.ShapeDtypeStruct(w.shape, w.dtype) for w in leaves),
     ],
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=3,
       grid=(rows, walk.steps),
       in_specs=[row_spec, _gates_spec(n, together, tile), _row_spec(length, cotangent.shape[-1]), *state_specs],
       out_specs=[row_spec, gates_grad_spec, *state_specs],
-      scratch_shapes=[pltpu.VMEM((length, width), jnp.float32)],
+      scratch_shapes=[
+        pltpu.VMEM((length, width), jnp.float32),
+        *(pltpu.VMEM((together, *w.shape[2:]), jnp.float32) for w in leaves),
+      ],
     ),
     compiler_params=_compiler_params(),
     cost_estimate=pl.CostEstimate(
@@ -241,7 +246,7 @@ def _backward(contribution, tile, interpret, x, gates, states, counts, cotangent
       transcendentals=rows * expected.steps * together * work.transcendentals,
       bytes_accessed=2 * _bytes(x)
       + _bytes(cotangent)
-      + sum(_bytes(w) + 4 * w.size for w in leaves)
+      + 2 * sum(map(_bytes, leaves))
       + rows * (_gates_bytes(expected, n, together, tile) + expected.steps * 4 * together * tile),
     ),
     interpret=interpret,
@@ -310,9 +315,10 @@ def _one(x: jax.Array, states: States, tile: int) -> tuple[jax.ShapeDtypeStruct,
   return jax.ShapeDtypeStruct((1, tile, x.shape[-1]), x.dtype), one
 
 
-def _row(gates_ref: Any, state: jax.Array) -> jax.Array:
-  """A state's gates, [1, T], from the block of 8 that they lie in."""
-  return gates_ref[0, pl.ds(lax.rem(state, _SUBLANES), 1)]
+def _row(gates_ref: Any, block: jax.Array, i: int, together: int) -> jax.Array:
+  """The gates of the block's i-th state, [1, T], from the tile of 8 that they lie in."""
+  first = 0 if together == _SUBLANES else lax.rem(block, _SUBLANES // together) * together
+  return gates_ref[0, pl.ds(first + i, 1)]
 
 
 def _column(row: jax.Array, width: int) -> jax.Array:
@@ -343,7 +349,7 @@ def _row_spec(length: int, width: int) -> pl.BlockSpec:
 
 def _gates_spec(n: int, together: int, tile: int) -> pl.BlockSpec:
   def index(row, step, tiles, blocks, counts):
-    return row, lax.div(blocks[step] * together, _SUBLANES), tiles[step]
+    return row, lax.div(blocks[step], _SUBLANES // together), tiles[step]
 
   return pl.BlockSpec((1, min(n, _SUBLANES), tile), index)
 
