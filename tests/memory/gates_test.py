@@ -100,7 +100,7 @@ def test_pools_hold_the_documents_keys_up_to_and_including_each_token():
   ids = np.array([[1, 1, 2, 0, 3, 3], [1, 1, 1, 1, 1, 1]])
   k = rng.normal(size=(2, 3, 6, 4)).astype(np.float32) * (ids > 0)[:, None, :, None]
   seen = samples.jit(lambda ids: documents.visible(jax.tree.map(lambda x: x[:, None], documents.index(ids)), 6))(ids)
-  before = gates.Pool(np.full((2, 3, 4), 7, np.float32), np.full((2, 3, 1), 2, np.float32))  # of a document that has ended
+  before = gates.Pool(np.full((2, 3, 4), 7, np.float32), np.full((2, 3, 1), 2, np.float32))  # of another document
   after, so_far = pool_keys(before, k, seen)
   for row, t in np.ndindex(2, 6):
     number = max(ids[row, : t + 1]) if ids[row, t] == 0 else ids[row, t]
