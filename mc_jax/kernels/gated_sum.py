@@ -169,7 +169,7 @@ def _forward(contribution, tile, interpret, x, gates, states, counts):
     ),
     interpret=interpret,
     name="cached_read_fwd",
-  )(walk.tile, walk.block, walk.counts, x, jnp.swapaxes(gates, 0, 1), *leaves)
+  )(walk.tile, walk.block, walk.counts, x, _rows_first(gates, together), *leaves)
 
 
 def _backward(contribution, tile, interpret, x, gates, states, counts, cotangent):
@@ -251,7 +251,7 @@ def _backward(contribution, tile, interpret, x, gates, states, counts, cotangent
     ),
     interpret=interpret,
     name="cached_read_bwd",
-  )(walk.tile, walk.block, walk.counts, x, jnp.swapaxes(gates, 0, 1), cotangent, *leaves)
+  )(walk.tile, walk.block, walk.counts, x, _rows_first(gates, together), cotangent, *leaves)
   gates_grad = jnp.swapaxes(gates_grad.reshape(rows, -1, length)[:, :n], 0, 1)
   # Pairs that were not visited were not written.
   read = jnp.repeat(jnp.arange(n)[:, None] < walk.counts, tile, axis=1, total_repeat_length=length)
@@ -315,6 +315,12 @@ def _one(x: jax.Array, states: States, tile: int) -> tuple[jax.ShapeDtypeStruct,
   return jax.ShapeDtypeStruct((1, tile, x.shape[-1]), x.dtype), one
 
 
+def _rows_first(gates: jax.Array, together: int) -> jax.Array:
+  """[n, rows, length] to [rows, n, length], n padded to whole blocks if all of them lie in one tile of 8."""
+  padding = -len(gates) % together if len(gates) < _SUBLANES else 0
+  return jnp.pad(jnp.swapaxes(gates, 0, 1), ((0, 0), (0, padding), (0, 0)))
+
+
 def _row(gates_ref: Any, block: jax.Array, i: int, together: int) -> jax.Array:
   """The gates of the block's i-th state, [1, T], from the tile of 8 that they lie in."""
   first = 0 if together == _SUBLANES else lax.rem(block, _SUBLANES // together) * together
@@ -351,7 +357,7 @@ def _gates_spec(n: int, together: int, tile: int) -> pl.BlockSpec:
   def index(row, step, tiles, blocks, counts):
     return row, lax.div(blocks[step], _SUBLANES // together), tiles[step]
 
-  return pl.BlockSpec((1, min(n, _SUBLANES), tile), index)
+  return pl.BlockSpec((1, min(pl.cdiv(n, together) * together, _SUBLANES), tile), index)
 
 
 def _state_specs(together: int, leaves: list[jax.Array]) -> list[pl.BlockSpec]:
@@ -383,4 +389,5 @@ def _fetched(block: np.ndarray, together: int, n: int) -> int:
 
 
 def _gates_bytes(walk: _Walk, n: int, together: int, tile: int) -> int:
-  return len(_changes(walk.block * together // _SUBLANES, walk.tile)) * min(n, _SUBLANES) * tile * 4
+  states = min(pl.cdiv(n, together) * together, _SUBLANES)
+  return len(_changes(walk.block * together // _SUBLANES, walk.tile)) * states * tile * 4
