@@ -135,16 +135,16 @@ def _forward(contribution, tile, interpret, x, gates, states, counts):
     *state_refs, y_ref = refs
     step = pl.program_id(1)
     block = block_ref[step]
-    total = jnp.where(block == 0, 0.0, y_ref[...])
+    total = 0.0
     for i in range(together):
       state = block * together + i
       y = contribution(x_ref[...], tree.unflatten(ref[i] for ref in state_refs))
       gate = jnp.where(state < counts_ref[tile_ref[step]], _row(gates_ref, block, i, together), 0.0)
       # With many small contributions a step the transposing units are busier than the matrix units, which take one.
-      column = _column_by_product if i == 0 and together == _SUBLANES else _column
+      column = _column_by_product if i == _SUBLANES - 1 else _column
       gate = column(gate, y.shape[-1])
       total += jnp.where(gate == 0, 0.0, gate * y)
-    y_ref[...] = total
+    y_ref[...] = total + jnp.where(block == 0, 0.0, y_ref[...])
 
   y = jax.ShapeDtypeStruct((rows, length, out.shape[-1]), out.dtype)
   expected = walk if isinstance(counts, np.ndarray) else _walk(np.full(len(counts), n), together, n, by_tile=True)
