@@ -208,14 +208,15 @@ def _backward(contribution, tile, interpret, x, gates, states, counts, cotangent
       gate = _column(_row(gates_ref, block, i, together), cotangent.shape[-1])
       y, x_part, state_part = contribute(x, tree.unflatten(ref[i] for ref in state_refs), gate, cotangent)
       x_total += jnp.where(used, x_part[0].astype(jnp.float32), 0.0)
-      gate_parts.append(jnp.where(gate == 0, 0.0, y[0] * cotangent[0]).sum(-1))
+      # A transposition and a sum over sublanes; a sum over lanes takes longer, and v4 cannot make a row of it.
+      gate_parts.append(jnp.where(gate == 0, 0.0, y[0] * cotangent[0]).T.sum(0, keepdims=True))
       for total_ref, ref, part in zip(state_total_refs, state_grad_refs, jax.tree.leaves(state_part), strict=True):
         total = jnp.where(first, 0.0, total_ref[i]) + jnp.where(used, part[0].astype(jnp.float32), 0.0)
         total_ref[i] = total
         ref[i, 0] = total.astype(ref.dtype)
     x_total_ref[tokens] = x_total
     x_grad_ref[0, tokens] = x_total.astype(x_grad_ref.dtype)
-    gates_grad_ref[0, 0] = jnp.stack(gate_parts)
+    gates_grad_ref[0, 0] = jnp.concatenate(gate_parts)
 
   def gates_grad_index(row, step, tiles, blocks, counts):
     return row, blocks[step], 0, tiles[step]
