@@ -92,7 +92,10 @@ def product(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
   their defaults, XLA and Mosaic would round them to bfloat16 without a word.
   """
   precision = jax.lax.Precision.DEFAULT if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-  return jnp.matmul(a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=state_dtype(dtype))
+  a, b = a.astype(dtype), b.astype(dtype)
+  if a.ndim < b.ndim:  # XLA:CPU fails on one transposed bfloat16 matrix for many: "BF16 x BF16 = F32" unimplemented
+    a = jnp.broadcast_to(a, (*b.shape[:-2], *a.shape[-2:]))
+  return jnp.matmul(a, b, precision=precision, preferred_element_type=state_dtype(dtype))
 
 
 def _product_forward(a, b, dtype):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import samples
 
-from mc_jax.memory import caching, rules, segments
+from mc_jax.memory import online, passes, rules, segments
 
 LENGTH, SEGMENT = 64, 16
 
@@ -64,12 +64,16 @@ def test_bfloat16_is_near_float32(name, aggregation, carry):
 def test_states_scores_and_summaries_are_float32(carry):
   rule = rules.get("titans", chunk=8)
   x = inputs(rule)
-  tokens = caching.Tokens(
-    *(jnp.moveaxis(w, 2, 1) for w in x[:4]), *jax.tree.map(lambda g: jnp.moveaxis(g, 2, 1), x[4:5]), None
-  )
+  tokens = passes.Tokens(*jax.tree.map(lambda w: jnp.moveaxis(w, 2, 1), x[:5]), None)
   lengths = segments.constant(SEGMENT).lengths(LENGTH)
-  write = functools.partial(caching.write, rule, lengths=lengths, pool="mean", carries=carry, side_by_side=1)
+
+  def read(memory, q):
+    return rule.network(q, lambda name, z: online.read(memory, name, z, q.dtype))
+
+  write = functools.partial(passes.write, rule, lengths=lengths, read=read, carries=carry, side_by_side=1)
   written = jax.eval_shape(write, x.init, tokens)
-  assert jax.tree.leaves(written.states)[0].shape[0] == len(lengths)
-  for leaf in jax.tree.leaves(written):
+  summarize = functools.partial(passes.summarize, rule, lengths=lengths, kind="mean", side_by_side=1)
+  scores, summaries = jax.eval_shape(summarize, tokens)
+  assert jax.tree.leaves(written.states)[0].shape[0] == len(summaries) == len(lengths)
+  for leaf in jax.tree.leaves((written, scores, summaries)):
     assert leaf.dtype == np.float32
