@@ -30,7 +30,7 @@ class Recurrence:
 
   Attributes:
     step: (constants, carry, tokens, marks) to (carry, outputs), one chunk.
-    restart: (constants, carry) to carry, what a segment starts with from the carry that comes in.
+    start: constants to carry, what every segment starts with; None: with the carry of the one before.
     chunk: tokens of a chunk.
     chunks: chunks of a segment.
     name: the kernels are called name_fwd and name_bwd.
@@ -38,7 +38,7 @@ class Recurrence:
   """
 
   step: Callable[[Pytree, Pytree, Pytree, Pytree], tuple[Pytree, Pytree]]
-  restart: Callable[[Pytree, Pytree], Pytree]
+  start: Callable[[Pytree], Pytree] | None
   chunk: int
   chunks: int
   name: str = "recurrence"
@@ -77,7 +77,7 @@ def scan(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(recurrence, constants, initial, tokens, marks):
-  step, restart, chunks = recurrence.step, recurrence.restart, recurrence.chunks
+  step, fresh, chunks = recurrence.step, recurrence.start, recurrence.chunks
   batch, heads, length = jax.tree.leaves(tokens)[0].shape[:3]
   segments = length // chunks
   blocks = _blocks(constants, 1), _blocks(initial, 2), _blocks(tokens, 3), _blocks(marks, 3)
@@ -91,8 +91,9 @@ def _scan(recurrence, constants, initial, tokens, marks):
     def _():
       jax.tree.map(lambda source, ref: pltpu.sync_copy(source.at[row], ref), initial, carry)
 
-    before = _load(carry)
-    start = _select(chunk == 0, restart(constants, before), before)
+    start = _load(carry)
+    if fresh is not None:
+      start = jax.tree.map(functools.partial(jnp.where, chunk == 0), fresh(constants), start)
     end, y = step(constants, start, _load(tokens), _load(marks))
     _store(outputs, y)
     _store(carry, end)
@@ -109,8 +110,8 @@ def _scan(recurrence, constants, initial, tokens, marks):
     kernel,
     grid=(batch, heads, segments, chunks),
     in_specs=(
-      _specs(blocks[0], lambda b, h, s, c: (h,)),
-      jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), initial),
+      _specs(blocks[0], lambda b, h, s, c: (h,), buffers=1),
+      _whole(initial),
       _specs(blocks[2], here),
       _specs(blocks[3], lambda b, h, s, c: (b, 0, s * chunks + c)),
     ),
@@ -132,7 +133,7 @@ def _scan_forward(recurrence, *args):
 
 
 def _scan_backward(recurrence, residuals, cotangents):
-  step, restart, chunks = recurrence.step, recurrence.restart, recurrence.chunks
+  step, fresh, chunks = recurrence.step, recurrence.start, recurrence.chunks
   constants, initial, tokens, marks, ends = residuals
   batch, heads, length = jax.tree.leaves(tokens)[0].shape[:3]
   segments = length // chunks
@@ -146,7 +147,7 @@ def _scan_backward(recurrence, residuals, cotangents):
     constants, initial, ends, tokens, marks, d_outputs, d_ends, d_constants, d_initial, d_tokens, starts, d_carry
   ):
     """Phases 0 .. last - 1 step forwards through the chunks, phases last .. 2 last come back."""
-    segment, phase = segments - 1 - pl.program_id(2), pl.program_id(3)
+    row, segment, phase = (pl.program_id(0), pl.program_id(1)), segments - 1 - pl.program_id(2), pl.program_id(3)
     constants, marks = _load(constants), _load(marks)
 
     @pl.when((segment == segments - 1) & (phase == 0))
@@ -154,13 +155,21 @@ def _scan_backward(recurrence, residuals, cotangents):
       _store(d_carry, jax.tree.map(jnp.zeros_like, _load(d_carry)))
       _store(d_constants, jax.tree.map(jnp.zeros_like, constants))
 
-    @pl.when((phase == 0) & (segment == 0))
-    def _():
-      _store(starts, restart(constants, _load(initial)), 0)
+    if fresh is None:
 
-    @pl.when((phase == 0) & (segment > 0))
-    def _():
-      _store(starts, restart(constants, _load(ends)), 0)
+      @pl.when((phase == 0) & (segment == 0))
+      def _():
+        jax.tree.map(lambda source, ref: pltpu.sync_copy(source.at[row], ref.at[0]), initial, starts)
+
+      @pl.when((phase == 0) & (segment > 0))
+      def _():
+        _store(starts, _load(ends), 0)
+
+    else:
+
+      @pl.when(phase == 0)
+      def _():
+        _store(starts, fresh(constants), 0)
 
     if chunks > 1:
 
@@ -186,16 +195,16 @@ def _scan_backward(recurrence, residuals, cotangents):
       _store(d_carry, d_start)
       _store(d_tokens, d_x)
 
-    @pl.when(phase == 2 * last)
-    def _():
-      _, pull = jax.vjp(restart, constants, _load(d_carry))
-      d_c, d_before = pull(_load(d_carry))
-      _add(d_constants, d_c)
-      _store(d_carry, d_before)
+    if fresh is not None:
+
+      @pl.when(phase == 2 * last)
+      def _():
+        _add(d_constants, jax.vjp(fresh, constants)[1](_load(d_carry))[0])
+        _store(d_carry, jax.tree.map(jnp.zeros_like, _load(d_carry)))
 
     @pl.when((phase == 2 * last) & (segment == 0))
     def _():
-      _store(d_initial, _load(d_carry))
+      jax.tree.map(lambda ref, target: pltpu.sync_copy(ref, target.at[row]), d_carry, d_initial)
 
   def on_the_way(b, h, s, p):
     return b, h, (segments - 1 - s) * chunks + jnp.minimum(p, 2 * last - p)
@@ -220,8 +229,8 @@ def _scan_backward(recurrence, residuals, cotangents):
     kernel,
     grid=(batch, heads, segments, 2 * chunks - 1),
     in_specs=(
-      _specs(blocks[0], lambda b, h, s, p: (h,)),
-      _specs(blocks[1], row),
+      _specs(blocks[0], lambda b, h, s, p: (h,), buffers=1),
+      _whole(initial),
       _specs(blocks[1], lambda b, h, s, p: (jnp.maximum(segments - 2 - s, 0), b, h)),
       _specs(blocks[2], on_the_way),
       _specs(blocks[3], lambda b, h, s, p: (b, 0, on_the_way(b, h, s, p)[2])),
@@ -229,7 +238,7 @@ def _scan_backward(recurrence, residuals, cotangents):
       _specs(d_e, lambda b, h, s, p: (segments - 1 - s, b, h)),
     ),
     out_shape=out_shape,
-    out_specs=(_specs(wide, row), _specs(blocks[1], row), _specs(blocks[2], on_the_way_back)),
+    out_specs=(_specs(wide, row, buffers=1), _whole(initial), _specs(blocks[2], on_the_way_back)),
     scratch_shapes=(_scratch(blocks[1], chunks), _scratch(blocks[1])),
     cost_estimate=_cost(
       [
@@ -255,16 +264,22 @@ def _arrays(blocks: Pytree, *where: int) -> Pytree:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*where, *x.shape), x.dtype), blocks)
 
 
-def _specs(blocks: Pytree, where: Callable) -> Pytree:
+def _specs(blocks: Pytree, where: Callable, buffers: int = 2) -> Pytree:
+  """A block is one of the arrays, the one that where(batch, head, ...) says; two are there at a time, to overlap."""
+
   def spec(x):
     def index(*program):
-      at = where(*program)
-      return (*at, *(0,) * x.ndim)
+      return (*where(*program), *(0,) * x.ndim)
 
-    at = len(where(0, 0, 0, 0))
-    return pl.BlockSpec((None,) * at + x.shape, index)
+    leading = len(where(0, 0, 0, 0))
+    return pl.BlockSpec((None,) * leading + x.shape, index, pipeline_mode=pl.Buffered(buffers))
 
   return jax.tree.map(spec, blocks)
+
+
+def _whole(arrays: Pytree) -> Pytree:
+  """Arrays that stay in HBM, of which the kernel copies what it wants."""
+  return jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), arrays)
 
 
 def _scratch(blocks: Pytree, *where: int) -> Pytree:
@@ -280,10 +295,6 @@ def _store(refs: Pytree, values: Pytree, *at: jax.Array) -> None:
     ref[(*at, ...)] = value.astype(ref.dtype)
 
   jax.tree.map(store, refs, values)
-
-
-def _select(condition: jax.Array, new: Pytree, old: Pytree) -> Pytree:
-  return jax.tree.map(lambda new, old: old if new is old else jnp.where(condition, new, old), new, old)
 
 
 def _add(refs: Pytree, values: Pytree) -> None:

@@ -20,4 +20,4 @@ def budget() -> int:
 
   What is left is for the compiler: what XLA itself keeps in VMEM around the kernel.
   """
-  return capacity() * 7 // 8
+  return capacity() * 15 // 16

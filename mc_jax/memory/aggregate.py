@@ -6,6 +6,7 @@ online.py's. Stacked states are {name: [n, batch, heads, in, out]}.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,31 +116,91 @@ def select_and_read(
   read_blocks: (x [b, h, blocks, block, d], owner [b, h, blocks] int32 ascending, states) to y like x. An owner of n
   marks a block that nobody looks at.
   """
-  slots, memories = index.shape[-1], jax.tree.leaves(states)[0].shape[0]
-  chosen = index.reshape(*index.shape[:-2], -1)
-  order = jnp.argsort(chosen, axis=-1)
-  chosen = jnp.take_along_axis(chosen, order, axis=-1)
-  pairs = chosen.shape[-1]
-  take = functools.partial(jnp.take_along_axis, axis=-1)
+  index, gates = jnp.moveaxis(index, -1, 2), jnp.moveaxis(gates, -1, 2)
+  layout = _layout(index, lax.stop_gradient(gates), len(jax.tree.leaves(states)[0]), block)
+  x = _spread(q, layout)
+  y = read_blocks(x.reshape(*layout.owner.shape, block, x.shape[-1]), layout.owner, states)
+  return _combine(y.reshape(*y.shape[:2], -1, y.shape[-1]), gates, layout)
 
-  # Each memory's pairs are padded to whole blocks.
-  sizes = (chosen[..., None] == jnp.arange(memories)).sum(-2, dtype=jnp.int32)
-  used = -(-sizes // block)
-  first = jnp.cumsum(used, -1) - used  # every memory's first block
-  row = jnp.cumsum(sizes, -1) - sizes  # and first pair
-  blocks = jnp.arange(-(-pairs // block) + memories)  # enough for a partly filled last block of every memory
-  owner = (blocks >= (first + used)[..., None]).sum(-2, dtype=jnp.int32)
-  known = jnp.minimum(owner, memories - 1)
-  source = (take(row, known) + (blocks - take(first, known)) * block)[..., None] + jnp.arange(block)
-  source = jnp.minimum(source, pairs - 1).reshape(*chosen.shape[:2], -1)  # the pair in each place of each block
-  place = take(first, chosen) * block + jnp.arange(pairs) - take(row, chosen)  # the place of each pair
 
-  x = jnp.take_along_axis(q, (take(order, source) // slots)[..., None], axis=-2)
-  y = read_blocks(x.reshape(*owner.shape, block, -1), owner, states)
-  y = y.reshape(*chosen.shape[:2], -1, y.shape[-1])
-  y = jnp.take_along_axis(y, take(place, jnp.argsort(order, axis=-1))[..., None], axis=-2)  # unsorted
-  y, gates = y.reshape(*index.shape, -1), gates[..., None]
-  return jnp.where(gates == 0, 0.0, gates * y).sum(-2)
+class Layout(NamedTuple):
+  """Where (slot, token) pairs go, so that every block of places belongs to one memory.
+
+  Attributes:
+    owner: [b, h, blocks] int32, the memory of each block, ascending; n for blocks of no pairs.
+    pair: [b, h, places] int32, what is in each place, slot * length + token; from k * length on, nothing.
+    gate: [b, h, places], its gate; 0 for nothing.
+    place: [b, h, k, length] int32, where each pair is.
+  """
+
+  owner: jax.Array
+  pair: jax.Array
+  gate: jax.Array
+  place: jax.Array
+
+
+def _layout(index: jax.Array, gates: jax.Array, memories: int, block: int) -> Layout:
+  """Sorts pairs [b, h, k, length] by the memory they chose, with as many fillers as make every memory's blocks whole.
+
+  Empty slots, whose gate is 0, come last, in blocks of no memory. By sorts alone, because a TPU is at its worst at
+  looking up single numbers.
+  """
+  chosen = jnp.where(gates == 0, memories, index).reshape(*index.shape[:2], -1)
+  pairs, names = chosen.shape[-1], jnp.arange(memories)
+  sizes = (chosen[..., None, :] == names[:, None]).sum(-1)
+  fillers = jnp.where(jnp.arange(block - 1) < (-sizes % block)[..., None], names[:, None], memories)
+  keys = jnp.concatenate([chosen, fillers.reshape(*chosen.shape[:-1], -1)], -1).astype(jnp.int32)
+  rest = -keys.shape[-1] % block
+  keys = jnp.pad(keys, ((0, 0), (0, 0), (0, rest)), constant_values=memories)
+  gates = jnp.pad(gates.reshape(chosen.shape), ((0, 0), (0, 0), (0, keys.shape[-1] - pairs)))
+  places = lax.broadcasted_iota(jnp.int32, keys.shape, 2)
+  keys, pair, gates = lax.sort((keys, places, gates), num_keys=1, is_stable=False)
+  _, place = lax.sort((pair, places), num_keys=1, is_stable=False)
+  return Layout(keys[..., ::block], pair, gates, place[..., :pairs].reshape(index.shape))
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+  return jnp.take_along_axis(x, index[..., None], axis=-2, mode="clip")
+
+
+def _take_pairs(x: jax.Array, layout: Layout) -> jax.Array:
+  """Of every pair: x [b, h, places, d] to [b, h, k, length, d]."""
+  place = layout.place
+  return _take(x, place.reshape(*place.shape[:2], -1)).reshape(*place.shape, x.shape[-1])
+
+
+@jax.custom_vjp
+def _spread(q: jax.Array, layout: Layout) -> jax.Array:
+  """The query in every place: q [b, h, length, d] to [b, h, places, d]; anything where there is no pair."""
+  return _take(q, layout.pair % q.shape[2])
+
+
+# Every pair has one place: a gather does what the transpose of the gather would scatter.
+_spread.defvjp(
+  lambda q, layout: (_spread(q, layout), layout),
+  lambda layout, cotangent: (_take_pairs(cotangent, layout).sum(2), None),
+)
+
+
+@jax.custom_vjp
+def _combine(y: jax.Array, gates: jax.Array, layout: Layout) -> jax.Array:
+  """The gated sum over a token's slots: y [b, h, places, d], gates [b, h, k, length] to [b, h, length, d]."""
+  return _combine_forward(y, gates, layout)[0]
+
+
+def _combine_forward(y, gates, layout):
+  y, gate = _take_pairs(y, layout), gates[..., None]
+  return jnp.where(gate == 0, 0.0, gate * y).sum(2), (y, gates, layout)
+
+
+def _combine_backward(residuals, cotangent):
+  y, gates, layout = residuals
+  d_gates = jnp.where(gates == 0, 0.0, (cotangent[:, :, None] * y).sum(-1))
+  gate = layout.gate[..., None]
+  return jnp.where(gate == 0, 0.0, gate * _take(cotangent, layout.pair % gates.shape[-1])), d_gates, None
+
+
+_combine.defvjp(_combine_forward, _combine_backward)
 
 
 def _read_in_turn(network: Network, x: jax.Array, owner: jax.Array, states: Weights) -> jax.Array:

@@ -28,12 +28,9 @@ class Passes(NamedTuple):
   read_selected: Callable[..., jax.Array]
 
 
-XLA = Passes(passes.write, passes.read_caches, aggregate.read_selected)
-
-
-def _kernels(interpret: bool = False) -> Passes:
-  run = (fused.write, fused.read_caches, fused.read_selected)
-  return Passes(*(functools.partial(f, interpret=interpret) for f in run))
+_XLA = Passes(passes.write, passes.read_caches, aggregate.read_selected)
+_KERNELS = Passes(fused.write, fused.read_caches, fused.read_selected)
+_INTERPRETED = Passes(*(functools.partial(run, interpret=True) for run in _KERNELS))
 
 
 def memory_caching(
@@ -109,22 +106,27 @@ def memory_caching(
     gate_scale=gate_scale,
     segment_group=segment_group,
   )
-  xla = functools.partial(run, XLA)
+  xla = functools.partial(run, _XLA)
   arrays = q, k, v, u, gates, init, segment_ids, token_scores
   if implementation == "xla":
     return xla(*arrays)
-  unsupported = fused.unsupported(rule, lengths, q)
+  unsupported = fused.unsupported(rule, lengths, q, init)
   if unsupported:
     if implementation == "pallas":
       raise ValueError(f"implementation='pallas' does not support {unsupported}")
     fused.log_fallback(unsupported)
     return xla(*arrays)
-  kernels = functools.partial(run, _kernels())
+  kernels = functools.partial(run, _KERNELS)
   # Off TPU the kernels are only for tests: interpreted, and slow.
-  elsewhere = xla if implementation is None else functools.partial(run, _kernels(interpret=True))
+  elsewhere = xla if implementation is None else functools.partial(run, _INTERPRETED)
   return jax.lax.platform_dependent(*arrays, tpu=kernels, default=elsewhere)
 
 
+@functools.partial(
+  jax.jit,
+  static_argnums=0,
+  static_argnames=("rule", "aggregation", "lengths", "carries", "top_k", "pool", "gate", "gate_scale", "segment_group"),
+)
 def _memory_caching(
   by: Passes,
   q: jax.Array,
@@ -146,7 +148,7 @@ def _memory_caching(
   gate_scale: float,
   segment_group: int,
 ) -> jax.Array:
-  """`memory_caching` by the passes given."""
+  """`memory_caching` by the passes given; under jit, so that layers that are alike are traced once."""
   tokens = _heads_first(q, k, v, u, gates, segment_ids)
   dtype, wide = q.dtype, online.state_dtype(q.dtype)
   fresh = {name: w.astype(wide) for name, w in init.items()}

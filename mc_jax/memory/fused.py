@@ -8,31 +8,54 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from mc_jax.kernels import gated_sum, grouped, recurrence
+from mc_jax.kernels import gated_sum, grouped, recurrence, vmem
 from mc_jax.memory import aggregate, online, passes, segments
 from mc_jax.memory import documents as documents_lib
 from mc_jax.memory.networks import Network, Weights
 from mc_jax.memory.rules import Rule
 
-# Queries that read cached memories together: so many make a state worth its way from HBM.
-QUERY_TILE = 512
-# Pairs that read a selected memory together.
-BLOCK = 256
 
-
-def unsupported(rule: Rule, lengths: tuple[int, ...], q: jax.Array) -> str | None:
+def unsupported(rule: Rule, lengths: tuple[int, ...], q: jax.Array, init: Weights) -> str | None:
   """What the kernels cannot take, for a message; None if they take it all. q [batch, length, heads, head_dim]."""
-  chunk = min(rule.chunk, lengths[0])
-  rows = 16 if q.dtype == jnp.bfloat16 else 8
   if q.dtype not in (jnp.bfloat16, jnp.float32):
     return f"{q.dtype} inputs (bfloat16 and float32 are)"
   if any(length != lengths[0] for length in lengths[:-1]) or lengths[-1] > lengths[0]:
     return "segments of different lengths (segmentation constant has equal ones)"
+  chunk, rows = min(rule.chunk, lengths[0]), _rows_of(q.dtype)
   if len(lengths) > 1 and lengths[0] % chunk:
     return f"chunks of {chunk} tokens in segments of {lengths[0]} (the chunk must divide the segment)"
   if len(lengths) > 1 and chunk % rows:
     return f"chunks of {chunk} tokens (a multiple of {rows} is, for {q.dtype})"
+  chunk = -(-chunk // rows) * rows
+  needed = _vmem(rule, chunk, -(-lengths[0] // chunk), q.shape[-1], init)
+  if needed > vmem.budget():
+    return (
+      f"rule {rule.name!r} at head_dim {q.shape[-1]}, with segments of {lengths[0]} tokens and chunks of {chunk}, on a "
+      f"chip with {vmem.budget() >> 20} MiB of VMEM for kernels (they would need some {-(-needed >> 20)})"
+    )
   return None
+
+
+def _rows_of(dtype: jnp.dtype) -> int:
+  """Tokens in a tile of a TPU's memory."""
+  return 16 if dtype == jnp.bfloat16 else 8
+
+
+def _vmem(rule: Rule, chunk: int, chunks: int, head_dim: int, init: Weights) -> int:
+  """Bytes that the write's backward kernel takes, which takes the most: estimated, and compiled for in the tests.
+
+  Blocks and scratch are counted. What lives between its instructions was, by the compiler, 25 to 26 arrays of
+  [chunk, widest layer] for networks of two layers (head_dim 128 and 256, chunks of 128 and 256).
+  """
+
+  def padded(width):
+    return -(-width // 128) * 128
+
+  memory = 4 * sum(w.shape[1] * padded(w.shape[2]) for w in init.values())
+  state = memory * (2 if rule.momentum else 1) + 2 * 4 * 8 * padded(head_dim) * (rule.window > 1)
+  widest = padded(max(chunk, *(max(w.shape[1:]) for w in init.values())))
+  blocks = (3 + chunks) * state + 4 * memory + 2 * 2 * 4 * 4 * chunk * padded(head_dim)
+  return blocks + 13 * len(init) * 4 * chunk * widest
 
 
 @functools.cache
@@ -56,7 +79,7 @@ def write(
   """`passes.write` as one kernel: the state stays in VMEM from the first token to the last."""
   del side_by_side  # a core runs one segment at a time
   length = sum(lengths)
-  rows = 16 if tokens.k.dtype == jnp.bfloat16 else 8
+  rows = _rows_of(tokens.k.dtype)
   chunk = min(rule.chunk, -(-lengths[0] // rows) * rows)
   segment = -(-lengths[0] // chunk) * chunk
   tokens = _pad(tokens, len(lengths) * segment - length)._replace(u=None)
@@ -67,11 +90,15 @@ def write(
       x = x._replace(documents=marks._replace(valid=marks.valid != 0))
     return passes.write_chunk(rule, read, fresh, state, x)
 
-  def restart(fresh, state):
-    return state if carries else online.State(fresh, *jax.tree.map(jnp.zeros_like, state[1:]))
-
-  run = recurrence.Recurrence(step, restart, chunk, segment // chunk, f"{rule.name}_write", interpret)
   start = online.start_state(rule, fresh, tokens.k)
+
+  def restart(fresh):
+    empty = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[2:]), x.dtype), start)
+    return empty._replace(memory=fresh)
+
+  run = recurrence.Recurrence(
+    step, None if carries else restart, chunk, segment // chunk, f"{rule.name}_write", interpret
+  )
   with jax.named_scope("memory_write"):
     y, states = recurrence.scan(run, fresh, start, tokens._replace(documents=None), marks)
   return passes.Written(y[:, :, :length], states)
@@ -90,17 +117,20 @@ def read_caches(
   if len(lengths) == 1:
     return passes.read_caches(contribution, x, gamma, memories, lengths)
   batch, heads, length = x.shape[:3]
-  tile = min(QUERY_TILE, -(-length // 128) * 128)
-  last = np.minimum(np.arange(tile - 1, length + tile - 1, tile), length - 1)
-  y = gated_sum.gated_sum(
-    contribution,
-    x.reshape(batch * heads, length, -1),
-    jnp.pad(jnp.moveaxis(gamma, -1, 0), ((0, 1), (0, 0), (0, 0), (0, 0))).reshape(-1, batch * heads, length),
-    _rows(memories, x.dtype),
-    segments.index(lengths)[last],
-    tile,
-    interpret=interpret,
-  )
+  x, memories = x.reshape(batch * heads, length, -1), _rows(memories, x.dtype)
+  gates = jnp.pad(jnp.moveaxis(gamma, -1, 0), ((0, 1), (0, 0), (0, 0), (0, 0)))  # the last memory is read by nobody
+  tile = gated_sum.query_tile(contribution, x, memories)
+  ends = np.minimum(np.arange(tile, length + tile, tile), length) - 1
+  with jax.named_scope("memory_read"):
+    y = gated_sum.gated_sum(
+      contribution,
+      x,
+      gates.reshape(-1, batch * heads, length),
+      memories,
+      segments.index(lengths)[ends],
+      tile,
+      interpret=interpret,
+    )
   return y.reshape(batch, heads, length, -1)
 
 
@@ -109,13 +139,15 @@ def read_selected(
 ) -> jax.Array:
   """`aggregate.read_selected`, every block of pairs read by one kernel that runs the whole network."""
 
-  def read_blocks(x, owner, states):
-    x = x.reshape(-1, *x.shape[2:])
-    states = _rows(states, x.dtype)
-    y = grouped.grouped(aggregate.whole(network), x, owner.reshape(len(x), -1), states, interpret=interpret)
-    return y.reshape(*owner.shape, *y.shape[2:])
+  states = _rows(states, online.state_dtype(q.dtype))  # each is fetched once: rounding it first would save nothing
 
-  return aggregate.select_and_read(read_blocks, BLOCK, q, index, gates, states)
+  def read_blocks(x, owner, states):
+    x, owner = x.reshape(-1, *x.shape[2:]), owner.reshape(-1, owner.shape[-1])
+    with jax.named_scope("memory_read_selected"):
+      y = grouped.grouped(aggregate.whole(network), x, owner, states, interpret=interpret)
+    return y.reshape(*q.shape[:2], *y.shape[1:])
+
+  return aggregate.select_and_read(read_blocks, grouped.block_size(states), q, index, gates, states)
 
 
 def _rows(states: Weights, dtype: jnp.dtype) -> Weights:

@@ -165,9 +165,9 @@ def write(
   def written(name, weights):  # sum_j weights_j z_j (x) delta_j, weighing the narrower of the two
     z, delta = inputs[name], errors[name]
     if z.shape[-1] < delta.shape[-1]:
-      z = weights[..., None] * z
+      z = _column(weights) * z
     else:
-      delta = weights[..., None] * delta
+      delta = _column(weights) * delta
     return product(jnp.swapaxes(z, -1, -2), delta, dtype)
 
   memory, momentum = {}, {}
@@ -189,7 +189,7 @@ def read(online: Online, name: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array
   """x_t W_t: every token through its own online weights. x [..., T, in] to [..., T, out], at least float32."""
   c, incoming = online.coefficients, online.seen.incoming
   # Decays scale x rather than the product, whose gradient would need the product again.
-  decayed = x if c.decay is None else c.decay[..., None] * x
+  decayed = x if c.decay is None else _column(c.decay) * x
   y = _start_read(online.start, online.fresh, incoming, dtype)(name, decayed)
   if c.carry is not None:
     carried = product(c.carry[..., None] * x, online.start.momentum[name], dtype)
@@ -210,7 +210,7 @@ def coefficients(rule: Rule, gates: Weights, seen: Visible, compute: jnp.dtype) 
       return weights * gates["eta"][..., None, :]
     length, keys = seen.reach.shape[-2:]
     age = jax.lax.broadcasted_iota(jnp.int32, (length, keys), 0) - positions(length, keys)
-    band = sum(jnp.where(age == i, gates[eta][..., None], 0.0) for i, eta in enumerate(rule.steps))
+    band = sum(jnp.where(age == i, _column(gates[eta]), 0.0) for i, eta in enumerate(rule.steps))
     return product(weights, jnp.where(seen.reach, band, 0.0), compute)
 
   decay, retained = _decays(gates["alpha"], seen.same) if rule.retention else (None, seen.same.astype(dtype))
@@ -267,7 +267,22 @@ def _decays(gate: jax.Array, same: jax.Array) -> tuple[jax.Array, jax.Array]:
   """
   logs = jnp.log(jnp.maximum(gate, jnp.finfo(gate.dtype).tiny))
   logs = _masked_sums(same, logs)
-  return jnp.exp(logs), jnp.exp(jnp.where(same, logs[..., :, None] - logs[..., None, :], -jnp.inf))
+  return jnp.exp(logs), jnp.exp(jnp.where(same, _column(logs) - logs[..., None, :], -jnp.inf))
+
+
+@jax.custom_vjp
+def _column(x: jax.Array) -> jax.Array:
+  """[..., T] to [..., T, 1]; on a TPU a number per token goes from lanes to sublanes.
+
+  Not every TPU has an instruction for the way back, but all can transpose.
+  """
+  return x[..., None]
+
+
+_column.defvjp(
+  lambda x: (_column(x), None),
+  lambda _, g: (jnp.swapaxes(jnp.broadcast_to(g, (*g.shape[:-1], 128)), -1, -2)[..., 0, :],),
+)
 
 
 @jax.custom_vjp
