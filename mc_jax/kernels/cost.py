@@ -58,7 +58,10 @@ def _work(jaxpr: core.Jaxpr, needed: set[core.Var]) -> Work:
       if isinstance(inner, core.ClosedJaxpr):
         inner = inner.jaxpr
       if isinstance(inner, core.Jaxpr):
+        # What a scan carries is needed by its next trip.
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
         live = zip(inner.outvars, eqn.outvars, strict=False)
-        more = _work(inner, {v for v, outer in live if outer in needed and isinstance(v, core.Var)})
-        flops, transcendentals = flops + more.flops, transcendentals + more.transcendentals
+        live = {v for v, outer in live if (outer in needed or times > 1) and isinstance(v, core.Var)}
+        more = _work(inner, live)
+        flops, transcendentals = flops + times * more.flops, transcendentals + times * more.transcendentals
   return Work(flops, transcendentals)
