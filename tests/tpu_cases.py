@@ -11,9 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mc_jax.memory import aggregate, fused, online, passes, rules, segments
+from mc_jax.kernels import gated_sum, grouped
+from mc_jax.memory import aggregate, fused, networks, online, passes, rules, segments
 
-BATCH, HEADS, LENGTH, SEGMENT, EXPANSION = 4, 8, 4096, 256, 4
+BATCH, HEADS, LENGTH, SEGMENT, EXPANSION, TOP_K = 4, 8, 4096, 256, 4, 2
+ROWS, CACHES = BATCH * HEADS, LENGTH // SEGMENT - 1
+NETWORKS = {"matrix": networks.Matrix(), "deep": networks.MLP(2, EXPANSION)}
+# Cached memories that one grid step reads, as gated_sum chooses for these shapes, forward and backward.
+TOGETHER = {"matrix": (8, 4), "deep": (2, 1)}
 
 
 def array(*shape, dtype=jnp.float32):
@@ -81,3 +86,83 @@ def linear_write_fwd(head_dim=128, chunk=256):
 
 def linear_write_bwd(head_dim=128, chunk=256):
   return backward(rules.linear(chunk=chunk), head_dim)
+
+
+def states(kind, head_dim, dtype):
+  """Stacked memories of every row, [caches, rows, in, out]."""
+  weights = jax.eval_shape(lambda: NETWORKS[kind].init(jax.random.key(0), ROWS, head_dim))
+  return {name: array(CACHES, *w.shape, dtype=dtype) for name, w in weights.items()}
+
+
+def read_flops(memories, tokens):
+  """Of so many tokens' read of one memory."""
+  return 2 * tokens * sum(w.shape[2] * w.shape[3] for w in memories.values())
+
+
+def cached_read_fwd(kind, head_dim):
+  contribution, memories = aggregate.whole(NETWORKS[kind]), states(kind, head_dim, jnp.bfloat16)
+  x, gates = array(ROWS, LENGTH, head_dim, dtype=jnp.bfloat16), array(CACHES, ROWS, LENGTH)
+  tile = gated_sum.query_tile(contribution, x, memories)
+  counts = np.arange(tile - 1, LENGTH, tile) // SEGMENT
+
+  def fn(x, gates, memories):
+    with jax.named_scope("memory_read"):
+      return gated_sum.gated_sum(contribution, x, gates, memories, counts, tile)
+
+  return fn, (x, gates, memories), {"cached_read_fwd": TOGETHER[kind][0] * read_flops(memories, tile)}
+
+
+def cached_read_bwd(kind, head_dim):
+  fn, args, flops = cached_read_fwd(kind, head_dim)
+  forward, backward = TOGETHER[kind]
+
+  def gradients(args, cotangent):
+    return jax.vjp(fn, *args)[1](cotangent)
+
+  y = jax.eval_shape(fn, *args)
+  return gradients, (args, y), {"cached_read_bwd": 3 * flops["cached_read_fwd"] * backward // forward}
+
+
+def cached_read_matrix_fwd(head_dim=128):
+  return cached_read_fwd("matrix", head_dim)
+
+
+def cached_read_matrix_bwd(head_dim=128):
+  return cached_read_bwd("matrix", head_dim)
+
+
+def cached_read_deep_fwd(head_dim=128):
+  return cached_read_fwd("deep", head_dim)
+
+
+def cached_read_deep_bwd(head_dim=128):
+  return cached_read_bwd("deep", head_dim)
+
+
+def selected_read_fwd(head_dim=128):
+  memories = states("deep", head_dim, jnp.float32)
+  block = grouped.block_size(memories)
+  blocks = LENGTH * TOP_K // block + CACHES  # enough, if the last block of every memory is not full
+  x, owner = array(ROWS, blocks, block, head_dim, dtype=jnp.bfloat16), array(ROWS, blocks, dtype=jnp.int32)
+
+  def fn(x, owner, memories):
+    with jax.named_scope("memory_read_selected"):
+      return grouped.grouped(aggregate.whole(NETWORKS["deep"]), x, owner, memories)
+
+  return fn, (x, owner, memories), {"selected_read_fwd": read_flops(memories, block)}
+
+
+def selected_read_bwd(head_dim=128):
+  fn, args, flops = selected_read_fwd(head_dim)
+
+  def gradients(x, owner, memories, cotangent):
+    return jax.vjp(lambda x, memories: fn(x, owner, memories), x, memories)[1](cotangent)
+
+  return gradients, (*args, jax.eval_shape(fn, *args)), {"selected_read_bwd": 3 * flops["selected_read_fwd"]}
+
+
+SCORED = tuple(
+  f"{kernel}_{direction}"
+  for kernel in ("titans_write", "linear_write", "cached_read_matrix", "cached_read_deep", "selected_read")
+  for direction in ("fwd", "bwd")
+)

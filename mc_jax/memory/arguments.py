@@ -70,9 +70,7 @@ def check_arrays(
   for name, x in gates.items():
     if x.shape != (batch, length, heads):
       raise ValueError(f"gates[{name!r}] must be [batch, length, heads] = {(batch, length, heads)}; got {x.shape}")
-  if set(init) != (
-    names := set(jax.eval_shape(lambda key: rule.init(key, heads=1, head_dim=shape[3]), jax.random.key(0)))
-  ):
+  if set(init) != (names := set(jax.eval_shape(lambda: rule.init(jax.random.key(0), heads=1, head_dim=shape[3])))):
     raise ValueError(f"init must have rule {rule.name!r}'s weights {sorted(names)}; got {sorted(init)}")
   for name, w in init.items():
     if w.ndim != 3 or w.shape[0] != heads:

@@ -1,0 +1,82 @@
+"""The kernels, compiled by the TPUs' own compiler for chips that are not there."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+import topology
+import tpu_cases
+
+from mc_jax import memory
+from mc_jax.memory import fused
+
+CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+# The backward cases of writing have the forward kernels in them.
+CASES = [name for name in tpu_cases.SCORED if not name.endswith("write_fwd")]
+# Whole networks of head_dim 256 do not fit in the 16 MiB of VMEM that a v4 has: the last test here has the reason.
+TOO_LARGE = {("v4", 256, "titans_write_bwd"), ("v4", 256, "cached_read_deep_bwd")}
+
+
+def compile_for(chip, fn, args):
+  """Compiles for the chip, which kernels plan with by the mesh in context."""
+  place = topology.one_chip(CHIPS[chip])
+  args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
+  with jax.set_mesh(place.mesh):
+    return jax.jit(fn).lower(*args).compile()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("chip", "head_dim", "name"), sorted(set(itertools.product(CHIPS, (96, 128, 256), CASES)) - TOO_LARGE)
+)
+def test_kernels_compile(chip, head_dim, name):
+  options = {"chunk": 128} if chip == "v4" and name == "titans_write_bwd" else {}  # 256 do not fit
+  fn, args, flops = getattr(tpu_cases, name)(head_dim, **options)
+  text = compile_for(chip, fn, args).as_text()
+  assert all(kernel in text for kernel in flops)
+
+
+def layer(rule, head_dim, *, heads=2, length=1024, documents=False, **options):
+  """(the gradient of a layer, its arguments): bfloat16 tokens, segments of 256."""
+  vector = tpu_cases.array(1, length, heads, head_dim, dtype=jnp.bfloat16)
+  gates = {name: tpu_cases.array(1, length, heads) for name in rule.gates}
+  init = jax.eval_shape(functools.partial(rule.init, heads=heads, head_dim=head_dim), jax.random.key(0))
+  ids = tpu_cases.array(1, length, dtype=jnp.int32) if documents else None
+
+  def loss(args, ids):
+    segmentation = memory.segments.constant(256)
+    y = memory.memory_caching(*args, rule=rule, segmentation=segmentation, segment_ids=ids, **options)
+    return y.astype(jnp.float32).sum()
+
+  return jax.grad(loss), ((vector, vector, vector, vector, gates, init), ids)
+
+
+@pytest.mark.parametrize("aggregation", memory.AGGREGATIONS)
+def test_a_layer_takes_the_kernels_when_it_is_compiled_for_a_tpu(aggregation):
+  """By the platform lowered for, on a machine whose default backend is a CPU; forward and backward."""
+  fn, args = layer(memory.rules.get("linear", chunk=128), 128, aggregation=aggregation)
+  text = compile_for("v5e", fn, args).as_text()
+  reads = {"none": (), "ssc": ("selected_read_bwd",)}.get(aggregation, ("cached_read_bwd",))
+  assert all(kernel in text for kernel in ("linear_write_fwd", "linear_write_bwd", *reads))
+
+
+@pytest.mark.parametrize("name", memory.RULES)
+def test_every_rule_compiles_with_documents(name):
+  fn, args = layer(memory.rules.get(name, chunk=64), 64, documents=True, implementation="pallas")
+  assert f"{name}_write_bwd" in compile_for("v5e", fn, args).as_text()
+
+
+def test_what_does_not_fit_is_refused_with_the_reason():
+  """By the chip of the mesh in context: a v4 has too little VMEM for a network of head_dim 256, a v5p has enough."""
+  rule = memory.rules.get("titans", chunk=128)
+  init = jax.eval_shape(functools.partial(rule.init, heads=2, head_dim=256), jax.random.key(0))
+  q = tpu_cases.array(1, 1024, 2, 256, dtype=jnp.bfloat16)
+  with jax.set_mesh(topology.one_chip(CHIPS["v4"]).mesh):
+    assert "15 MiB of VMEM" in fused.unsupported(rule, (256,) * 4, q, init)
+    fn, args = layer(rule, 256, aggregation="none", implementation="pallas")
+    with pytest.raises(ValueError, match="implementation='pallas' does not support rule 'titans' at head_dim 256"):
+      jax.eval_shape(fn, *args)
+  with jax.set_mesh(topology.one_chip(CHIPS["v5p"]).mesh):
+    assert fused.unsupported(rule, (256,) * 4, q, init) is None
