@@ -4,6 +4,11 @@
 
 Times the mixer as it stands in a model (projections, convolution, gates, memory, output), with a gradient for every
 parameter and the input. The median of --repeats calls, after one that compiles. For speed, nothing else should run.
+
+  python -m mc_jax.bench --topology=v5e:2x2 --implementation=xla --rules=titans --aggregations=grm --lengths=8192
+
+does not run anything: it compiles for one chip of a TPU topology, on a machine that need not have one, and prints what
+the compiled program moves and computes (mc_jax/parallel/hlo_cost.py).
 """
 
 import itertools
@@ -23,6 +28,7 @@ from flax import nnx
 from mc_jax import memory
 from mc_jax.models.config import MemoryConfig, ModelConfig
 from mc_jax.models.mixer import MemoryCaching
+from mc_jax.parallel import hlo_cost, topology
 
 _RULES = flags.DEFINE_list("rules", list(memory.RULES), "Memory rules.")
 _AGGREGATIONS = flags.DEFINE_list("aggregations", list(memory.AGGREGATIONS), "Ways to read the cache.")
@@ -35,12 +41,14 @@ _CHUNK = flags.DEFINE_integer("chunk", 64, "Tokens per chunk.", lower_bound=1)
 _SEGMENT = flags.DEFINE_integer("segment", 128, "Tokens per segment.", lower_bound=1)
 _TOP_K = flags.DEFINE_integer("top_k", 2, "Caches that ssc reads.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
+_IMPLEMENTATION = flags.DEFINE_enum("implementation", None, ["xla", "pallas"], "Default: the best for the platform.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Compile for this TPU (v5e:2x2, v5p:2x2x1, ...) instead of timing.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls, of which the median counts.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
 
-def measure(config: ModelConfig, batch: int, length: int, repeats: int) -> dict[str, float]:
-  """Times one layer's forward and backward pass. Returns seconds (median) and tokens per second."""
+def gradients(config: ModelConfig, length: int):
+  """(a layer's gradients, jitted; its parameters; the shape of its input)."""
   layer = MemoryCaching(config, rngs=nnx.Rngs(0))
   graph, parameters = nnx.split(layer)
 
@@ -51,15 +59,34 @@ def measure(config: ModelConfig, batch: int, length: int, repeats: int) -> dict[
 
     return jax.grad(loss, argnums=(0, 1))(parameters, x)
 
-  x = jax.random.normal(jax.random.key(0), (batch, length, config.d_model), jnp.dtype(config.dtype))
-  jax.block_until_ready(gradients(parameters, x))
+  return gradients, parameters, jax.ShapeDtypeStruct((_BATCH.value, length, config.d_model), jnp.dtype(config.dtype))
+
+
+def measure(config: ModelConfig, length: int) -> dict[str, float]:
+  """Times one layer's forward and backward pass. Returns seconds (median) and tokens per second."""
+  run, parameters, x = gradients(config, length)
+  x = jax.random.normal(jax.random.key(0), x.shape, x.dtype)
+  jax.block_until_ready(run(parameters, x))
   seconds = []
-  for _ in range(repeats):
+  for _ in range(_REPEATS.value):
     start = time.perf_counter()
-    jax.block_until_ready(gradients(parameters, x))
+    jax.block_until_ready(run(parameters, x))
     seconds.append(time.perf_counter() - start)
   median = statistics.median(seconds)
-  return {"seconds": median, "tokens_per_second": batch * length / median}
+  return {"tokens_per_second": _BATCH.value * length / median, "milliseconds": 1e3 * median}
+
+
+def estimate(config: ModelConfig, length: int) -> dict[str, float]:
+  """What one layer's forward and backward pass, compiled for a chip of --topology, moves, computes and holds."""
+  run, *args = gradients(config, length)
+  chip = topology.one_chip(_TOPOLOGY.value)
+  args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip), args)
+  with jax.set_mesh(chip.mesh):
+    compiled = run.lower(*args).compile()
+  # XLA's cached reads loop as far as the query has caches: over a sequence, half of them.
+  cost = hlo_cost.cost(compiled, unknown_trips=(len(config.memory.build_segmentation().lengths(length)) - 1) / 2)
+  memory_bytes = compiled.memory_analysis().temp_size_in_bytes
+  return {"hbm_gb": cost.hbm_bytes / 1e9, "tflop": cost.flops / 1e12, "temporaries_gb": memory_bytes / 1e9}
 
 
 def main(_) -> None:
@@ -69,7 +96,7 @@ def main(_) -> None:
   configs = []
   for rule, aggregation, _ in combinations:
     options = dict(rule=rule, aggregation=aggregation, chunk=_CHUNK.value, segment_length=_SEGMENT.value)
-    options |= dict(carry=_CARRY.value, top_k=_TOP_K.value)
+    options |= dict(carry=_CARRY.value, top_k=_TOP_K.value, implementation=_IMPLEMENTATION.value)
     config = ModelConfig(
       d_model=_D_MODEL.value, heads=_HEADS.value, dtype=_DTYPE.value, layers=1, memory=MemoryConfig(**options)
     )
@@ -77,15 +104,20 @@ def main(_) -> None:
       sys.exit("\n".join(problems))
     configs.append(config)
 
-  device = jax.devices()[0]
-  print(f"{device.device_kind} ({device.platform}), {platform.machine()}, jax {jax.__version__}, {_CARRY.value} carry")
-  print(f"{'rule':8} {'aggregation':12} {'length':>7} {'tokens/s':>10} {'ms':>9}", flush=True)
+  run = measure
+  if _TOPOLOGY.value:
+    run = estimate
+    jax.config.update("jax_platforms", "cpu")  # nothing runs: the machine's own accelerators are left alone
+  device = topology.topology(_TOPOLOGY.value).devices[0] if _TOPOLOGY.value else jax.devices()[0]
+  print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}, {_CARRY.value} carry", end="")
+  print(", compiled, not run" if _TOPOLOGY.value else f", {platform.machine()}")
   rows = []
   for (rule, aggregation, length), config in zip(combinations, configs, strict=True):
-    figures = measure(config, _BATCH.value, length, _REPEATS.value)
+    figures = run(config, length)
+    if not rows:
+      print(f"{'rule':8} {'aggregation':12} {'length':>7}" + "".join(f" {name:>18}" for name in figures))
     rows.append({"rule": rule, "aggregation": aggregation, "length": length, **figures})
-    rate, milliseconds = figures["tokens_per_second"], 1e3 * figures["seconds"]
-    print(f"{rule:8} {aggregation:12} {length:7} {rate:10,.0f} {milliseconds:9.1f}", flush=True)
+    print(f"{rule:8} {aggregation:12} {length:7}" + "".join(f" {x:18,.2f}" for x in figures.values()), flush=True)
   if _JSON.value:
     settings = {
       flag.name: flag.value for flag in flags.FLAGS.flags_by_module_dict()[sys.argv[0]] if flag.name != "json"

@@ -1,8 +1,6 @@
-"""What the tests of what runs across devices share."""
+"""What the tests of the kernels share."""
 
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # for `import topology`
-
-import topology  # noqa: F401  sets what libtpu reads when it is loaded
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # for `import tpu_cases`

@@ -1,27 +1,29 @@
-"""TPUs that are not there: topologies to compile for ahead of time. Import it before anything asks jax for devices.
+"""TPUs that are not there: topologies to compile for ahead of time.
 
-libtpu holds the whole TPU compiler, and reads these variables once, when it is loaded.
+The package libtpu holds the whole TPU compiler and needs no TPU. On a machine without one, run with JAX_PLATFORMS=cpu.
 """
 
 import functools
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # whatever is asked for afterwards
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # two processes would otherwise fight over a lock file
-
 import jax
 import numpy as np
-import pytest
 from jax.experimental import topologies
+
+# What libtpu would ask the machine that it thinks it is on. It reads them once, when it is loaded.
+_ENVIRONMENT = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # whatever topology is asked for afterwards
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two processes would otherwise fight over a lock file
+}
 
 
 @functools.cache
 def topology(name: str) -> topologies.TopologyDescription:
-  """The topology called, for example, "v5e:2x2" or "v4:2x2x1"; skips the test without libtpu."""
-  pytest.importorskip("libtpu", reason="compiles for TPUs")
+  """The topology called, for example, "v5e:2x2" or "v4:2x2x1". Needs the package libtpu."""
+  for variable, value in _ENVIRONMENT.items():
+    os.environ.setdefault(variable, value)
   return topologies.get_topology_desc(name, "tpu")
 
 
