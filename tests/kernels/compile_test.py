@@ -75,9 +75,9 @@ def test_what_does_not_fit_is_refused_with_the_reason():
   rule = memory.rules.get("titans", chunk=128)
   init = jax.eval_shape(functools.partial(rule.init, heads=2, head_dim=256), jax.random.key(0))
   q = tpu_cases.array(1, 1024, 2, 256, dtype=jnp.bfloat16)
+  fn, args = layer(rule, 256, aggregation="none", implementation="pallas")
   with jax.set_mesh(topology.one_chip(CHIPS["v4"]).mesh):
     assert "15 MiB of VMEM" in fused.unsupported(rule, (256,) * 4, q, init)
-    fn, args = layer(rule, 256, aggregation="none", implementation="pallas")
     with pytest.raises(ValueError, match="implementation='pallas' does not support rule 'titans' at head_dim 256"):
       jax.eval_shape(fn, *args)
   with jax.set_mesh(topology.one_chip(CHIPS["v5p"]).mesh):
