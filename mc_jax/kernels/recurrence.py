@@ -120,7 +120,7 @@ def _scan(recurrence, constants, initial, tokens, marks):
     scratch_shapes=(_scratch(blocks[1]),),
     cost_estimate=_cost(
       [(batch * heads * length, step, blocks)],
-      (constants, initial, tokens, marks, out_shape),
+      [(1, (initial, tokens, out_shape)), (batch, constants), (heads, marks)],
     ),
     **_parameters(recurrence, "fwd"),
   )(constants, initial, tokens, marks)
@@ -245,7 +245,12 @@ def _scan_backward(recurrence, residuals, cotangents):
         (batch * heads * segments * last, lambda *args: step(*args)[0], blocks),
         (batch * heads * length, back, blocks),
       ],
-      (inputs, out_shape),
+      [
+        (1, (initial, ends, d_outputs, d_ends, out_shape)),
+        (batch, constants),
+        (1 + last / chunks, tokens),
+        ((1 + last / chunks) * heads, marks),
+      ],
     ),
     **_parameters(recurrence, "bwd"),
   )(*inputs)
@@ -301,13 +306,15 @@ def _add(refs: Pytree, values: Pytree) -> None:
   _store(refs, jax.tree.map(lambda ref, value: ref[...] + value.astype(ref.dtype), refs, values))
 
 
-def _cost(runs: list, arrays: Pytree) -> pl.CostEstimate:
-  """The work of (how often, function, arguments) runs; bytes of arrays that cross HBM once."""
+def _cost(runs: list[tuple[int, Callable, Pytree]], traffic: list[tuple[float, Pytree]]) -> pl.CostEstimate:
+  """The work of (how often, function, arguments) runs, the bytes of (how often, arrays) that cross HBM."""
   works = [(count, cost.work(function, *args)) for count, function, args in runs]
   return pl.CostEstimate(
     flops=sum(count * w.flops for count, w in works),
     transcendentals=sum(count * w.transcendentals for count, w in works),
-    bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays)),
+    bytes_accessed=int(
+      sum(count * math.prod(x.shape) * x.dtype.itemsize for count, xs in traffic for x in jax.tree.leaves(xs))
+    ),
   )
 
 

@@ -199,8 +199,11 @@ def test_the_cost_is_that_of_the_steps(chunks):
   def size(*trees):
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trees))
 
-  constants, initial, tokens, _ = args
+  # Constants are fetched for every row, marks for every head, and backward, tokens on the way and on the way back.
+  constants, initial, tokens, marks = args
   y, ends = jax.eval_shape(kernel(chunks), *args)
-  assert forward.bytes_accessed == size(args, y, ends)
-  rows_of_constants = BATCH * size(constants)  # added up outside
-  assert backward.bytes_accessed == size(args, y, ends, ends, initial, tokens) + rows_of_constants
+  each = BATCH * size(constants), HEADS * size(marks)
+  assert forward.bytes_accessed == size(initial, tokens, y, ends) + sum(each)
+  twice = 2 - 1 / chunks
+  coming, going = twice * (size(tokens) + each[1]) + each[0], size(initial, tokens) + BATCH * size(constants)
+  assert backward.bytes_accessed == int(size(initial, ends, y, ends) + coming + going)
