@@ -16,7 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mc_jax import memory
 from mc_jax.kernels import vmem
-from mc_jax.memory import fused, rules, segments
+from mc_jax.memory import documents as memory_documents
+from mc_jax.memory import fused, online, passes, rules, segments
 
 LENGTH, SEGMENT, CHUNK = 51, 16, 8
 SEGMENT_IDS = np.array(
@@ -93,7 +94,7 @@ RULES = {
     "linear": rules.get("linear", chunk=CHUNK),
     "swla": rules.get("swla", chunk=CHUNK, window=3),
     "dla": rules.get("dla", chunk=CHUNK, expansion=2, norm=True),
-    "titans": rules.get("titans", chunk=CHUNK, depth=3, expansion=1, max_grad_norm=None),
+    "titans": rules.get("titans", chunk=CHUNK, expansion=2, max_grad_norm=2.0),
   },
 }
 OPTIONS = {
@@ -153,6 +154,7 @@ def slow(*args, **kwargs):
     slow(rules.get("titans", chunk=CHUNK, expansion=4), dict(aggregation="grm"), head_dim=12),
     slow(rules.get("dla", chunk=CHUNK, depth=3, expansion=2, norm=True), dict(aggregation="soup")),
     slow(rules.get("titans", chunk=CHUNK, depth=1, norm=True), dict(aggregation="ssc")),
+    slow(rules.get("titans", chunk=CHUNK, depth=3, expansion=1), dict(aggregation="ssc", carry="independent")),
     slow(rules.get("dla", chunk=CHUNK, retention=False, max_grad_norm=None), dict(aggregation="none")),
     # Gates and numbers of caches.
     Case(LINEAR, dict(aggregation="grm", gate="token")),
@@ -169,6 +171,31 @@ def slow(*args, **kwargs):
 )
 def test_every_shape_and_option_gives_what_xla_gives(case):
   assert_kernels_are_xla(case)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("rule", [TITANS, rules.get("swla", chunk=CHUNK, window=3)], ids=lambda rule: rule.name)
+def test_a_ragged_end_leaves_the_states_as_they_are(rule, documents):
+  """Momentum and window as well, which no token reads: what fills the last segment up is padding."""
+  length = 43 if documents else LENGTH  # one ends in the middle of a document
+  x = rounded(samples.inputs(rule, batch=4, length=length, head_dim=8), np.float32)
+  index = None
+  if documents:
+    x = samples.select(SEGMENT_IDS[:, :length] > 0, x, 0)
+    index = memory_documents.Documents(*(w[:, None] for w in memory_documents.index(SEGMENT_IDS[:, :length])))
+  tokens = passes.Tokens(*jax.tree.map(lambda w: jnp.moveaxis(w, 2, 1), x[:5]), index)
+  lengths = segments.constant(SEGMENT).lengths(length)
+
+  def read(memory, q):
+    return rule.network(q, lambda name, z: online.read(memory, name, z, q.dtype))
+
+  def states(write):
+    run = functools.partial(write, rule, lengths=lengths, read=read, carries=True, side_by_side=1)
+    return samples.jit(lambda init, tokens: run(init, tokens).states)(x.init, tokens)
+
+  kernels, xla = states(functools.partial(fused.write, interpret=True)), states(passes.write)
+  assert len(xla.memory[next(iter(xla.memory))]) == len(lengths)
+  chex.assert_trees_all_close(kernels, xla, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
