@@ -137,7 +137,7 @@ def test_a_selective_read_is_the_sum_over_what_was_selected(network, block):
 
 
 def test_blocks_are_one_memorys_each_in_ascending_order():
-  """And every token's query is in a block of each memory that it chose."""
+  """And every token's query is in a block of each memory that it chose, empty slots in blocks of none."""
   q, index, gates, _ = routed()
   block, seen = 4, []
 
@@ -149,7 +149,11 @@ def test_blocks_are_one_memorys_each_in_ascending_order():
   x, owner = map(np.asarray, seen)
   assert owner.shape[-1] <= -(-index[0, 0].size // block) + MEMORIES
   assert (np.diff(owner) >= 0).all()
-  for b, h, t, slot in np.ndindex(index.shape):
+  chosen = np.where(gates == 0, MEMORIES, index)
+  for b, h in np.ndindex(owner.shape[:2]):
+    blocks = [-(-(chosen[b, h] == i).sum() // block) for i in range(MEMORIES)]  # no more than are needed
+    assert [(owner[b, h] == i).sum() for i in range(MEMORIES)] == blocks
+  for b, h, t, slot in np.argwhere(gates != 0):
     own = x[b, h, owner[b, h] == index[b, h, t, slot]]
     assert (own == np.float32(q[b, h, t])).all(-1).any()
 
