@@ -18,7 +18,7 @@ import samples
 from mc_jax.memory import fused, online, passes, rules, segments
 
 HEAD_DIM, CHUNK, SEGMENT = 32, 64, 256
-jit = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
+jit = functools.partial(jax.jit, compiler_options=samples.QUICK_COMPILE | {"xla_allow_excess_precision": False})
 
 
 def roundings(count):
