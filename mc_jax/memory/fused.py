@@ -88,7 +88,8 @@ def write(
   def step(fresh, state, x, marks):
     if marks is not None:
       x = x._replace(documents=marks._replace(valid=marks.valid != 0))
-    return passes.write_chunk(rule, read, fresh, state, x)
+    state, y = passes.write_chunk(rule, read, fresh, state, x)
+    return state, y.astype(x.k.dtype)  # half the way to HBM and back for bfloat16, for one more rounding
 
   start = online.start_state(rule, fresh, tokens.k)
 
