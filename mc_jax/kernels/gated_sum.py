@@ -324,7 +324,7 @@ def _rows_first(gates: jax.Array, together: int) -> jax.Array:
 
 def _row(gates_ref: Any, block: jax.Array, i: int, together: int) -> jax.Array:
   """The gates of the block's i-th state, [1, T], from the tile of 8 that they lie in."""
-  first = 0 if together == _SUBLANES else lax.rem(block, _SUBLANES // together) * together
+  first = 0 if together == _SUBLANES else lax.rem(block, jnp.int32(_SUBLANES // together)) * together
   return gates_ref[0, pl.ds(first + i, 1)]
 
 
@@ -356,7 +356,7 @@ def _row_spec(length: int, width: int) -> pl.BlockSpec:
 
 def _gates_spec(n: int, together: int, tile: int) -> pl.BlockSpec:
   def index(row, step, tiles, blocks, counts):
-    return row, lax.div(blocks[step], _SUBLANES // together), tiles[step]
+    return row, lax.div(blocks[step], jnp.int32(_SUBLANES // together)), tiles[step]
 
   return pl.BlockSpec((1, min(pl.cdiv(n, together) * together, _SUBLANES), tile), index)
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -94,7 +95,7 @@ def _grouped(function, name, interpret, x, owner, states):
     def _():
       y[...] = jnp.zeros_like(y)
 
-  return pl.pallas_call(
+  call = pl.pallas_call(
     kernel,
     out_shape=y,
     grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -105,7 +106,8 @@ def _grouped(function, name, interpret, x, owner, states):
     ),
     cost_estimate=_cost(function, x, states, (x, states, y)),
     **_parameters(f"{name}_fwd", interpret),
-  )(owner, x, states)
+  )
+  return sequential_vmap(call)(owner, x, states)
 
 
 def _forward(function, name, interpret, x, owner, states):
@@ -141,7 +143,7 @@ def _backward(function, name, interpret, residuals, d_y):
   # Gradients add up in float32. They are written over zeros, which is what remains of states that own no block.
   wide = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), states)
   first = 3 + len(jax.tree.leaves(states))
-  d_x, d_states = pl.pallas_call(
+  call = pl.pallas_call(
     kernel,
     out_shape=(x, wide),
     grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -158,7 +160,8 @@ def _backward(function, name, interpret, residuals, d_y):
     input_output_aliases={first + i: 1 + i for i in range(len(jax.tree.leaves(wide)))},
     cost_estimate=_cost(back, x, states, (x, states, d_y, x, wide)),
     **_parameters(f"{name}_bwd", interpret),
-  )(owner, x, states, d_y, wide)
+  )
+  d_x, d_states = sequential_vmap(call)(owner, x, states, d_y, wide)
   return d_x, None, jax.tree.map(lambda d, w: d.astype(w.dtype), d_states, states)
 
 

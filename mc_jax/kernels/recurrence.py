@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -106,7 +107,7 @@ def _scan(recurrence, constants, initial, tokens, marks):
     return b, h, s * chunks + c
 
   out_shape = _arrays(y, batch, heads, length), _arrays(blocks[1], segments, batch, heads)
-  return pl.pallas_call(
+  call = pl.pallas_call(
     kernel,
     grid=(batch, heads, segments, chunks),
     in_specs=(
@@ -123,13 +124,14 @@ def _scan(recurrence, constants, initial, tokens, marks):
       [(1, (initial, tokens, out_shape)), (batch, constants), (heads, marks)],
     ),
     **_parameters(recurrence, "fwd"),
-  )(constants, initial, tokens, marks)
+  )
+  return sequential_vmap(call)(constants, initial, tokens, marks)
 
 
 def _scan_forward(recurrence, *args):
   args = jax.tree.map(lambda x: x.value, args, is_leaf=lambda x: hasattr(x, "perturbed"))
   outputs, ends = _scan(recurrence, *args)
-  return (outputs, ends), (*args, ends)
+  return (outputs, ends), (*args, ends if recurrence.start is None else ())
 
 
 def _scan_backward(recurrence, residuals, cotangents):
@@ -225,13 +227,13 @@ def _scan_backward(recurrence, residuals, cotangents):
     out, pull = jax.vjp(lambda *args: step(*args, marks), constants, carry, tokens)
     return pull(out)
 
-  d_constants, d_initial, d_tokens = pl.pallas_call(
+  call = pl.pallas_call(
     kernel,
     grid=(batch, heads, segments, 2 * chunks - 1),
     in_specs=(
       _specs(blocks[0], lambda b, h, s, p: (h,), buffers=1),
       _whole(initial),
-      _specs(blocks[1], lambda b, h, s, p: (jnp.maximum(segments - 2 - s, 0), b, h)),
+      () if fresh else _specs(blocks[1], lambda b, h, s, p: (jnp.maximum(segments - 2 - s, 0), b, h)),
       _specs(blocks[2], on_the_way),
       _specs(blocks[3], lambda b, h, s, p: (b, 0, on_the_way(b, h, s, p)[2])),
       _specs(d_y, on_the_way_back),
@@ -253,7 +255,8 @@ def _scan_backward(recurrence, residuals, cotangents):
       ],
     ),
     **_parameters(recurrence, "bwd"),
-  )(*inputs)
+  )
+  d_constants, d_initial, d_tokens = sequential_vmap(call)(*inputs)
   d_constants = jax.tree.map(lambda d, x: d.sum(0).astype(x.dtype), d_constants, constants)
   return d_constants, d_initial, d_tokens, None
 

@@ -82,7 +82,9 @@ def write(
   rows = _rows_of(tokens.k.dtype)
   chunk = min(rule.chunk, -(-lengths[0] // rows) * rows)
   segment = -(-lengths[0] // chunk) * chunk
-  tokens = _pad(tokens, len(lengths) * segment - length)._replace(u=None)
+  tokens = _pad(tokens, len(lengths) * segment - length)
+  gates = {name: gate.astype(online.state_dtype(tokens.k.dtype)) for name, gate in tokens.gates.items()}
+  tokens = tokens._replace(u=None, gates=gates)
   marks = None if tokens.documents is None else jax.tree.map(jnp.int32, tokens.documents)
 
   def step(fresh, state, x, marks):
@@ -139,8 +141,10 @@ def read_selected(
   network: Network, q: jax.Array, index: jax.Array, gates: jax.Array, states: Weights, *, interpret: bool = False
 ) -> jax.Array:
   """`aggregate.read_selected`, every block of pairs read by one kernel that runs the whole network."""
-
-  states = _rows(states, online.state_dtype(q.dtype))  # each is fetched once: rounding it first would save nothing
+  rows = _rows(states, online.state_dtype(q.dtype))  # each is fetched once: rounding it first would save nothing
+  block = grouped.block_size(rows)
+  if block is None:
+    return aggregate.read_selected(network, q, index, gates, states)
 
   def read_blocks(x, owner, states):
     x, owner = x.reshape(-1, *x.shape[2:]), owner.reshape(-1, owner.shape[-1])
@@ -148,7 +152,7 @@ def read_selected(
       y = grouped.grouped(aggregate.whole(network), x, owner, states, interpret=interpret)
     return y.reshape(*q.shape[:2], *y.shape[1:])
 
-  return aggregate.select_and_read(read_blocks, grouped.block_size(states), q, index, gates, states)
+  return aggregate.select_and_read(read_blocks, block, q, index, gates, rows)
 
 
 def _rows(states: Weights, dtype: jnp.dtype) -> Weights:

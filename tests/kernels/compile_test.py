@@ -70,6 +70,16 @@ def test_every_rule_compiles_with_documents(name):
   assert f"{name}_write_bwd" in compile_for("v5e", fn, args).as_text()
 
 
+@pytest.mark.parametrize("aggregation", ["grm", "ssc"])
+def test_a_layer_compiles_under_vmap(aggregation):
+  fn, ((*tokens, init), _) = layer(memory.rules.get("linear", chunk=128), 128, aggregation=aggregation)
+  tokens = jax.tree.map(lambda x: tpu_cases.array(2, *x.shape, dtype=x.dtype), tokens)
+  text = compile_for(
+    "v5e", jax.vmap(lambda tokens, init: fn((*tokens, init), None), (0, None)), (tokens, init)
+  ).as_text()
+  assert "linear_write_bwd" in text
+
+
 def test_what_does_not_fit_is_refused_with_the_reason():
   """By the chip of the mesh in context: a v4 has too little VMEM for a network of head_dim 256, a v5p has enough."""
   rule = memory.rules.get("titans", chunk=128)
