@@ -6,7 +6,15 @@ import pathlib
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 # Compiling dominates the tests: keep what was compiled from one run to the next (git-ignored).
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+  """What one file compiled is of no use to the next, and gigabytes in all."""
+  yield
+  jax.clear_caches()

@@ -21,6 +21,13 @@ CASES = [name for name in tpu_cases.SCORED if not name.endswith("write_fwd")]
 TOO_LARGE = {("v4", 256, "titans_write_bwd"), ("v4", 256, "cached_read_deep_bwd")}
 
 
+@pytest.fixture(autouse=True)
+def forget_program():
+  """Programs for TPUs are large, and none is used twice."""
+  yield
+  jax.clear_caches()
+
+
 def compile_for(chip, fn, args):
   """Compiles for the chip, which kernels plan with by the mesh in context."""
   place = topology.one_chip(CHIPS[chip])
