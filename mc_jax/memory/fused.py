@@ -76,7 +76,7 @@ def write(
   side_by_side: int,
   interpret: bool = False,
 ) -> passes.Written:
-  """`passes.write` as one kernel: the state stays in VMEM from the first token to the last."""
+  """`passes.write` as one kernel: the state stays in VMEM from the first token to the last. Reads are in k's dtype."""
   del side_by_side  # a core runs one segment at a time
   length = sum(lengths)
   rows = _rows_of(tokens.k.dtype)
