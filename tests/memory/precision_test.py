@@ -158,8 +158,8 @@ def slow(*names):
 def test_outputs_and_gradients_are_near_the_exact_ones(name, aggregation, implementation):
   """An output was rounded as an operand twice at most (a state, and a hidden layer or what attention weighs), and at
   last; with what is rounded before, in the state, and what leaves the write kernel, that is five times. A gradient has
-  the forward pass's roundings in what it is multiplied by, a cotangent rounded for a product a layer and on its way into
-  the write kernel, and is rounded itself: eleven times.
+  the forward pass's roundings in what it is multiplied by, a cotangent rounded for a product a layer and on its way
+  into the write kernel, and is rounded itself: eleven times.
 
   Softmax's gradient, which only u has alone, is made of differences of reads, a tenth of them where memories are alike,
   as those of networks are that have learned little yet.
