@@ -155,9 +155,6 @@ def _memory_caching(
   visible = _visible(tokens.documents, lengths)
   side_by_side = 1 if carries else segment_group
   write = functools.partial(by.write, rule, fresh, lengths=lengths, carries=carries, side_by_side=side_by_side)
-  written = write(tokens, read=functools.partial(_read_network, rule, dtype))
-  memories = written.states.memory
-
   # Only what the aggregation looks at is pooled and scored.
   by_content = aggregation == "ssc" or (aggregation in ("grm", "soup") and gate != "constant")
   if by_content and gate != "token":
@@ -172,33 +169,34 @@ def _memory_caching(
     shape = tokens.q.shape[:3]
     scores = jnp.zeros(shape, wide), jnp.zeros((*shape, len(lengths) - 1), wide)
 
-  y = written.y
-  match aggregation:
-    case "residual":
-      _, gamma = gating.weigh("constant", gate_scale, *scores, visible)
-      y += by.read_caches(aggregate.whole(rule.network), tokens.q, gamma, memories, lengths)
-    case "grm":
-      gamma_online, gamma = gating.weigh(gate, gate_scale, *scores, visible)
-      y = gamma_online[..., None] * y
-      y += by.read_caches(aggregate.whole(rule.network), tokens.q, gamma, memories, lengths)
-    case "soup":
-      # The network runs once, over weights that are a mixture: each layer makes one gated read over all memories, the
-      # online one written again for it, and the mixture is never built.
-      gamma_online, gamma = gating.weigh(gate, gate_scale, *scores, visible)
+  if aggregation == "soup":
+    # The network runs once, over weights that are a mixture: each layer writes the online memory for its own read of it
+    # and makes one gated read over all memories. The mixture is never built.
+    gamma_online, gamma = gating.weigh(gate, gate_scale, *scores, visible)
 
-      def linear(name, x):
-        x = x.astype(dtype)
-        own = write(tokens._replace(q=x), read=functools.partial(_read_layer, name, dtype))
-        cached = by.read_caches(aggregate.layer(name), x, gamma, {name: memories[name]}, lengths)
-        return gamma_online[..., None] * own.y + cached
+    def linear(name, x):
+      x = x.astype(dtype)
+      own = write(tokens._replace(q=x), read=functools.partial(_read_layer, name, dtype))
+      memories = {name: own.states.memory[name]}
+      return gamma_online[..., None] * own.y + by.read_caches(aggregate.layer(name), x, gamma, memories, lengths)
 
-      y = rule.network(tokens.q, linear)
-    case "ssc":
-      index, kept_scores, kept = gating.select(scores[1], visible, top_k)
-      gamma_online, gamma = gating.weigh(gate, gate_scale, scores[0], kept_scores, kept)
-      y = gamma_online[..., None] * y
-      if len(lengths) > 1:
-        y += by.read_selected(rule.network, tokens.q, index, gamma, memories)
+    y = rule.network(tokens.q, linear)
+  else:
+    y, states = write(tokens, read=functools.partial(_read_network, rule, dtype))
+    match aggregation:
+      case "residual":
+        _, gamma = gating.weigh("constant", gate_scale, *scores, visible)
+        y += by.read_caches(aggregate.whole(rule.network), tokens.q, gamma, states.memory, lengths)
+      case "grm":
+        gamma_online, gamma = gating.weigh(gate, gate_scale, *scores, visible)
+        y = gamma_online[..., None] * y
+        y += by.read_caches(aggregate.whole(rule.network), tokens.q, gamma, states.memory, lengths)
+      case "ssc":
+        index, kept_scores, kept = gating.select(scores[1], visible, top_k)
+        gamma_online, gamma = gating.weigh(gate, gate_scale, scores[0], kept_scores, kept)
+        y = gamma_online[..., None] * y
+        if len(lengths) > 1:
+          y += by.read_selected(rule.network, tokens.q, index, gamma, states.memory)
   if tokens.documents is not None:
     y = jnp.where(tokens.documents.valid[..., None], y, 0.0)
   return jnp.moveaxis(y, 1, 2).astype(dtype)
