@@ -22,6 +22,7 @@ PROFILE = flags.DEFINE_string("profile", None, "steps to trace with jax.profiler
 
 
 def main(_: list[str]) -> None:
+  """Trains as the flags say. Exits with 128 + the signal's number if a signal stopped the run, which can go on."""
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax tells a page per checkpoint
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem

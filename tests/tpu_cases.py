@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas.ops.tpu import megablox
 
 from mc_jax.kernels import gated_sum, grouped
 from mc_jax.memory import aggregate, fused, networks, online, passes, rules, segments
@@ -159,6 +160,46 @@ def selected_read_bwd(head_dim=128):
     return jax.vjp(lambda x, memories: fn(x, owner, memories), x, memories)[1](cotangent)
 
   return gradients, (*args, jax.eval_shape(fn, *args)), {"selected_read_bwd": 3 * flops["selected_read_fwd"]}
+
+
+def selected_alternative(product):
+  """What `grouped` was chosen over: the network by a grouped product a layer, forward and backward, of sorted pairs."""
+  memories = states("deep", 128, jnp.bfloat16)
+  flat = {name: array(CACHES * ROWS, *w.shape[2:], dtype=w.dtype) for name, w in memories.items()}
+  rows, sizes = ROWS * LENGTH * TOP_K, array(CACHES * ROWS, dtype=jnp.int32)
+
+  def fn(x, sizes, memories, cotangent):
+    def read(x, memories):
+      def linear(name, z):
+        return product(z.astype(x.dtype), memories[name], sizes)
+
+      return NETWORKS["deep"](x, linear).astype(jnp.float32)
+
+    y, pull = jax.vjp(read, x, memories)
+    return y, pull(cotangent)
+
+  return fn, (array(rows, 128, dtype=jnp.bfloat16), sizes, flat, array(rows, 128))
+
+
+def selected_ragged():
+  return selected_alternative(functools.partial(jax.lax.ragged_dot, preferred_element_type=jnp.float32))
+
+
+def selected_megablox():
+  def product(x, w, sizes):
+    return megablox.gmm(x, w, sizes, jnp.float32, (512, min(512, w.shape[1]), min(512, w.shape[2])))
+
+  return selected_alternative(product)
+
+
+def selected_grouped():
+  fn, args, _ = selected_read_fwd()
+
+  def run(x, owner, memories, cotangent):
+    y, pull = jax.vjp(lambda x, memories: fn(x, owner, memories), x, memories)
+    return y, pull(cotangent)
+
+  return run, (*args, jax.eval_shape(fn, *args))
 
 
 SCORED = tuple(

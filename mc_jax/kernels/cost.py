@@ -7,21 +7,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-_TRANSCENDENTAL = {
-  "exp",
-  "exp2",
-  "expm1",
-  "log",
-  "log1p",
-  "tanh",
-  "logistic",
-  "sin",
-  "cos",
-  "rsqrt",
-  "sqrt",
-  "erf",
-  "pow",
-}
+_TRANSCENDENTAL = frozenset(
+  "exp exp2 expm1 log log1p tanh logistic sin cos rsqrt sqrt erf pow".split()  # the primitives' names
+)
 
 
 class Work(NamedTuple):

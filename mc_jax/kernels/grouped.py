@@ -4,18 +4,8 @@ Blocks come sorted by the state that owns them, so a state is fetched once for a
 VMEM while they pass. The function is handed in and runs whole inside the kernels, its gradient by `jax.vjp` there: what
 a network has between its layers never leaves VMEM, where a grouped matrix product a layer would write it to HBM.
 
-Why not the grouped products that JAX has: for 32 rows of 4096 tokens that read 2 of 15 states of 128 x 512 x 128 each,
-by the compiler's estimate (mc_jax/parallel/hlo_cost.py; the same for v5e and v6e),
-
-|                                        | HBM forward | forward and backward | FLOPs of both           |
-|----------------------------------------|-------------|----------------------|-------------------------|
-| this kernel, blocks of 256             | 547 MB      | 1,697 MB             | 404 G (padding included)|
-| jax.lax.ragged_dot, twice              | 2,273 MB    | 7,042 MB             | 33,123 G                |
-| jax.experimental megablox gmm, twice   | 2,407 MB    | 6,350 MB             | 206 G                   |
-
-ragged_dot is a kernel too, but its gradient in the states is lowered to a dense product over all groups. Rates against
-a plain matmul kernel on v5e / v6e: forward 50% / 18%, backward 58% / 26%; megablox gmm forward 65-72% / 27-32% and tgmm
-42-44% / 14-21%, of products that wait for HBM.
+Why not the grouped products that JAX has: docs/kernels.md compares the bytes. ragged_dot is a kernel too, but its
+gradient in the states is lowered to a dense product over all groups; megablox sends hidden layers through HBM.
 """
 
 import functools

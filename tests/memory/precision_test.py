@@ -107,6 +107,14 @@ def test_states_stay_near_the_exact_ones_for_16_384_tokens(name, forgetful):
   assert max(errors) < STATE_BOUNDS[name]
 
 
+@contextlib.contextmanager
+def patched(monkeypatch, *attribute):
+  """With an attribute of a module set to something else: (module, name, value)."""
+  with monkeypatch.context() as patch:
+    patch.setattr(*attribute)
+    yield
+
+
 @pytest.mark.parametrize(("name", "forgetful"), LONG_LIVED)
 def test_states_kept_in_bfloat16_would_not(name, forgetful, monkeypatch):
   exact = passes.write_chunk
@@ -115,12 +123,7 @@ def test_states_kept_in_bfloat16_would_not(name, forgetful, monkeypatch):
     state, y = exact(*args)
     return jax.tree.map(lambda w: jax.lax.reduce_precision(w, 8, 7), state), y
 
-  @contextlib.contextmanager
-  def broken():
-    with monkeypatch.context() as patch:
-      patch.setattr(passes, "write_chunk", write_chunk)
-      yield
-
+  broken = functools.partial(patched, monkeypatch, passes, "write_chunk", write_chunk)
   assert min(state_errors(name, forgetful, broken)) > 2 * STATE_BOUNDS[name]
 
 
@@ -129,12 +132,7 @@ def test_states_by_cumulative_logs_in_bfloat16_would_not(name, forgetful, monkey
   def sums(x, mask):
     return jax.lax.reduce_precision(online.product(x[..., None, :], mask, jnp.bfloat16)[..., 0, :], 8, 7)
 
-  @contextlib.contextmanager
-  def broken():
-    with monkeypatch.context() as patch:
-      patch.setattr(online, "_exact_product", sums)
-      yield
-
+  broken = functools.partial(patched, monkeypatch, online, "_exact_product", sums)
   assert max(state_errors(name, forgetful, broken)) > 2 * STATE_BOUNDS[name]
 
 
