@@ -8,7 +8,21 @@ import jax
 from jax.extend import core
 
 _TRANSCENDENTAL = frozenset(
-  "exp exp2 expm1 log log1p tanh logistic sin cos rsqrt sqrt erf pow".split()  # the primitives' names
+  [
+    "exp",
+    "exp2",
+    "expm1",
+    "log",
+    "log1p",
+    "tanh",
+    "logistic",
+    "sin",
+    "cos",
+    "rsqrt",
+    "sqrt",
+    "erf",
+    "pow",
+  ]  # the primitives' names
 )
 
 
