@@ -1,1 +1,1 @@
-"""What a program costs on the devices it is compiled for."""
+"""Meshes, where arrays lie on them, the method across devices, and what a program costs on them."""
