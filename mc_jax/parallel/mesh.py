@@ -77,4 +77,4 @@ def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax
 
 def sizes_in_context() -> dict[str, int]:
   """Sizes of the mesh that is set (`jax.set_mesh`), {axis: size}; 1 for every axis where none is."""
-  return {axis: 1 for axis in AXES} | dict(jax.sharding.get_abstract_mesh().shape)
+  return dict.fromkeys(AXES, 1) | dict(jax.sharding.get_abstract_mesh().shape)
