@@ -28,6 +28,28 @@ class Passes(NamedTuple):
   read_selected: Callable[..., jax.Array]
 
 
+class Whole(NamedTuple):
+  """A sequence that is all here. One of which a part is here, the rest on other devices, answers as this does.
+
+  Attributes:
+    count: how many equal parts of whole segments there are.
+  """
+
+  count: int = 1
+
+  def index(self) -> int | jax.Array:
+    """Which part is here."""
+    return 0
+
+  def gather(self, x: jax.Array) -> jax.Array:
+    """Something of each segment here, [segments here, ...], to that of all the sequence's."""
+    return x
+
+  def passes(self, local: Passes) -> Passes:
+    """The passes over the whole sequence, by passes over what is here."""
+    return local
+
+
 _XLA = Passes(passes.write, passes.read_caches, aggregate.read_selected)
 _KERNELS = Passes(fused.write, fused.read_caches, fused.read_selected)
 _INTERPRETED = Passes(*(functools.partial(run, interpret=True) for run in _KERNELS))
@@ -90,12 +112,45 @@ def memory_caching(
   arguments.check_arrays(dict(q=q, k=k, v=v, u=u), gates, init, rule, segmentation, gate, segment_ids, token_scores)
   if implementation == "reference":
     options = dict(rule=rule, aggregation=aggregation, segmentation=segmentation, carry=carry, top_k=top_k, pool=pool)
-    gate_options = dict(gate=gate, gate_scale=gate_scale, segment_ids=segment_ids, token_scores=token_scores)
-    return reference.memory_caching(q, k, v, u, gates, init, **options, **gate_options)
+    options |= dict(gate=gate, gate_scale=gate_scale, segment_ids=segment_ids, token_scores=token_scores)
+    return reference.memory_caching(q, k, v, u, gates, init, **options)
 
+  documents = None if segment_ids is None else documents_lib.index(segment_ids)
+  options = dict(rule=rule, aggregation=aggregation, segmentation=segmentation, carry=carry, top_k=top_k, pool=pool)
+  options |= dict(gate=gate, gate_scale=gate_scale, segment_group=segment_group, implementation=implementation)
+  return caching_of_part(q, k, v, u, gates, init, documents, token_scores, **options)
+
+
+def caching_of_part(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  u: jax.Array,
+  gates: dict[str, jax.Array],
+  init: Weights,
+  documents: documents_lib.Documents | None,
+  token_scores: jax.Array | None,
+  *,
+  rule: Rule,
+  aggregation: str,
+  segmentation: segments.Segmentation,
+  carry: str,
+  top_k: int,
+  pool: str,
+  gate: str,
+  gate_scale: float,
+  segment_group: int,
+  implementation: str | None,
+  parts: Whole = Whole(),  # noqa: B008  (it never changes)
+) -> jax.Array:
+  """`memory_caching` for the part of the sequence that is here, arguments taken to be right.
+
+  Its arguments, but for documents: arrays [batch, length] that documents.index made of the whole sequence.
+  """
   lengths = segmentation.lengths(q.shape[1])
   run = functools.partial(
     _memory_caching,
+    parts=parts,
     rule=rule,
     aggregation=aggregation,
     lengths=lengths,
@@ -107,7 +162,7 @@ def memory_caching(
     segment_group=segment_group,
   )
   xla = functools.partial(run, _XLA)
-  arrays = q, k, v, u, gates, init, segment_ids, token_scores
+  arrays = q, k, v, u, gates, init, documents, token_scores
   if implementation == "xla":
     return xla(*arrays)
   unsupported = fused.unsupported(rule, lengths, q, init)
@@ -125,7 +180,10 @@ def memory_caching(
 @functools.partial(
   jax.jit,
   static_argnums=0,
-  static_argnames=("rule", "aggregation", "lengths", "carries", "top_k", "pool", "gate", "gate_scale", "segment_group"),
+  static_argnames=(
+    *("parts", "rule", "aggregation", "lengths", "carries"),
+    *("top_k", "pool", "gate", "gate_scale", "segment_group"),
+  ),
 )
 def _memory_caching(
   by: Passes,
@@ -135,9 +193,10 @@ def _memory_caching(
   u: jax.Array,
   gates: Weights,
   init: Weights,
-  segment_ids: jax.Array | None,
+  documents: documents_lib.Documents | None,
   token_scores: jax.Array | None,
   *,
+  parts: Whole,
   rule: Rule,
   aggregation: str,
   lengths: tuple[int, ...],
@@ -149,25 +208,28 @@ def _memory_caching(
   segment_group: int,
 ) -> jax.Array:
   """`memory_caching` by the passes given; under jit, so that layers that are alike are traced once."""
-  tokens = _heads_first(q, k, v, u, gates, segment_ids)
+  by = parts.passes(by)
+  tokens = _heads_first(q, k, v, u, gates, documents)
   dtype, wide = q.dtype, online.state_dtype(q.dtype)
   fresh = {name: w.astype(wide) for name, w in init.items()}
-  visible = _visible(tokens.documents, lengths)
+  caches = parts.count * len(lengths) - 1  # of the whole sequence; no token comes after the last segment
+  segment = parts.index() * len(lengths) + segments.index(lengths)
+  visible = _visible(tokens.documents, lengths, segment, parts)
   side_by_side = 1 if carries else segment_group
   write = functools.partial(by.write, rule, fresh, lengths=lengths, carries=carries, side_by_side=side_by_side)
   # Only what the aggregation looks at is pooled and scored.
   by_content = aggregation == "ssc" or (aggregation in ("grm", "soup") and gate != "constant")
   if by_content and gate != "token":
     scores, summaries = passes.summarize(rule, tokens, lengths, pool, side_by_side=segment_group)
-    scores = scores, gating.cached_scores(tokens.u, summaries[:-1])
+    scores = scores, gating.cached_scores(tokens.u, parts.gather(summaries)[:-1])
   elif by_content:
     scores = jnp.moveaxis(token_scores, 2, 1).astype(wide)
     if tokens.documents is not None:
       scores = jnp.where(tokens.documents.valid[..., None], scores, 0.0)
-    scores = gating.token_scores(scores, segments.index(lengths), len(lengths) - 1)
+    scores = gating.token_scores(scores, segment, caches)
   else:
     shape = tokens.q.shape[:3]
-    scores = jnp.zeros(shape, wide), jnp.zeros((*shape, len(lengths) - 1), wide)
+    scores = jnp.zeros(shape, wide), jnp.zeros((*shape, caches), wide)
 
   if aggregation == "soup":
     # The network runs once, over weights that are a mixture: each layer writes the online memory for its own read of it
@@ -178,7 +240,9 @@ def _memory_caching(
       x = x.astype(dtype)
       own = write(tokens._replace(q=x), read=functools.partial(_read_layer, name, dtype))
       memories = {name: own.states.memory[name]}
-      return gamma_online[..., None] * own.y + by.read_caches(aggregate.layer(name), x, gamma, memories, lengths)
+      return gamma_online[..., None] * own.y + by.read_caches(
+        aggregate.layer(name), x, gamma, memories, lengths, segment
+      )
 
     y = rule.network(tokens.q, linear)
   else:
@@ -186,16 +250,16 @@ def _memory_caching(
     match aggregation:
       case "residual":
         _, gamma = gating.weigh("constant", gate_scale, *scores, visible)
-        y += by.read_caches(aggregate.whole(rule.network), tokens.q, gamma, states.memory, lengths)
+        y += by.read_caches(aggregate.whole(rule.network), tokens.q, gamma, states.memory, lengths, segment)
       case "grm":
         gamma_online, gamma = gating.weigh(gate, gate_scale, *scores, visible)
         y = gamma_online[..., None] * y
-        y += by.read_caches(aggregate.whole(rule.network), tokens.q, gamma, states.memory, lengths)
+        y += by.read_caches(aggregate.whole(rule.network), tokens.q, gamma, states.memory, lengths, segment)
       case "ssc":
         index, kept_scores, kept = gating.select(scores[1], visible, top_k)
         gamma_online, gamma = gating.weigh(gate, gate_scale, scores[0], kept_scores, kept)
         y = gamma_online[..., None] * y
-        if len(lengths) > 1:
+        if caches:
           y += by.read_selected(rule.network, tokens.q, index, gamma, states.memory)
   if tokens.documents is not None:
     y = jnp.where(tokens.documents.valid[..., None], y, 0.0)
@@ -212,25 +276,25 @@ def _read_layer(name: str, dtype: jnp.dtype, memory: online.Online, x: jax.Array
   return online.read(memory, name, x, dtype)
 
 
-def _visible(documents: documents_lib.Documents | None, lengths: tuple[int, ...]) -> jax.Array:
+def _visible(
+  documents: documents_lib.Documents | None, lengths: tuple[int, ...], segment: np.ndarray | jax.Array, parts: Whole
+) -> jax.Array:
   """Which caches a token sees: [b or 1, 1, length, n] bool.
 
   Those of earlier segments, and of its own document: a cache belongs to the document of its segment's last token, and
   to none if that is padding.
   """
-  earlier = segments.index(lengths)[:, None] > jnp.arange(len(lengths) - 1)
+  earlier = segment[:, None] > jnp.arange(parts.count * len(lengths) - 1)
   if documents is None:
     return earlier[None, None]
-  ends = np.cumsum(np.array(lengths[:-1], int)) - 1
-  owner = jnp.where(documents.valid, documents.number, -1)[..., ends]
+  owner = jnp.where(documents.valid, documents.number, -1)[..., np.cumsum(lengths) - 1]
+  owner = jnp.moveaxis(parts.gather(jnp.moveaxis(owner, -1, 0)), 0, -1)[..., :-1]
   return earlier & (documents.number[..., :, None] == owner[..., None, :])
 
 
-def _heads_first(q, k, v, u, gates, segment_ids) -> Tokens:
+def _heads_first(q, k, v, u, gates, documents) -> Tokens:
   """[batch, length, heads, ...] to [batch, heads, length, ...]; what padding brings is dropped here, by selects."""
-  documents = None
-  if segment_ids is not None:
-    documents = documents_lib.index(segment_ids)
+  if documents is not None:
     q, k, v, u = (jnp.where(documents.valid[..., None, None], x, 0) for x in (q, k, v, u))
     gates = {name: jnp.where(documents.valid[..., None], g, 1) for name, g in gates.items()}
     documents = documents_lib.Documents(*(x[:, None] for x in documents))

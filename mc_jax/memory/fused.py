@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from mc_jax.kernels import gated_sum, grouped, recurrence, vmem
-from mc_jax.memory import aggregate, online, passes, segments
+from mc_jax.memory import aggregate, online, passes
 from mc_jax.memory import documents as documents_lib
 from mc_jax.memory.networks import Network, Weights
 from mc_jax.memory.rules import Rule
@@ -74,6 +74,7 @@ def write(
   read: passes.Read,
   carries: bool,
   side_by_side: int,
+  start: online.State | None = None,
   interpret: bool = False,
 ) -> passes.Written:
   """`passes.write` as one kernel: the state stays in VMEM from the first token to the last. Reads are in k's dtype."""
@@ -93,7 +94,8 @@ def write(
     state, y = passes.write_chunk(rule, read, fresh, state, x)
     return state, y.astype(x.k.dtype)  # half the way to HBM and back for bfloat16, for one more rounding
 
-  start = online.start_state(rule, fresh, tokens.k)
+  if start is None:
+    start = online.start_state(rule, fresh, tokens.k)
 
   def restart(fresh):
     empty = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[2:]), x.dtype), start)
@@ -113,15 +115,17 @@ def read_caches(
   gamma: jax.Array,
   memories: Weights,
   lengths: tuple[int, ...],
+  counts: np.ndarray | jax.Array,
   *,
   interpret: bool = False,
 ) -> jax.Array:
   """`passes.read_caches` as one kernel, through which the memories stream."""
-  if len(lengths) == 1:
-    return passes.read_caches(contribution, x, gamma, memories, lengths)
+  if not gamma.shape[-1]:
+    return passes.read_caches(contribution, x, gamma, memories, lengths, counts)
   batch, heads, length = x.shape[:3]
   x, memories = x.reshape(batch * heads, length, -1), _rows(memories, x.dtype)
-  gates = jnp.pad(jnp.moveaxis(gamma, -1, 0), ((0, 1), (0, 0), (0, 0), (0, 0)))  # the last memory is read by nobody
+  unread = len(jax.tree.leaves(memories)[0]) - gamma.shape[-1]  # the last memory is read by nobody
+  gates = jnp.pad(jnp.moveaxis(gamma, -1, 0), ((0, unread), (0, 0), (0, 0), (0, 0)))
   tile = gated_sum.query_tile(contribution, x, memories)
   ends = np.minimum(np.arange(tile, length + tile, tile), length) - 1
   with jax.named_scope("memory_read"):
@@ -130,7 +134,7 @@ def read_caches(
       x,
       gates.reshape(-1, batch * heads, length),
       memories,
-      segments.index(lengths)[ends],
+      counts[ends],
       tile,
       interpret=interpret,
     )

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mc_jax.memory import aggregate, online, pieces, segments
 from mc_jax.memory import gates as gating
@@ -77,6 +78,7 @@ def write(
   read: Read,
   carries: bool,
   side_by_side: int,
+  start: online.State | None = None,
 ) -> Written:
   """The write pass: every token's online read, every segment's final state.
 
@@ -88,17 +90,19 @@ def write(
     read: (a chunk's online memory, q) to what its tokens read from it.
     carries: a segment starts from the last one's state; if not, from M_0.
     side_by_side: segments that run at a time; 1 if they carry.
+    start: the state that comes into the first segment, if they carry; None: M_0.
   """
 
   def step(state, x, _, __):
     return *write_chunk(rule, read, fresh, state, x), ()
 
   def write_segment(state, x, _, __):
-    start = state if carries else online.start_state(rule, fresh, x.k)
-    end, y, _ = pieces.scan(step, start, x, _chunks(rule, x.k), unroll=2)
+    first = state if carries else online.start_state(rule, fresh, x.k)
+    end, y, _ = pieces.scan(step, first, x, _chunks(rule, x.k), unroll=2)
     return end if carries else None, y, end
 
-  start = online.start_state(rule, fresh, tokens.k) if carries else None
+  if start is None and carries:
+    start = online.start_state(rule, fresh, tokens.k)
   return Written(*pieces.scan(write_segment, start, tokens, lengths, together=side_by_side, remat=True)[1:])
 
 
@@ -137,16 +141,28 @@ def _chunks(rule: Rule, k: jax.Array) -> tuple[int, ...]:
 
 
 def read_caches(
-  contribution: aggregate.Contribution, x: jax.Array, gamma: jax.Array, memories: Weights, lengths: tuple[int, ...]
+  contribution: aggregate.Contribution,
+  x: jax.Array,
+  gamma: jax.Array,
+  memories: Weights,
+  lengths: tuple[int, ...],
+  counts: np.ndarray | jax.Array,
 ) -> jax.Array:
   """sum_{i<s} gamma_t^(i) contribution(x_t, M^(i)) for the whole sequence: [b, h, length, out], at least float32.
 
-  x [b, h, length, in], gamma [b, h, length, n], memories {name: [segments, b, h, in, out]}, the segments' lengths.
+  Args:
+    contribution: what a memory answers, see aggregate.py.
+    x: [b, h, length, in].
+    gamma: [b, h, length, n].
+    memories: {name: [n or more, b, h, in, out]}, in the order in which they were cached.
+    lengths: pieces of the token axis, the segments', that query tiles are made of.
+    counts: [length] int, ascending: token t reads the first counts[t] memories, at most.
   """
-  if len(lengths) == 1:
+  if not gamma.shape[-1]:
     like = jax.eval_shape(contribution, x, {name: w[0] for name, w in memories.items()})
     return jnp.zeros(like.shape, like.dtype)
-  tiles, last = segments.tiles(lengths, QUERY_TILE)
+  tiles = segments.tiles(lengths, QUERY_TILE)
+  last = counts[np.cumsum(tiles) - 1]
 
   def read_tile(_, x, __, last):
     x, gamma = x

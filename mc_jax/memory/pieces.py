@@ -21,7 +21,7 @@ def scan(
   lengths: tuple[int, ...],
   *,
   states: Pytree = (),
-  last: np.ndarray | None = None,
+  last: np.ndarray | jax.Array | None = None,
   together: int = 1,
   remat: bool = False,
   unroll: int = 1,

@@ -57,17 +57,12 @@ def index(lengths: tuple[int, ...]) -> np.ndarray:
   return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
 
 
-def tiles(lengths: tuple[int, ...], at_least: int) -> tuple[tuple[int, ...], np.ndarray]:
-  """Neighbouring segments put together into query tiles of at least so many tokens.
-
-  Returns:
-    The tiles' lengths, and the index of the last segment in each, [tiles] int32.
-  """
-  sizes, last, size = [], [], 0
+def tiles(lengths: tuple[int, ...], at_least: int) -> tuple[int, ...]:
+  """Lengths of query tiles: neighbouring segments put together until they have at least so many tokens."""
+  sizes, size = [], 0
   for i, length in enumerate(lengths):
     size += length
     if size >= at_least or i == len(lengths) - 1:
       sizes.append(size)
-      last.append(i)
       size = 0
-  return tuple(sizes), np.array(last, np.int32)
+  return tuple(sizes)
