@@ -8,6 +8,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+# Meshes of up to 8 devices can be made in every test; what names no mesh runs on the first of them, as before.
+jax.config.update("jax_num_cpu_devices", 8)
 # Compiling dominates the tests: keep what was compiled from one run to the next (git-ignored).
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
