@@ -1,4 +1,4 @@
-"""What a compiled program does in all: FLOPs, HBM traffic and collectives, with every loop's body times its trips.
+"""What a compiled program does in all: FLOPs, HBM traffic, collectives and time, each loop's body times its trips.
 
 XLA's own `cost_analysis()` counts a loop's body once, whatever its trip count, and an array in VMEM as one in HBM. This
 one reads the optimised HLO, `compiled.as_text()` of XLA:TPU or XLA:CPU:
@@ -8,8 +8,15 @@ one reads the optimised HLO, `compiled.as_text()` of XLA:TPU or XLA:CPU:
   through a slice or a gather is charged the slice; what it updates in place, the update.
 * An array has the size that its layout gives it, padded to whole tiles: f32[4096, 1] can be f32[4096, 128] on a TPU.
 * A Pallas kernel is worth what its `pl.CostEstimate` says.
+* A collective is charged what a device sends by the ring algorithm, its group read from `replica_groups`; one that XLA
+  cut into pieces between other operations counts once.
 
-It is arithmetic on a program's text, not a measurement: it knows nothing of caches, overlap or contention.
+For TPUs, an operation's time is the estimate that XLA:TPU prints beside it (`estimated_cycles`), and no less than its
+FLOPs and bytes take at the chip's peak; a kernel's, whose cycles XLA does not know, the longer of its bytes and of its
+FLOPs at the rate of its schedule (chips.py). Copies that XLA starts ahead run beside other operations, unless all bytes
+together take longer than those. Collectives: see `Time`.
+
+It is arithmetic on a program's text, not a measurement: it knows nothing of contention, of latency or of the host.
 """
 
 import collections
@@ -17,10 +24,13 @@ import dataclasses
 import math
 import operator
 import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+from mc_jax.parallel import chips
 
 
 class Kernel(NamedTuple):
@@ -31,6 +41,32 @@ class Kernel(NamedTuple):
   bytes: float
 
 
+class Time(NamedTuple):
+  """Estimated seconds of one execution, on each device.
+
+  Attributes:
+    compute: of everything but collectives.
+    waited: of collectives that nothing else runs beside.
+    beside: of collectives that XLA started ahead of what needs them (asynchronous ones).
+    classes: compute, by what takes it: {a kernel's name, or the kind of operation: seconds}.
+  """
+
+  compute: float
+  waited: float
+  beside: float
+  classes: dict[str, float]
+
+  @property
+  def step(self) -> float:
+    """Seconds in all: asynchronous collectives are taken to hide behind computation as far as there is any."""
+    return max(self.compute, self.beside) + self.waited
+
+  @property
+  def unhidden(self) -> float:
+    """Seconds in all if no collective were hidden."""
+    return self.compute + self.beside + self.waited
+
+
 @dataclasses.dataclass(frozen=True)
 class Cost:
   """What one execution costs each device.
@@ -38,11 +74,11 @@ class Cost:
   Attributes:
     flops: of matrix products and convolutions, two a multiply-add, and of kernels. Elementwise work is not in it.
     hbm_bytes: read from and written to the device's main memory, kernels included, collectives not.
-    collective_bytes: {kind ("all-gather", ...): bytes}, the larger of what a device puts in and gets out, whatever the
-      algorithm sends on the way; "kernel" is what kernels send themselves.
+    collective_bytes: {kind ("all-gather", ...): bytes that a device sends}; "kernel" is what kernels send themselves.
     kernels: {name: Kernel}, part of flops and hbm_bytes.
     unknown_loops: loops whose trips are not known, as "instruction (where it comes from)".
     unestimated_kernels: kernels without a `pl.CostEstimate`, taken for their operands' and results' bytes and no FLOPs.
+    time: if `cost` was told the devices.
   """
 
   flops: float
@@ -51,21 +87,44 @@ class Cost:
   kernels: dict[str, Kernel]
   unknown_loops: tuple[str, ...]
   unestimated_kernels: tuple[str, ...]
+  time: Time | None = None
 
 
-def cost(compiled: jax.stages.Compiled, unknown_trips: float = 1) -> Cost:
+# Of a kernel's name and its operands' shapes: the FLOPs of a call, None for a name that it does not know.
+KernelFlops = Callable[[str, Sequence[tuple[int, ...]]], float | None]
+
+
+def cost(
+  compiled: jax.stages.Compiled,
+  unknown_trips: float = 1,
+  *,
+  devices: Sequence[jax.Device] | None = None,
+  kernel_flops: KernelFlops = lambda name, shapes: None,
+  kernel_rate: Callable[[str, chips.Chip], float] = chips.kernel_rate,
+) -> Cost:
   """The cost of one execution of a compiled function, of a conditional the costlier branch.
 
   Args:
     compiled: of `jax.jit(f).lower(...).compile()`, for TPU or CPU.
     unknown_trips: how often the loops in `unknown_loops` are taken to run, for example the mean of a traced bound.
+    devices: the TPUs that it is compiled for, in the order of its mesh (`mesh.devices.flat`): to estimate times.
+    kernel_flops: for kernels without a `pl.CostEstimate`.
+    kernel_rate: of a kernel's name and the chip, the share of the chip's peak that it reaches.
   """
-  total = _Program(compiled.as_text(), unknown_trips).cost()
+  total = _Program(compiled.as_text(), unknown_trips, devices, kernel_flops, kernel_rate).cost()
 
   def named(kind):
     return {key[1]: value for key, value in total.items() if key[0] == kind}
 
   calls, flops, size = (named(kind) for kind in ("kernel calls", "kernel flops", "kernel bytes"))
+  time = None
+  if devices:
+    classes = named("seconds")
+    compute = sum(classes.values())
+    copies = total["hbm",] / chips.of(devices).hbm_bandwidth - compute
+    if copies > 0:
+      classes["copies beyond all else"] = copies
+    time = Time(max(compute, compute + copies), total["waited",], total["beside",], classes)
   return Cost(
     flops=total["flops",],
     hbm_bytes=total["hbm",],
@@ -73,6 +132,7 @@ def cost(compiled: jax.stages.Compiled, unknown_trips: float = 1) -> Cost:
     kernels={name: Kernel(calls[name], flops.get(name, 0), size.get(name, 0)) for name in calls},
     unknown_loops=tuple(named("unknown loop")),
     unestimated_kernels=tuple(named("unestimated kernel")),
+    time=time,
   )
 
 
@@ -129,6 +189,7 @@ class _Computation(NamedTuple):
 # What moves no data, or what its other half, -start, is charged for.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id"}
 _COLLECTIVES = r"(all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-\w+)(-start)?$"
+_OF_COLLECTIVES = ("collective", "waited", "beside")
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _SAME_ELEMENTS = {"bitcast", "reshape", "copy", "convert", "transpose"}
 _MAX_TRIPS = 1 << 16  # of a loop that is counted by running its scalars
@@ -151,18 +212,35 @@ class _Program:
   Costs are counters {(kind, *name): amount}: `+` adds them up, `|` is the larger of each.
   """
 
-  def __init__(self, text: str, unknown_trips: float):
+  def __init__(
+    self,
+    text: str,
+    unknown_trips: float,
+    devices: Sequence[jax.Device] | None = None,
+    kernel_flops: KernelFlops = lambda name, shapes: None,
+    kernel_rate: Callable[[str, chips.Chip], float] = chips.kernel_rate,
+  ):
     self.unknown_trips = unknown_trips
     self.computations, self.entry = _parse(text)
+    self.kernel_flops, self.kernel_rate = kernel_flops, kernel_rate
+    self.devices = devices
+    self.chip = chips.of(devices) if devices else None
+    self.extent = chips.extent(devices) if devices else None
 
   def cost(self) -> collections.Counter:
     return self._computation(self.entry, [])
 
   def _computation(self, name: str, values: list) -> collections.Counter:
     """values: what is known of the parameters, see _evaluate."""
-    total = collections.Counter()
-    for instruction in self.computations[name].instructions.values():
-      total.update(self._instruction(name, instruction, values))
+    total, charged = collections.Counter(), set()
+    for op in self.computations[name].instructions.values():
+      cost = self._instruction(name, op, values)
+      # An asynchronous collective is the same channel in several fusions, which run beside it: the first is charged.
+      channels = self._channels(op)
+      if channels and channels <= charged:
+        cost = collections.Counter({key: n for key, n in cost.items() if key[0] not in _OF_COLLECTIVES})
+      charged |= channels
+      total.update(cost)
     return total
 
   def _instruction(self, where: str, op: _Instruction, values: list) -> collections.Counter:
@@ -174,21 +252,57 @@ class _Program:
       return self._loop(where, op, values)
     if op.opcode == "conditional":
       branches = [self._computation(name, []) for name in op.called()]
-      return collections.Counter({key: max(b[key] for b in branches) for key in set().union(*branches)})
+      return max(
+        branches, key=lambda b: (sum(n for key, n in b.items() if key[0] == "seconds"), b["flops",], b["hbm",])
+      )
     if op.opcode in ("call", "async-start"):
       return sum((self._computation(name, []) for name in op.called()), collections.Counter())
     if kind := re.match(_COLLECTIVES, op.opcode):
-      put, got = (sum(a.bytes for source in ops for a in source.arrays) for ops in (operands, [op]))
-      return collections.Counter({("collective", kind[1]): max(put, got - put if kind[2] else got)})
+      return self._collective(where, op, operands, kind[1])
     if op.opcode == "custom-call" and '"tpu_custom_call"' in op.attributes:
       return self._kernel(op, operands)
     if op.opcode == "fusion":
       inner = self._computation(op.called()[0], [])
-      inner["hbm",] = self._fusion_bytes(self.computations[op.called()[0]], op, operands)
-      return inner
-    total = collections.Counter({("hbm",): self._bytes(computation, op, operands)})
-    if op.opcode in ("dot", "convolution"):
-      total["flops",] = _product_flops(op, *(computation.instructions[name].arrays[0] for name in op.operands[:2]))
+      total = collections.Counter({key: n for key, n in inner.items() if key[0] in ("flops", *_OF_COLLECTIVES)})
+      total["hbm",] = self._fusion_bytes(self.computations[op.called()[0]], op, operands)
+    else:
+      total = collections.Counter({("hbm",): self._bytes(computation, op, operands)})
+      if op.opcode in ("dot", "convolution"):
+        total["flops",] = _product_flops(op, *(computation.instructions[name].arrays[0] for name in op.operands[:2]))
+    if self.chip and not op.opcode.endswith("-start"):
+      kind = "matrix products" if total["flops",] else "layout" if op.opcode in _SAME_ELEMENTS else "elementwise"
+      total["seconds", kind] = self._seconds(op, total["flops",], total["hbm",])
+    return total
+
+  def _seconds(self, op: _Instruction, flops: float, size: float) -> float:
+    cycles = re.search(r'"estimated_cycles":"(\d+)"', op.attributes)
+    return max(
+      int(cycles[1]) / self.chip.clock if cycles else 0.0, flops / self.chip.flops, size / self.chip.hbm_bandwidth
+    )
+
+  def _channels(self, op: _Instruction) -> set[str]:
+    """Of the collective that an instruction is, or of those in a fusion."""
+    if op.opcode == "fusion":
+      inner = self.computations[op.called()[0]].instructions.values()
+      return set().union(*(self._channels(x) for x in inner))
+    channel = op.attribute("channel_id") if re.match(_COLLECTIVES, op.opcode) else None
+    return {channel} if channel else set()
+
+  def _collective(self, where: str, op: _Instruction, operands: list[_Instruction], kind: str) -> collections.Counter:
+    put, got = (sum(a.bytes for source in ops for a in source.arrays) for ops in (operands, [op]))
+    if op.opcode.endswith("-start"):
+      got = got - put if got > put else put  # its type holds the operands too
+    if where.startswith("all-reduce-scatter"):
+      kind = "reduce-scatter"  # XLA:TPU fuses an all-reduce and the slice of it
+    group = _group(op) or list(range(len(self.devices) if self.devices else 2))
+    sent = chips.sent(kind, put, got, len(group))
+    total = collections.Counter({("collective", kind): sent})
+    if self.chip:
+      started = op.opcode.endswith("-start") or any(
+        '"AsyncCollectiveStart"' in x.attributes for x in self.computations[where].instructions.values()
+      )
+      devices = [self.devices[i] for i in group]
+      total["beside" if started else "waited",] = chips.seconds(self.chip, kind, sent, devices, self.extent)
     return total
 
   def _bytes(self, computation: _Computation, op: _Instruction, operands: list[_Instruction]) -> float:
@@ -216,8 +330,11 @@ class _Program:
       source = next(x for x in operands if x.name == name)
       if len(source.arrays) == 1 and source.arrays[0].in_hbm and name not in op.operands[:i]:
         total += self._read(fused, fused.parameters[i], source.arrays[0], in_place)
-    for array, update in zip(op.arrays, updates, strict=True):
-      if array.in_hbm:
+    root = fused.instructions[fused.root]
+    sources = [fused.instructions[name].opcode for name in root.operands] if root.opcode == "tuple" else []
+    for i, (array, update) in enumerate(zip(op.arrays, updates, strict=True)):
+      handed_on = sources and (sources[i] == "parameter" or re.match(_COLLECTIVES, sources[i]))
+      if array.in_hbm and not handed_on:
         written = fused.instructions[update.operands[1]].arrays[0] if update else array
         total += written._replace(bits=array.bits).bytes
     return total
@@ -234,6 +351,8 @@ class _Program:
           total += self._read(inner, inner.parameters[i], array, in_place) if operand == name else 0.0
       elif id(user) in in_place and user.operands[0] == name:
         continue
+      elif re.match(_COLLECTIVES, user.opcode) or (user.opcode == "tuple" and user.name == fused.root):
+        continue  # sent, or handed on as it is
       elif user.opcode in _SAME_ELEMENTS and user.name != fused.root:
         total += self._read(fused, user.name, array, in_place)
       else:
@@ -250,9 +369,14 @@ class _Program:
       flops, size = estimate["flops"], estimate["bytes_accessed"]
       total["collective", "kernel"] = estimate["remote_bytes_transferred"]
     else:
-      total["unestimated kernel", name] = 1
-      flops, size = 0, sum(a.bytes for source in (*operands, op) for a in source.arrays if a.in_hbm)
+      flops = self.kernel_flops(name, [a.dims for source in operands for a in source.arrays])
+      if flops is None:
+        flops, total["unestimated kernel", name] = 0, 1
+      size = sum(a.bytes for source in (*operands, op) for a in source.arrays if a.in_hbm)
     total.update({("flops",): flops, ("hbm",): size, ("kernel flops", name): flops, ("kernel bytes", name): size})
+    if self.chip:
+      rate = self.kernel_rate(name, self.chip)
+      total["seconds", name] = max(flops / (rate * self.chip.flops), size / self.chip.hbm_bandwidth)
     return +total
 
   def _loop(self, where: str, op: _Instruction, values: list) -> collections.Counter:
@@ -324,6 +448,30 @@ class _Program:
         value = function(*inputs)
     memo[name] = value
     return value
+
+
+def _group(op: _Instruction) -> list[int]:
+  """The devices of a collective's first group, as places in the mesh; none if it does not say."""
+  if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)", op.attributes):
+    return [int(pairs[1]), int(pairs[2])]
+  if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", op.attributes):
+    return [int(i) for i in listed[1].split(",")]
+  # iota: so many groups of so many, of 0, 1, 2, ... in this shape, transposed.
+  if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", op.attributes):
+    groups, shape, order = ([int(i) for i in part.split(",")] if part else None for part in iota.groups())
+    return np.arange(math.prod(shape)).reshape(shape).transpose(order).reshape(groups)[0].tolist()
+  # A mesh and the axes along which a group lies, some of them parts of an axis: 'x':(2)4 is 4 after the first 2.
+  if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", op.attributes):
+    sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
+    places, index, stride = np.zeros(1, int), {}, 1
+    for name in reversed(sizes):
+      index[name], stride = stride, stride * sizes[name]
+    for name, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[2]):
+      size = int(part or sizes[name])
+      step = index[name] * sizes[name] // (int(before or 1) * size)
+      places = (places[:, None] + step * np.arange(size)).ravel()
+    return places.tolist()
+  return []
 
 
 def _updates(fused: _Computation) -> list[_Instruction | None]:

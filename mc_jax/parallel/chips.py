@@ -1,0 +1,155 @@
+"""What TPU chips can do: figures that turn FLOPs and bytes into estimated times.
+
+Peaks, capacities and the links' speeds are those of the "System architecture" tables of https://cloud.google.com/tpu/docs
+(/v4, /v5e, /v5p, /v6e, /tpu7x). A link's speed is a chip's "bidirectional inter-chip interconnect bandwidth" over twice
+its ports, four in a 2D torus and six in a 3D one; v4's, which its page lacks, https://arxiv.org/abs/2304.01433 (6 links
+of 50 GB/s). Clocks are what the compiler's cycles imply: the peak over the FLOPs of its fastest schedules in a cycle,
+131,072 a core up to v5p and 524,288 a core after.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Collection, Sequence
+
+import jax
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One device of JAX's, which is a whole chip or one of its cores.
+
+  Attributes:
+    name: as in topologies, "v5p".
+    flops: peak, bfloat16, per second.
+    hbm_bytes: capacity.
+    hbm_bandwidth: bytes per second.
+    link: bytes per second of one link in one direction; a chip has two links along every axis of the torus.
+    axes: of the torus, 2 or 3.
+    clock: cycles per second, of the compiler's estimates.
+    wraps: an axis of so many chips, or a multiple, is a ring; others are lines.
+    network: bytes per second and chip that leave a slice through the data-centre network.
+    wide: matrix units are 256 x 256, not 128 x 128.
+  """
+
+  name: str
+  flops: float
+  hbm_bytes: float
+  hbm_bandwidth: float
+  link: float
+  axes: int
+  clock: float
+  wraps: int
+  network: float
+  wide: bool = False
+
+  def ring(self, coordinates: Collection[tuple[int, ...]], whole: Sequence[int]) -> float:
+    """Bytes per second that each chip of a group can send in a ring, or rings, through all of them.
+
+    Every axis of the torus along which the group lies adds its two links, where the axis is closed; where it is a line,
+    what goes round must come back the same way, and the axis counts half. Groups that share links are not seen.
+
+    Args:
+      coordinates: of the group's chips.
+      whole: the slice's extent along each axis.
+    """
+    total = 0.0
+    for axis, extent in enumerate(whole):
+      along = len({at[axis] for at in coordinates})
+      if along > 1:
+        closed = along == extent and extent % self.wraps == 0
+        total += self.link * (2 if closed else 1)
+    return total or 2 * self.link * self.axes  # one chip's own cores
+
+
+# Data-centre network: v5p's page has 50 Gbit/s a chip, v5e's and v6e's the bandwidth of a pod of 256; the others' pages
+# have none, and are taken for v5p's.
+_CHIPS = {
+  "TPU v4": Chip("v4", 275e12, 32 * GIB, 1200e9, 50e9, 3, 1.05e9, 4, 6.25e9),
+  "TPU v5 lite": Chip("v5e", 197e12, 16 * GIB, 819e9, 50e9, 2, 1.5e9, 16, 6.4e12 / 8 / 256),
+  "TPU v5": Chip("v5p", 459e12, 95 * GIB, 2765e9, 100e9, 3, 1.75e9, 4, 6.25e9),
+  "TPU v6 lite": Chip("v6e", 918e12, 32 * GIB, 1638e9, 100e9, 2, 1.75e9, 16, 25.6e12 / 8 / 256, True),
+  "TPU7x": Chip("tpu7x", 2307e12, 192 * GIB, 7380e9, 100e9, 3, 2.2e9, 4, 6.25e9, True),
+}
+
+
+def of(devices: Sequence[jax.Device]) -> Chip:
+  """What one of these devices can do: of a chip whose cores are devices of their own, a core's share.
+
+  Raises:
+    ValueError: devices that are not TPUs, or that the table lacks.
+  """
+  kind = devices[0].device_kind
+  if kind not in _CHIPS:
+    raise ValueError(f"no figures for {kind!r}: the table has {', '.join(_CHIPS)}")
+  chip = _CHIPS[kind]
+  cores = max(collections.Counter((getattr(d, "slice_index", 0), *d.coords) for d in devices).values())
+  shared = ("flops", "hbm_bytes", "hbm_bandwidth", "link", "network")
+  return dataclasses.replace(chip, **{field: getattr(chip, field) / cores for field in shared})
+
+
+def extent(devices: Sequence[jax.Device]) -> tuple[int, ...]:
+  """Chips along each axis of a slice."""
+  return tuple(max(at) - min(at) + 1 for at in zip(*(device.coords for device in devices), strict=True))
+
+
+def sent(kind: str, put: float, got: float, group: int) -> float:
+  """Bytes that each device sends in a collective, by the ring algorithm.
+
+  Args:
+    kind: HLO's name, "all-gather", "all-reduce", "collective-permute", ...
+    put, got: bytes that a device puts in and gets out.
+    group: devices that take part.
+  """
+  share = (group - 1) / group
+  match kind:
+    case "all-reduce":
+      return 2 * share * put
+    case "all-gather":
+      return share * got
+    case "reduce-scatter" | "all-to-all" | "ragged-all-to-all":
+      return share * put
+  return put
+
+
+def seconds(chip: Chip, kind: str, sent: float, group: Sequence[jax.Device], whole: Sequence[int]) -> float:
+  """Time in which each device of a group sends so many bytes, nothing else being under way.
+
+  Args:
+    group: the devices that take part.
+    whole: the extent of their slice.
+  """
+  if len({getattr(device, "slice_index", 0) for device in group}) > 1:
+    return sent / chip.network
+  if kind.startswith("collective-permute"):
+    return sent / chip.link
+  coordinates = {tuple(device.coords) for device in group}
+  # What is sent to all others passes, in the mean, a quarter of each ring.
+  hops = max(1.0, max(len(set(along)) for along in zip(*coordinates, strict=True)) / 4) if "all-to-all" in kind else 1.0
+  return sent * hops / chip.ring(coordinates, whole)
+
+
+# What kernels do, as a share of what a plain matmul kernel does in that time (taken for the peak), by their
+# static schedules at head_dim 128 and at 256: {part of the name: (v5e at 128, at 256; v6e at 128, at 256)}. The first
+# that fits counts; v4 and v5p have v5e's matrix units and are taken for it, tpu7x for v6e. docs/plan.md says how they
+# were measured.
+_RATES = {
+  "linear_write_fwd": (0.385, 0.385, 0.140, 0.140),
+  "linear_write_bwd": (0.605, 0.605, 0.247, 0.247),
+  "swla_write_fwd": (0.385, 0.385, 0.140, 0.140),  # not measured: as linear's
+  "swla_write_bwd": (0.605, 0.605, 0.247, 0.247),
+  "write_fwd": (0.559, 0.742, 0.285, 0.285),  # titans', and dla's, not measured
+  "write_bwd": (0.638, 0.638, 0.338, 0.338),
+  "cached_read_fwd": (0.606, 0.606, 0.263, 0.263),  # of matrix and deep memories, which share a name, the slower
+  "cached_read_bwd": (0.610, 0.803, 0.322, 0.322),
+  "selected_read_fwd": (0.496, 0.756, 0.183, 0.183),
+  "selected_read_bwd": (0.577, 0.824, 0.263, 0.263),
+}
+_OTHERS = (0.40, 0.40, 0.19, 0.19)  # splash attention's forward pass at head_dim 128, blocks of 512
+
+
+def kernel_rate(name: str, chip: Chip, head_dim: int = 128) -> float:
+  """The share of the chip's peak that a Pallas kernel of this name is taken to reach."""
+  rates = next((rates for part, rates in _RATES.items() if part in name), _OTHERS)
+  return rates[2 * chip.wide + (head_dim >= 256)]
