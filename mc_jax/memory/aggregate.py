@@ -118,9 +118,9 @@ def select_and_read(
   """
   index, gates = jnp.moveaxis(index, -1, 2), jnp.moveaxis(gates, -1, 2)
   layout = _layout(index, lax.stop_gradient(gates), len(jax.tree.leaves(states)[0]), block)
-  x = _spread(q, layout)
+  x = spread(q, layout)
   y = read_blocks(x.reshape(*layout.owner.shape, block, x.shape[-1]), layout.owner, states)
-  return _combine(y.reshape(*y.shape[:2], -1, y.shape[-1]), gates, layout)
+  return combine(y.reshape(*y.shape[:2], -1, y.shape[-1]), gates, layout)
 
 
 class Layout(NamedTuple):
@@ -170,20 +170,20 @@ def _take_pairs(x: jax.Array, layout: Layout) -> jax.Array:
 
 
 @jax.custom_vjp
-def _spread(q: jax.Array, layout: Layout) -> jax.Array:
+def spread(q: jax.Array, layout: Layout) -> jax.Array:
   """The query in every place: q [b, h, length, d] to [b, h, places, d]; anything where there is no pair."""
   return _take(q, layout.pair % q.shape[2])
 
 
 # Every pair has one place: a gather does what the transpose of the gather would scatter.
-_spread.defvjp(
-  lambda q, layout: (_spread(q, layout), layout),
+spread.defvjp(
+  lambda q, layout: (spread(q, layout), layout),
   lambda layout, cotangent: (_take_pairs(cotangent, layout).sum(2), None),
 )
 
 
 @jax.custom_vjp
-def _combine(y: jax.Array, gates: jax.Array, layout: Layout) -> jax.Array:
+def combine(y: jax.Array, gates: jax.Array, layout: Layout) -> jax.Array:
   """The gated sum over a token's slots: y [b, h, places, d], gates [b, h, k, length] to [b, h, length, d]."""
   return _combine_forward(y, gates, layout)[0]
 
@@ -200,7 +200,7 @@ def _combine_backward(residuals, cotangent):
   return jnp.where(gate == 0, 0.0, gate * _take(cotangent, layout.pair % gates.shape[-1])), d_gates, None
 
 
-_combine.defvjp(_combine_forward, _combine_backward)
+combine.defvjp(_combine_forward, _combine_backward)
 
 
 def _read_in_turn(network: Network, x: jax.Array, owner: jax.Array, states: Weights) -> jax.Array:

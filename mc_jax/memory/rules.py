@@ -102,6 +102,12 @@ class Rule:
     """Names of the per-token scalars that the rule needs, each [batch, length, heads]."""
     return ("alpha",) * self.retention + ("beta",) * self.momentum + self.steps
 
+  @property
+  def affine(self) -> bool:
+    """Whether a state is a multiple of an earlier one plus what was written since, whatever the earlier one was."""
+    gradient_of_state = self.loss is not dot_loss or not isinstance(self.network, networks.Matrix)
+    return not (gradient_of_state or self.momentum or self.max_grad_norm is not None)
+
   def init(self, key: jax.Array, *, heads: int, head_dim: int) -> networks.Weights:
     """M_0: {name: [heads, in, out]} float32."""
     return self.network.init(key, heads, head_dim)

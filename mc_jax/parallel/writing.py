@@ -1,0 +1,203 @@
+"""The write pass across devices: what a device's first segment starts from.
+
+Independent segments need nothing from each other. Under carry="checkpoint" a segment starts from the state of the one
+before it, which may be on another device:
+
+* Where a state is a multiple of an earlier one plus what was written since (matrix memories with the dot loss), each
+  device sums up its own segments first, an associative scan over the devices adds these sums up, and then all write at
+  the same time.
+* Elsewhere (deep memories) a device must wait for the state to arrive. The batch's rows and heads go through the
+  devices in groups, as in a pipeline: with G groups on P devices a device idles for P - 1 of G + P - 1 turns.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mc_jax.memory import online, passes
+from mc_jax.memory.networks import Weights
+from mc_jax.memory.passes import Tokens, Written
+from mc_jax.memory.rules import Rule
+from mc_jax.parallel.parts import Parts, largest_divisor
+
+Pytree = Any
+
+# Groups for each device: the share of idle turns is then below 1 / (1 + this).
+_GROUPS_PER_PART = 4
+
+
+def write(
+  parts: Parts,
+  local: Callable[..., Written],
+  rule: Rule,
+  fresh: Weights,
+  tokens: Tokens,
+  lengths: tuple[int, ...],
+  *,
+  read: passes.Read,
+  carries: bool,
+  side_by_side: int,
+) -> Written:
+  """`passes.write` of the segments here; `local` does it where the state that comes in is known."""
+  tokens = tokens._replace(u=None)
+  run = functools.partial(local, rule, lengths=lengths, read=read, carries=carries, side_by_side=side_by_side)
+  if not carries:
+    return run(fresh, tokens)
+  if rule.affine:
+    return run(fresh, tokens, start=_affine_start(parts, rule, fresh, tokens, lengths))
+  marks = tokens.documents
+  return _pipeline(run, rule, parts, _groups(parts, tokens), fresh, tokens._replace(documents=None), marks)
+
+
+def _affine_start(parts: Parts, rule: Rule, fresh: Weights, tokens: Tokens, lengths: tuple[int, ...]) -> online.State:
+  """The state that comes in, of M_end = decay M_start + written: an associative scan of (decay, written)."""
+  first = parts.index() == 0
+  start = online.start_state(rule, fresh, tokens.k)
+  tail = None
+  if rule.window > 1:
+    tail = tuple(parts.ahead(x[..., 1 - rule.window :, :]) for x in (tokens.k, tokens.v))
+    if tokens.documents is not None:  # the window's tokens of the document that goes on here
+      number, before, valid = tokens.documents
+      owner = parts.ahead(jnp.where(valid, number, -1)[..., 1 - rule.window :])
+      tail = tuple(jnp.where((owner == before[..., :1])[..., None], x, 0) for x in tail)
+  own = start._replace(memory=jax.tree.map(lambda w: jnp.where(first, w, 0.0), start.memory), tail=tail)
+  nothing = functools.partial(_read_nothing)
+  ends = passes.write(rule, fresh, tokens, lengths, read=nothing, carries=True, side_by_side=1, start=own).states.memory
+  written = {name: w[-1] for name, w in ends.items()}
+  decay = jnp.ones(tokens.k.shape[:2], online.state_dtype(tokens.k.dtype))
+  if rule.retention:
+    decay = jnp.exp(jnp.log(tokens.gates["alpha"].astype(decay.dtype)).sum(-1))
+  if tokens.documents is not None:
+    decay = jnp.where(tokens.documents.number[..., -1] == tokens.documents.before[..., 0], decay, 0.0)
+
+  step = 1
+  while step < parts.count:
+    before_decay, before = parts.ahead(decay, step), jax.tree.map(lambda w: parts.ahead(w, step), written)  # noqa: B023
+    inside = parts.index() >= step
+    written = jax.tree.map(
+      lambda w, b: w + jnp.where(inside, decay[..., None, None] * b, 0.0),  # noqa: B023
+      written,
+      before,
+    )
+    decay = jnp.where(inside, decay * before_decay, decay)
+    step *= 2
+  memory = jax.tree.map(lambda w, m: jnp.where(first, m, parts.ahead(w)), written, start.memory)
+  return start._replace(memory=memory, tail=tail)
+
+
+def _read_nothing(_, x: jax.Array) -> jax.Array:
+  return x[..., :0]
+
+
+def _groups(parts: Parts, tokens: Tokens) -> tuple[int, int]:
+  """Into how many groups rows and heads are split."""
+  rows, heads = tokens.k.shape[:2]
+  enough = _GROUPS_PER_PART * (parts.count - 1)
+  by_rows = largest_divisor(rows, enough)
+  return by_rows, largest_divisor(heads, -(-enough // by_rows))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _pipeline(run, rule, parts, groups, fresh, tokens, marks):
+  """The write pass of the segments here, each group of rows and heads when its state arrives.
+
+  The states that arrived are kept for the backward pass, one for each row and head, which comes back along the
+  devices with their gradients.
+  """
+  return _pipeline_forward(run, rule, parts, groups, fresh, tokens, marks)[0]
+
+
+def _from_arrived(run, rule, first, fresh, arrived, tokens, marks) -> Written:
+  start = online.start_state(rule, fresh, tokens.k)
+  start = jax.tree.map(lambda new, old: jnp.where(first, new, old), start, arrived)
+  return run(fresh, tokens._replace(documents=marks), start=start)
+
+
+def _pipeline_forward(run, rule, parts, groups, fresh, tokens, marks):
+  part, count = parts.index(), groups[0] * groups[1]
+  local = functools.partial(_from_arrived, run, rule, part == 0)
+  state = online.start_state(rule, fresh, tokens.k)
+  arrived_all = jax.tree.map(jnp.zeros_like, state)
+  written = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(local, fresh, state, tokens, marks))
+
+  def turn(t, carry):
+    arriving, arrived_all, written = carry
+    i, active = _turn(t - part, count)
+    inputs = _pick(groups, i, fresh, None), arriving, _pick(groups, i, tokens), _pick(groups, i, marks)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(local, *inputs))
+    out = lax.cond(active, lambda: local(*inputs), lambda: nothing)
+    arrived_all = _put(groups, i, active, arrived_all, arriving)
+    written = Written(
+      _put(groups, i, active, written.y, out.y), _put(groups, i, active, written.states, out.states, rows=1)
+    )
+    end = jax.tree.map(lambda x: parts.ahead(x[-1]), out.states)
+    return end, arrived_all, written
+
+  arriving = _pick(groups, jnp.int32(0), arrived_all)
+  _, arrived_all, written = lax.fori_loop(0, parts.count + count - 1, turn, (arriving, arrived_all, written))
+  return written, (fresh, arrived_all, tokens, marks)
+
+
+def _pipeline_backward(run, rule, parts, groups, residuals, cotangent):
+  fresh, arrived_all, tokens, marks = residuals
+  part, count = parts.index(), groups[0] * groups[1]
+  local = functools.partial(_from_arrived, run, rule, part == 0)
+
+  def turn(t, carry):
+    arriving, d_fresh, d_tokens = carry
+    i, active = _turn(t - (parts.count - 1 - part), count)
+    inputs = _pick(groups, i, fresh, None), _pick(groups, i, arrived_all), _pick(groups, i, tokens)
+    d_states = jax.tree.map(lambda d, last: d.at[-1].add(last), _pick(groups, i, cotangent.states, rows=1), arriving)
+    d_written = Written(_pick(groups, i, cotangent.y), d_states)
+    nothing = jax.tree.map(jnp.zeros_like, inputs)
+
+    def back():
+      return jax.vjp(lambda *args: local(*args, _pick(groups, i, marks)), *inputs)[1](d_written)
+
+    d_f, d_arrived, d_t = lax.cond(active, back, lambda: nothing)
+    d_fresh = _put(groups, i, active, d_fresh, jax.tree.map(jnp.add, _pick(groups, i, d_fresh, None), d_f), None)
+    return jax.tree.map(parts.back, d_arrived), d_fresh, _put(groups, i, active, d_tokens, d_t)
+
+  zeros = jax.tree.map(jnp.zeros_like, (_pick(groups, jnp.int32(0), arrived_all), fresh, tokens))
+  _, d_fresh, d_tokens = lax.fori_loop(0, parts.count + count - 1, turn, zeros)
+  return d_fresh, d_tokens, None
+
+
+_pipeline.defvjp(_pipeline_forward, _pipeline_backward)
+
+
+def _turn(i: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+  """Which group it is the turn of, and whether it is anyone's turn."""
+  return jnp.clip(i, 0, count - 1), (i >= 0) & (i < count)
+
+
+def _where(x: jax.Array, groups: tuple[int, int], i: jax.Array, rows: int | None):
+  """Where a group's rows and heads begin in x, and the shape that they have."""
+  heads = 0 if rows is None else rows + 1
+  start, shape = [jnp.int32(0)] * x.ndim, list(x.shape)
+  for axis, pieces, j in ((rows, groups[0], i // groups[1]), (heads, groups[1], i % groups[1])):
+    if axis is not None and not (axis == heads and x.shape[axis] == 1):  # what all heads share has one
+      shape[axis] //= pieces
+      start[axis] = (j * shape[axis]).astype(jnp.int32)
+  return start, shape
+
+
+def _pick(groups: tuple[int, int], i: jax.Array, arrays: Pytree, rows: int | None = 0) -> Pytree:
+  """The i-th group's part of arrays whose axes from `rows` on are rows and heads; of [heads, ...] if it is None."""
+  return jax.tree.map(lambda x: lax.dynamic_slice(x, *_where(x, groups, i, rows)), arrays)
+
+
+def _put(
+  groups: tuple[int, int], i: jax.Array, active: jax.Array, arrays: Pytree, part: Pytree, rows: int | None = 0
+) -> Pytree:
+  """Arrays with the i-th group's part replaced, if it is active."""
+
+  def put(x, part):
+    start, shape = _where(x, groups, i, rows)
+    return lax.dynamic_update_slice(x, jnp.where(active, part, lax.dynamic_slice(x, start, shape)), start)
+
+  return jax.tree.map(put, arrays, part)
