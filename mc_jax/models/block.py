@@ -8,6 +8,7 @@ from mc_jax.models.config import ModelConfig
 from mc_jax.models.mixer import MemoryCaching
 from mc_jax.models.mlp import SwiGLU
 from mc_jax.models.norms import RMSNorm
+from mc_jax.parallel import axes
 
 MIXERS = {"memory_caching": MemoryCaching, "transformer": Attention}
 
@@ -28,5 +29,5 @@ class Block(nnx.Module):
       document: [batch, length] int32, number of each token's document, 0 at padding; None: a row
         is one document.
     """
-    x = x + self.mixer(self.mixer_norm(x), document)
-    return x + self.mlp(self.mlp_norm(x))
+    x = axes.constrain(x + self.mixer(self.mixer_norm(x), document), axes.RESIDUAL)
+    return axes.constrain(x + self.mlp(self.mlp_norm(x)), axes.RESIDUAL)

@@ -33,6 +33,7 @@ class MemoryConfig:
   gate_scale: float = 1.0  # multiplies the scores before the gate's nonlinearity
   shared_query: bool = False  # u = q instead of a projection of its own: an ablation
   segment_group: int = 8  # carry="independent": segments that run side by side
+  read_buffer_mib: int = 256  # mesh.context > 1: what a device gathers at a time to read the others' caches, MiB
   implementation: str | None = None  # None: the best for the platform; or xla, reference
 
   def problems(self, prefix: str = "memory") -> list[str]:
@@ -59,6 +60,7 @@ class MemoryConfig:
         segment_length=1,
         top_k=1,
         segment_group=1,
+        read_buffer_mib=1,
       ),
       *_positive(prefix, self, "gate_scale", "max_step"),
       *_at_least(prefix, self, max_grad_norm=0),

@@ -9,6 +9,7 @@ from mc_jax.models.block import Block
 from mc_jax.models.config import ModelConfig
 from mc_jax.models.linear import Linear, parameter
 from mc_jax.models.norms import RMSNorm
+from mc_jax.parallel import axes
 
 _REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -58,7 +59,7 @@ class LanguageModel(nnx.Module):
     Returns:
       [batch, length, vocab_size] float32; finite and without meaning at padding.
     """
-    x = self.embed(tokens)
+    x = axes.constrain(self.embed(tokens), axes.RESIDUAL)
     document = None if segment_ids is None else number_documents(segment_ids)
     graph, layers = nnx.split(self.blocks)
 
@@ -69,7 +70,7 @@ class LanguageModel(nnx.Module):
       # Under scan, common subexpressions cannot undo the rematerialisation: no need to forbid them.
       block = jax.checkpoint(block, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=False)
     x, _ = jax.lax.scan(block, x, layers)
-    return self.logits(x)
+    return axes.constrain(self.logits(x), (*axes.TOKENS, "vocab"))
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """tokens [...] to [..., d_model] of unit variance, in the computation's dtype."""

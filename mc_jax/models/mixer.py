@@ -11,6 +11,7 @@ from mc_jax.models.convolution import CausalConvolution
 from mc_jax.models.gates import TokenGates
 from mc_jax.models.linear import Linear, parameter, residual_scale
 from mc_jax.models.norms import RMSNorm, l2_normalize
+from mc_jax.parallel import axes, context
 
 
 class Inputs(NamedTuple):
@@ -75,7 +76,7 @@ class MemoryCaching(nnx.Module):
     """
     config = self.config.memory
     inputs = self.project(x, document)
-    y = memory.memory_caching(
+    y = context.memory_caching(
       inputs.q,
       inputs.k,
       inputs.v,
@@ -94,20 +95,24 @@ class MemoryCaching(nnx.Module):
       segment_group=config.segment_group,
       token_scores=inputs.token_scores,
       implementation=config.implementation,
+      read_buffer=config.read_buffer_mib << 20,
     )
     return self.read_out(x, y)
 
   def project(self, x: jax.Array, document: jax.Array | None = None) -> Inputs:
     """What the memories are given for the tokens x [batch, length, d_model]."""
-    q = jax.nn.silu(self.query_convolution(self.query(x), document))
-    k = jax.nn.silu(self.key_convolution(self.key(x), document))
-    v = jax.nn.silu(self.value_convolution(self.value(x), document))
-    q, k = l2_normalize(q), l2_normalize(k)
+
+    def convolved(linear, convolution):
+      return jax.nn.silu(convolution(axes.constrain(linear(x), axes.HEADS), document))
+
+    q = l2_normalize(convolved(self.query, self.query_convolution))
+    k = l2_normalize(convolved(self.key, self.key_convolution))
+    v = convolved(self.value, self.value_convolution)
     return Inputs(
       q=q,
       k=k,
       v=v,
-      u=self.connector(x) if has_connector(self.config) else q,
+      u=axes.constrain(self.connector(x), axes.HEADS) if has_connector(self.config) else q,
       gates=self.token_gates(x) if self.rule.gates else {},
       token_scores=self.age_scores(x) if self.config.memory.gate == "token" else None,
     )
@@ -121,7 +126,7 @@ class MemoryCaching(nnx.Module):
 
   def read_out(self, x: jax.Array, y: jax.Array) -> jax.Array:
     """(RMSNorm(y) * SiLU(x W_g)) W_o: the memories' answers y, normed by head, back to d_model."""
-    return self.output(self.norm(y) * jax.nn.silu(self.output_gate(x)))
+    return self.output(self.norm(y) * jax.nn.silu(axes.constrain(self.output_gate(x), axes.HEADS)))
 
 
 def has_connector(config: ModelConfig) -> bool:

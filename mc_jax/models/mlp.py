@@ -5,6 +5,7 @@ from flax import nnx
 
 from mc_jax.models.config import ModelConfig
 from mc_jax.models.linear import Linear, residual_scale
+from mc_jax.parallel import axes
 
 
 class SwiGLU(nnx.Module):
@@ -18,4 +19,5 @@ class SwiGLU(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """x [batch, length, d_model] to the same shape, in the computation's dtype."""
-    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    hidden = jax.nn.silu(self.gate(x)) * self.up(x)
+    return self.down(axes.constrain(hidden, (*axes.TOKENS, "mlp")))
