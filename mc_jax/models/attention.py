@@ -6,6 +6,7 @@ from flax import nnx
 
 from mc_jax.models.config import ModelConfig
 from mc_jax.models.linear import Linear, residual_scale
+from mc_jax.parallel.attention import attention
 
 
 class Attention(nnx.Module):
@@ -26,18 +27,12 @@ class Attention(nnx.Module):
     Args:
       document: [batch, length] int32, number of each token's document; None: a row is one.
     """
-    if document is None:
-      position, mask = jnp.arange(x.shape[1])[None], None
-    else:
-      position = positions(document)
-      # Padding keeps itself: a row of the softmax without any key would be NaN.
-      mask = (document[:, :, None] == document[:, None, :])[:, None]
-    y = jax.nn.dot_product_attention(
+    position = jnp.arange(x.shape[1])[None] if document is None else positions(document)
+    y = attention(
       rotate(self.query(x), position, self.rope_theta),
       rotate(self.key(x), position, self.rope_theta),
       self.value(x),
-      mask=mask,
-      is_causal=True,
+      document,
     )
     return self.output(y)
 

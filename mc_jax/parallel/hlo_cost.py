@@ -232,16 +232,8 @@ class _Program:
 
   def _computation(self, name: str, values: list) -> collections.Counter:
     """values: what is known of the parameters, see _evaluate."""
-    total, charged = collections.Counter(), set()
-    for op in self.computations[name].instructions.values():
-      cost = self._instruction(name, op, values)
-      # An asynchronous collective is the same channel in several fusions, which run beside it: the first is charged.
-      channels = self._channels(op)
-      if channels and channels <= charged:
-        cost = collections.Counter({key: n for key, n in cost.items() if key[0] not in _OF_COLLECTIVES})
-      charged |= channels
-      total.update(cost)
-    return total
+    operations = self.computations[name].instructions.values()
+    return sum((self._instruction(name, op, values) for op in operations), collections.Counter())
 
   def _instruction(self, where: str, op: _Instruction, values: list) -> collections.Counter:
     computation = self.computations[where]
@@ -280,15 +272,11 @@ class _Program:
       int(cycles[1]) / self.chip.clock if cycles else 0.0, flops / self.chip.flops, size / self.chip.hbm_bandwidth
     )
 
-  def _channels(self, op: _Instruction) -> set[str]:
-    """Of the collective that an instruction is, or of those in a fusion."""
-    if op.opcode == "fusion":
-      inner = self.computations[op.called()[0]].instructions.values()
-      return set().union(*(self._channels(x) for x in inner))
-    channel = op.attribute("channel_id") if re.match(_COLLECTIVES, op.opcode) else None
-    return {channel} if channel else set()
-
   def _collective(self, where: str, op: _Instruction, operands: list[_Instruction], kind: str) -> collections.Counter:
+    fused = {x.attribute("custom_call_target", r'"(\w+)') for x in self.computations[where].instructions.values()}
+    started = op.opcode.endswith("-start") or "AsyncCollectiveStart" in fused
+    if "async_collective_fusion_config" in op.attributes and not started:
+      return collections.Counter()  # a piece of one that another fusion starts, beside other operations
     put, got = (sum(a.bytes for source in ops for a in source.arrays) for ops in (operands, [op]))
     if op.opcode.endswith("-start"):
       got = got - put if got > put else put  # its type holds the operands too
@@ -298,9 +286,6 @@ class _Program:
     sent = chips.sent(kind, put, got, len(group))
     total = collections.Counter({("collective", kind): sent})
     if self.chip:
-      started = op.opcode.endswith("-start") or any(
-        '"AsyncCollectiveStart"' in x.attributes for x in self.computations[where].instructions.values()
-      )
       devices = [self.devices[i] for i in group]
       total["beside" if started else "waited",] = chips.seconds(self.chip, kind, sent, devices, self.extent)
     return total
