@@ -17,6 +17,9 @@ _REMAT_POLICIES = {
 }
 
 
+_EMBEDDING = ("vocab", "embed")
+
+
 class LanguageModel(nnx.Module):
   """Embedding, `config.layers` blocks under one `jax.lax.scan`, a norm and a readout.
 
@@ -39,7 +42,7 @@ class LanguageModel(nnx.Module):
     self.embedding = parameter(
       jax.nn.initializers.normal(config.d_model**-0.5),
       (config.vocab_size, config.d_model),
-      ("vocab", "embed"),
+      _EMBEDDING,
       rngs,
     )
     self.blocks = _stacked_blocks(config, rngs)
@@ -74,14 +77,15 @@ class LanguageModel(nnx.Module):
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """tokens [...] to [..., d_model] of unit variance, in the computation's dtype."""
-    rows = self.embedding[...][tokens] * self.config.d_model**0.5
+    rows = axes.gathered(self.embedding[...], _EMBEDDING)[tokens] * self.config.d_model**0.5
     return rows.astype(self.config.dtype)
 
   def logits(self, x: jax.Array) -> jax.Array:
     """The final norm and readout: x [..., d_model] to [..., vocab_size] float32."""
     x = self.norm(x)
-    kernel = self.embedding[...].T if self.config.tied_embeddings else self.readout.kernel[...]
-    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    table = self.embedding[...] if self.config.tied_embeddings else self.readout.kernel[...].T
+    table = axes.gathered(table.astype(x.dtype), _EMBEDDING)
+    return jnp.matmul(x, table.T, preferred_element_type=jnp.float32)
 
 
 def number_documents(segment_ids: jax.Array) -> jax.Array:

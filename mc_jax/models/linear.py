@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mc_jax.parallel import axes as axes_lib
+
 
 def parameter(initializer, shape, axes, rngs: nnx.Rngs) -> nnx.Param:
   """A float32 parameter whose axes carry logical names.
@@ -56,16 +58,17 @@ class Linear(nnx.Module):
     scale: float = 1.0,
   ):
     self.contracted = len(inputs)
+    self.axes = (*inputs, *outputs)
     self.dtype = dtype
     self.kernel = parameter(
       fan_in(len(inputs), len(outputs), scale),
       (*inputs.values(), *outputs.values()),
-      (*inputs, *outputs),
+      self.axes,
       rngs,
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    kernel = self.kernel[...].astype(self.dtype)
+    kernel = axes_lib.gathered(self.kernel[...].astype(self.dtype), self.axes)
     return jnp.tensordot(x.astype(self.dtype), kernel, axes=self.contracted)
 
 

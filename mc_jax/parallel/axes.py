@@ -1,5 +1,6 @@
 """The one table that says where everything lies: logical axes of arrays, and the mesh axes that split them."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -20,6 +21,9 @@ RULES: dict[str, tuple[str, ...]] = {
   "embed": ("fsdp", "context"),  # of parameters alone; the residual stream's width is whole
   "memory_out": ("fsdp", "context"),  # of a learned M_0
 }
+
+# Axes that no activation has.
+_PARAMETERS_ONLY = ("embed", "memory_out")
 
 # Names of the activations' axes, where the code that computes them stands.
 TOKENS = ("batch", "length")
@@ -54,4 +58,25 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
   sizes = meshes.sizes_in_context()
   if all(size == 1 for size in sizes.values()):
     return x
-  return jax.lax.with_sharding_constraint(x, spec(axes, sizes))
+  return jax.lax.with_sharding_constraint(x, spec(axes, sizes, x.shape))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+  """A parameter, ready to be multiplied: whole along the axes that only spread parameters over devices.
+
+  Its gradient is scattered over them again as it is added up. Called after the cast to the computation's dtype, so
+  that as few bytes as possible are sent.
+  """
+  return constrain(x, _whole(axes))
+
+
+def _whole(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+  return tuple(None if name in _PARAMETERS_ONLY else name for name in axes)
+
+
+gathered.defvjp(
+  lambda x, axes: (gathered(x, axes), None),
+  # In two steps: asked for a part of a gradient at once, XLA would send every token's share of it to everyone.
+  lambda axes, _, cotangent: (constrain(constrain(cotangent, _whole(axes)), axes),),
+)
