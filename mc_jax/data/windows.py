@@ -1,4 +1,4 @@
-"""A stream of tokens cut into rows of one length, and rows into batches.
+"""A stream of tokens cut into rows of one length, rows into batches, and batches among a mesh's devices.
 
 A batch is a dict of [batch, length] arrays: `tokens` int32; `targets` int32, the token after each;
 `weights` float32, 1 where the target counts and 0 where it does not; and, where documents are kept
@@ -7,12 +7,15 @@ apart, `segment_ids` int32, 1, 2, ... from left to right.
 
 from __future__ import annotations
 
+import functools
+
 import grain
 import jax
 import numpy as np
 
 from mc_jax.data import tokenizers
 from mc_jax.data.config import ConfigError, DataConfig
+from mc_jax.parallel import axes
 
 Batch = dict[str, np.ndarray]
 
@@ -20,11 +23,11 @@ Batch = dict[str, np.ndarray]
 _EPOCHS = 1_000_000
 
 
-def training(stream: np.ndarray, config: DataConfig) -> grain.DatasetIterator:
-  """Endless shuffled batches of `stream` [tokens], a function of the seed and the step alone.
+def training(stream: np.ndarray, config: DataConfig) -> grain.MapDataset:
+  """Endless shuffled rows of `stream` [tokens]: row i is a function of the seed and i alone.
 
   An epoch visits every stretch of `length` tokens once on average: one window starts at a random
-  place in each, in an order of its own. The iterator's get_state/set_state resume it exactly.
+  place in each, in an order of its own.
 
   Raises:
     ConfigError: the stream is shorter than one row.
@@ -42,10 +45,54 @@ def training(stream: np.ndarray, config: DataConfig) -> grain.DatasetIterator:
     return _row(stream[start : start + length + 1], length, config.documents)
 
   dataset = grain.MapDataset.range(-(-len(stream) // length))
-  dataset = dataset.seed(config.seed).shuffle().repeat(_EPOCHS).random_map(cut)
-  dataset = dataset.batch(config.batch_size)
-  # The text is in memory: threads would only wait for each other.
-  return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+  return dataset.seed(config.seed).shuffle().repeat(_EPOCHS).random_map(cut)
+
+
+class Batches:
+  """Batches of rows, one after the other, as arrays of the whole job.
+
+  What comes next depends on `position` alone, whatever the batches, devices and processes before. Each process cuts
+  the rows of its own devices, and no others.
+
+  Args:
+    rows: such as those of `training`.
+    shapes: of a batch, with shardings; see `shapes`.
+
+  Attributes:
+    position: rows drawn so far.
+  """
+
+  def __init__(self, rows: grain.MapDataset, shapes: dict[str, jax.ShapeDtypeStruct]):
+    self.position = 0
+    self._rows = rows
+    self._shapes = shapes
+
+  def __iter__(self) -> Batches:
+    return self
+
+  def __next__(self) -> dict[str, jax.Array]:
+    first = self.position
+    row = functools.cache(lambda i: self._rows[first + i])  # of interest to several arrays and devices
+
+    def part(name: str, index: tuple[slice, slice]) -> np.ndarray:
+      rows, columns = index
+      numbers = range(self._shapes[name].shape[0])[rows]
+      return np.stack([row(i)[name][columns] for i in numbers])
+
+    batch = {
+      name: jax.make_array_from_callback(spec.shape, spec.sharding, functools.partial(part, name))
+      for name, spec in self._shapes.items()
+    }
+    self.position += len(batch["tokens"])
+    return batch
+
+
+def place(batch: Batch, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+  """A batch that every process has, as arrays of the whole job."""
+  return {
+    name: jax.make_array_from_callback(spec.shape, spec.sharding, batch[name].__getitem__)
+    for name, spec in shapes.items()
+  }
 
 
 def validation(stream: np.ndarray, config: DataConfig) -> list[Batch]:
@@ -69,13 +116,14 @@ def validation(stream: np.ndarray, config: DataConfig) -> list[Batch]:
   return batches
 
 
-def shapes(config: DataConfig) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes and dtypes of a batch."""
+def shapes(config: DataConfig, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes, dtypes and shardings of a batch on a mesh."""
   dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
   if config.documents:
     dtypes["segment_ids"] = np.int32
   shape = (config.batch_size, config.length)
-  return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+  sharding = axes.sharding(mesh, axes.TOKENS)
+  return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
 
 
 def _row(piece: np.ndarray, length: int, documents: bool) -> Batch:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-import grain
 import orbax.checkpoint as ocp
 
-from mc_jax.data import ConfigError
+from mc_jax.data import ConfigError, windows
 from mc_jax.training import config as config_lib
 from mc_jax.training.config import Config
 from mc_jax.training.state import TrainState
@@ -17,7 +16,10 @@ FOLDER = "checkpoints"
 
 
 class Checkpoints:
-  """The checkpoints of a workdir: state, the data iterator's position, and the configuration."""
+  """The checkpoints of a workdir: state, the number of rows read, and the configuration.
+
+  None of them depends on the mesh or on the number of processes, all of which save and restore together.
+  """
 
   def __init__(self, workdir: pathlib.Path, keep: int):
     self._manager = ocp.CheckpointManager(
@@ -30,7 +32,7 @@ class Checkpoints:
     """Step of the newest complete checkpoint."""
     return self._manager.latest_step()
 
-  def save(self, step: int, state: TrainState, data: grain.DatasetIterator, config: Config) -> None:
+  def save(self, step: int, state: TrainState, data: windows.Batches, config: Config) -> None:
     """Saves step `step`, and returns when the arrays are copied; writing goes on behind."""
     if step == self.latest():
       return
@@ -38,21 +40,22 @@ class Checkpoints:
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state),
-        data=grain.checkpoint.CheckpointSave(data),
+        data=ocp.args.JsonSave({"rows": data.position}),
         config=ocp.args.JsonSave(dataclasses.asdict(config)),
       ),
       force=True,
     )
 
-  def restore(self, step: int, target: TrainState, data: grain.DatasetIterator) -> TrainState:
-    """The state of `step`, shaped like the abstract `target`; moves `data` to its position."""
+  def restore(self, step: int, target: TrainState, data: windows.Batches) -> TrainState:
+    """The state of `step`, shaped and placed like the abstract `target`; moves `data` to its position."""
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardRestore(target),
-        data=grain.checkpoint.CheckpointRestore(data),
+        data=ocp.args.JsonRestore(),
       ),
     )
+    data.position = restored["data"]["rows"]
     return restored["state"]
 
   def config(self, step: int) -> dict:

@@ -9,13 +9,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
+from collections.abc import Sequence
 
+import jax
 import ml_collections
 
 from mc_jax.data import ConfigError, DataConfig, tokenizers
 from mc_jax.models import ModelConfig
+from mc_jax.parallel import mesh as meshes
+from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training.optimizer import OptimizerConfig
 
 
@@ -61,6 +66,7 @@ class Config:
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
   def problems(self) -> list[str]:
     """Every setting of the tree that cannot work, also between its parts."""
@@ -70,14 +76,14 @@ class Config:
       *model.problems("model"),
       *self.optimizer.problems("optimizer"),
       *train.problems("train"),
+      *self.mesh.problems("mesh"),
     ]
     if model.vocab_size < tokenizers.VOCAB_SIZE:
       found.append(f"model.vocab_size={model.vocab_size} must be at least {tokenizers.VOCAB_SIZE}: tokens are bytes")
     if train.microbatches > 1 and data.batch_size % train.microbatches:
-      divisors = [n for n in range(1, data.batch_size + 1) if data.batch_size % n == 0]
       found.append(
         f"train.microbatches={train.microbatches} does not divide "
-        f"data.batch_size={data.batch_size}: use one of {', '.join(map(str, divisors))}"
+        f"data.batch_size={data.batch_size}: use one of {_divisors(data.batch_size)}"
       )
     if model.mixer == "memory_caching":
       memory = model.memory
@@ -99,6 +105,79 @@ class Config:
     if found:
       raise ConfigError("\n".join(found))
     return self
+
+  def check_devices(self, devices: int) -> dict[str, int]:
+    """The mesh's sizes on so many devices, {axis: size}, if everything that it splits divides.
+
+    Raises:
+      ConfigError: naming every field that does not divide, and what would.
+    """
+    try:
+      sizes = self.mesh.sizes(devices)
+    except ValueError as error:
+      raise ConfigError(str(error)) from error
+    if found := self._indivisible(sizes):
+      raise ConfigError("\n".join(found))
+    return sizes
+
+  def make_mesh(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The run's mesh of these devices (default: all of the job's).
+
+    Raises:
+      ConfigError: as `check_devices`, or the mesh does not fit the slices that the devices are in.
+    """
+    devices = jax.devices() if devices is None else devices
+    self.check_devices(len(devices))
+    try:
+      return meshes.make(self.mesh, devices)
+    except ValueError as error:
+      raise ConfigError(str(error)) from error
+
+  def _indivisible(self, sizes: dict[str, int]) -> list[str]:
+    """What these sizes of the mesh's axes do not divide, one line each."""
+    data, model = self.data, self.model
+    found = []
+
+    def divisors(value: int) -> str:
+      return _divisors(math.gcd(value, math.prod(sizes.values())))
+
+    def require(value: int, field: str, *split_by: str) -> None:
+      divisor = math.prod(sizes[axis] for axis in split_by)
+      if value % divisor:
+        product = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in split_by)
+        product += f" = {divisor}" if len(split_by) > 1 else ""
+        found.append(
+          f"{field} is not divisible by {product}: use a multiple of {divisor}, "
+          f"or a mesh whose {' x '.join(split_by)} is one of {divisors(value)}"
+        )
+
+    parts = self.train.microbatches
+    rows = data.batch_size // parts
+    by_part = f" / train.microbatches={parts} = {rows}" if parts > 1 else ""
+    require(rows, f"data.batch_size={data.batch_size}{by_part}", "data", "fsdp")
+    require(model.d_model, f"model.d_model={model.d_model}", "fsdp", "context")
+    require(model.heads, f"model.heads={model.heads}", "model")
+    width = f"model.mlp_dim={model.mlp_dim}" + ("" if model.mlp_dim else f" (a width of {model.hidden_dim})")
+    require(model.hidden_dim, width, "model")
+    require(model.vocab_size, f"model.vocab_size={model.vocab_size}", "model")
+    if sizes["context"] > 1:
+      memory = model.memory
+      if model.mixer != "memory_caching":
+        require(data.length, f"data.length={data.length}", "context")
+      elif memory.segmentation != "constant":
+        found.append(
+          f"mesh.context={sizes['context']} needs model.memory.segmentation='constant', got {memory.segmentation!r}: "
+          "devices hold equally many segments"
+        )
+      elif data.length % (memory.segment_length * sizes["context"]):
+        segments, left = divmod(data.length, memory.segment_length)
+        found.append(
+          f"data.length={data.length} has {segments}{' whole' if left else ''} segments of model.memory.segment_length="
+          f"{memory.segment_length}, which do not divide among mesh.context={sizes['context']}: use a data.length that "
+          f"is a multiple of {memory.segment_length * sizes['context']}, another model.memory.segment_length"
+          + ("" if left else f", or a mesh.context that is one of {divisors(segments)}")
+        )
+    return found
 
 
 def default() -> ml_collections.ConfigDict:
@@ -150,6 +229,10 @@ def differences(old: Config, new: Config) -> dict[str, tuple]:
   """Fields that differ, as {"model.layers": (old value, new value)}."""
   olds, news = (_flatten(dataclasses.asdict(config)) for config in (old, new))
   return {field: (olds[field], news[field]) for field in news if olds[field] != news[field]}
+
+
+def _divisors(value: int) -> str:
+  return ", ".join(str(n) for n in range(1, value + 1) if value % n == 0)
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:

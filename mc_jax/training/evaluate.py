@@ -14,7 +14,7 @@ def bits_per_byte(eval_step: Callable, params: dict, batches: Iterable[Batch]) -
   Args:
     eval_step: (params, batch) -> (sum of the loss in nats, sum of the weights).
     params: of the model.
-    batches: those of data.windows.validation.
+    batches: those of data.windows.validation, placed.
   """
   sums = [eval_step(params, batch) for batch in batches]
   nats = sum(float(loss) for loss, _ in sums)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import grain
 import jax
 import numpy as np
-from flax import nnx
 
 from mc_jax.data import ngram, sources, tokenizers, windows
 from mc_jax.training import config as config_lib
@@ -22,7 +21,7 @@ from mc_jax.training.evaluate import bits_per_byte
 from mc_jax.training.interrupt import Interrupt, deferred
 from mc_jax.training.profiling import Trace
 from mc_jax.training.progress import Progress, duration
-from mc_jax.training.step import eval_step, loss_sum, train_step
+from mc_jax.training.step import eval_step, loss_sum, lower
 
 PROMPT_LENGTH = 64  # bytes of validation text that the final sample continues
 
@@ -36,7 +35,12 @@ class Result:
   stopped_by: signal.Signals | None = None
 
 
-def train(config: Config, workdir: pathlib.Path, profile: range = range(0)) -> Result:
+def train(
+  config: Config,
+  workdir: pathlib.Path,
+  profile: range = range(0),
+  devices: Sequence[jax.Device] | None = None,
+) -> Result:
   """Trains to train.steps, from the newest checkpoint in `workdir` if there is one.
 
   Settings, data and workdir are checked before anything is compiled or written.
@@ -45,34 +49,36 @@ def train(config: Config, workdir: pathlib.Path, profile: range = range(0)) -> R
     config: of the run.
     workdir: folder of all that the run writes; made if missing.
     profile: steps, counted from 1, to trace with jax.profiler.
+    devices: that config.mesh is made of; None: all of the job's.
 
   Raises:
-    ConfigError: settings, data or a workdir that do not go together.
+    ConfigError: settings, devices, data or a workdir that do not go together.
     Diverged: a loss or gradient that is not finite; the last checkpoint stays.
   """
   begin = time.monotonic()
-  config.check()
+  mesh = config.check().make_mesh(devices)
   corpus = sources.load(config.data)
-  batches = windows.training(corpus.training, config.data)
+  shapes = windows.shapes(config.data, mesh)
+  batches = windows.Batches(windows.training(corpus.training, config.data), shapes)
   validation = windows.validation(corpus.validation, config.data)
   references = {
     "byte unigram": ngram.bits_per_byte(ngram.unigram(corpus.training), validation),
     "byte bigram": ngram.bits_per_byte(ngram.bigram(corpus.training), validation),
   }
-  graph = state.graph(config)
-  jitted = jax.jit(eval_step(graph))
+  jitted = eval_step(config, mesh)
 
   def evaluate(current: state.TrainState) -> float:
-    return bits_per_byte(jitted, current.params, validation)
+    with jax.set_mesh(mesh):
+      return bits_per_byte(jitted, current.params, (windows.place(batch, shapes) for batch in validation))
 
   with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
-    current = _start(config, workdir, checkpoints, batches)
-    print(report.table(_facts(config, workdir, corpus, current, references), "run"), flush=True)
+    current = _start(config, mesh, workdir, checkpoints, batches)
+    print(report.table(_facts(config, mesh, workdir, corpus, current, references), "run"), flush=True)
     bits = meter = None
     if int(current.step) < config.train.steps:
       with deferred() as interrupt:
         current, bits, meter = _steps(
-          config, workdir, graph, current, batches, checkpoints, evaluate, interrupt, profile
+          config, mesh, workdir, current, batches, checkpoints, evaluate, interrupt, profile
         )
       if int(current.step) < config.train.steps:
         return Result(int(current.step), bits, interrupt.signal)
@@ -86,16 +92,16 @@ def train(config: Config, workdir: pathlib.Path, profile: range = range(0)) -> R
     rows[f"{name}, validation"] = f"{reference:.3f} bits per byte"
   rows["this model, validation"] = f"{bits:.3f} bits per byte"
   prompt = corpus.validation[:PROMPT_LENGTH]
-  _finish(config, workdir, graph, current.params, prompt, references, rows)
+  _finish(config, mesh, workdir, current.params, prompt, references, rows)
   return Result(int(current.step), bits)
 
 
 def _steps(
   config: Config,
+  mesh: jax.sharding.Mesh,
   workdir: pathlib.Path,
-  graph: nnx.GraphDef,
   current: state.TrainState,
-  batches: grain.DatasetIterator,
+  batches: windows.Batches,
   checkpoints: Checkpoints,
   evaluate: Callable[[state.TrainState], float],
   interrupt: Interrupt,
@@ -104,7 +110,7 @@ def _steps(
   """The steps that are left; returns the state, the latest validation bits per byte, the meter."""
   train, bits = config.train, None
   first = int(current.step) + 1
-  update, meter = _compile(config, graph, current)
+  update, meter = _compile(config, mesh)
   with (
     metrics.MetricsLog(workdir, first - 1) as log,
     Progress(first - 1, train.steps) as progress,
@@ -137,17 +143,18 @@ def _steps(
 
 def _start(
   config: Config,
+  mesh: jax.sharding.Mesh,
   workdir: pathlib.Path,
   checkpoints: Checkpoints,
-  batches: grain.DatasetIterator,
+  batches: windows.Batches,
 ) -> state.TrainState:
   """The newest checkpoint's state, with `batches` moved to its position; or a new one."""
   step = checkpoints.latest()
   if step is None:
-    current = state.create(config)
+    current = state.create(config, mesh)
   else:
     fields = changed(checkpoints.config(step), config, workdir)
-    current = checkpoints.restore(step, state.abstract(config), batches)
+    current = checkpoints.restore(step, state.abstract(config, mesh), batches)
     print(f"going on from the checkpoint of step {step} in {workdir}")
     for field, (then, now) in fields.items():
       print(f"  {field} was {then!r} and is now {now!r}")
@@ -155,25 +162,24 @@ def _start(
   return current
 
 
-def _compile(
-  config: Config, graph: nnx.GraphDef, current: state.TrainState
-) -> tuple[jax.stages.Compiled, metrics.Meter]:
+def _compile(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Compiled, metrics.Meter]:
   """The training step, compiled for the batches of `config`, and a meter that knows their size."""
   begin = time.monotonic()
   print("compiling the training step ...", flush=True)
-  shapes = windows.shapes(config.data)
-  update = jax.jit(train_step(config, graph), donate_argnums=0).lower(current, shapes).compile()
+  update = lower(config, mesh).compile()
   print(f"compiled in {duration(time.monotonic() - begin)}", flush=True)
   useful = None
-  if metrics.peak_flops(jax.devices()[0]):
+  shapes = windows.shapes(config.data, mesh)
+  if metrics.peak_flops(mesh.devices.flat[0]):
     # Backward costs twice the forward pass; what is recomputed does not count as useful.
-    forward = flops.count(lambda params, b: loss_sum(graph, params, b), current.params, shapes)
+    forward = flops.count(functools.partial(loss_sum, state.graph(config)), state.abstract(config, mesh).params, shapes)
     useful = 3 * forward
-  return update, metrics.Meter(shapes["tokens"].size, useful)
+  return update, metrics.Meter(shapes["tokens"].size, useful, mesh.devices.flatten())
 
 
 def _facts(
   config: Config,
+  mesh: jax.sharding.Mesh,
   workdir: pathlib.Path,
   corpus: sources.Corpus,
   current: state.TrainState,
@@ -188,15 +194,22 @@ def _facts(
     "model": f"{mixer}, {model.layers} layers, {state.parameter_count(current):,} parameters",
     **{f"{name} text": f"{len(streams[name]):,} bytes in {len(files[name]):,} files" for name in streams},
     **{name: f"{bits:.3f} bits per byte on validation" for name, bits in references.items()},
-    "device": jax.devices()[0].device_kind,
+    "devices": _devices(mesh),
     "workdir": str(workdir),
   }
 
 
+def _devices(mesh: jax.sharding.Mesh) -> str:
+  """Such as "TPU v5 lite", or "8 x TPU v5 lite (data=2, model=4)"."""
+  kind = mesh.devices.flat[0].device_kind
+  split = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+  return f"{mesh.size} x {kind} ({split})" if split else kind
+
+
 def _finish(
   config: Config,
+  mesh: jax.sharding.Mesh,
   workdir: pathlib.Path,
-  graph: nnx.GraphDef,
   params: dict,
   prompt: np.ndarray,
   references: dict[str, float],
@@ -207,15 +220,17 @@ def _finish(
   report.curve(workdir / report.CURVE, metrics.read(workdir), references)
   rows |= {"loss curve": str(workdir / report.CURVE)}
   if train.sample_length:
-    continuation = sampling.sample(
-      graph,
-      params,
-      prompt,
-      length=train.sample_length,
-      window=config.data.length,
-      temperature=train.sample_temperature,
-      seed=train.seed,
-    )
+    with jax.set_mesh(mesh):
+      continuation = sampling.sample(
+        state.graph(config),
+        params,
+        prompt,
+        mesh,
+        length=train.sample_length,
+        window=config.data.length,
+        temperature=train.sample_temperature,
+        seed=train.seed,
+      )
     text = (
       f"prompt, from the validation text:\n{tokenizers.decode(prompt)}\n\n"
       f"continuation, temperature {train.sample_temperature}:\n{tokenizers.decode(continuation)}\n"

@@ -7,9 +7,10 @@ import math
 import os
 import pathlib
 import time
+from collections.abc import Sequence
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import tensorboardX
 
 JSONL = "metrics.jsonl"
@@ -56,11 +57,16 @@ class Diverged(RuntimeError):
 
 def require_finite(step: int, params: object) -> None:
   """Raises Diverged if any parameter is not finite: such a state must not become a checkpoint."""
-  if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(params))):
+  if not _all_finite(params):
     raise Diverged(
       f"step {step}: a parameter is not finite. No checkpoint of it was made, older ones are kept; "
       "a lower optimizer.learning_rate may get past it"
     )
+
+
+@jax.jit
+def _all_finite(tree: object) -> jax.Array:
+  return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
 class MetricsLog:
@@ -100,11 +106,13 @@ class Meter:
   Args:
     tokens: in a step.
     flops: useful ones in a step; None where the device's peak is not known.
+    devices: that share the step.
   """
 
-  def __init__(self, tokens: int, flops: int | None):
+  def __init__(self, tokens: int, flops: int | None, devices: Sequence[jax.Device]):
     self._tokens = tokens
     self._flops = flops
+    self._devices = devices
     self._pending: list[tuple[int, dict[str, jax.Array]]] = []
     self.seconds = 0.0  # in steps alone, since the meter exists
     self.steps = 0
@@ -146,11 +154,10 @@ class Meter:
           )
       records.append(record)
     step_time = seconds / len(steps)
-    device = jax.devices()[0]
     records[-1] |= {"step_time": step_time, "tokens_per_second": self._tokens / step_time}
     if self._flops:
-      records[-1]["mfu"] = self._flops / step_time / peak_flops(device)
-    records[-1] |= device_memory(device)
+      records[-1]["mfu"] = self._flops / step_time / (len(self._devices) * peak_flops(self._devices[0]))
+    records[-1] |= device_memory(jax.local_devices()[0])
     return records
 
 

@@ -1,4 +1,4 @@
-"""What a step of training changes: parameters, the optimiser's moments, the step."""
+"""What a step of training changes: parameters, the optimiser's moments, the step; and where it lies on a mesh."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+from flax import nnx, traverse_util
 
 from mc_jax import models
+from mc_jax.parallel import axes
 from mc_jax.training.config import Config
 from mc_jax.training.optimizer import adamw
 
@@ -26,24 +27,50 @@ class TrainState:
 
 def graph(config: Config) -> nnx.GraphDef:
   """The model without its parameters: `nnx.merge(graph, params)` is a model."""
-  return nnx.graphdef(nnx.eval_shape(lambda: _model(config)))
+  return _abstract_model(config)[0]
 
 
-def create(config: Config) -> TrainState:
-  """The state before the first step; the same for the same train.seed."""
+def create(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
+  """The state before the first step, each device making its own part; the same for the same train.seed on any mesh."""
 
-  @jax.jit
   def init() -> TrainState:
     params = nnx.to_pure_dict(nnx.state(_model(config), nnx.Param))
     optimizer = adamw(config.optimizer, config.train.steps)
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
-  return init()
+  with jax.set_mesh(mesh):
+    return jax.jit(init, out_shardings=shardings(abstract(config, mesh)))()
 
 
-def abstract(config: Config) -> TrainState:
-  """Shapes and dtypes of `create`'s state, computed without making it."""
-  return jax.eval_shape(lambda: create(config))
+def abstract(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
+  """Shapes, dtypes and shardings of `create`'s state; nothing runs, so the mesh's devices need not exist.
+
+  Parameters lie as the logical names of their axes say (parallel/axes.py), the optimiser's moments like their
+  parameters, and scalars on every device.
+  """
+
+  def placed(x, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  variables = nnx.to_flat_state(_abstract_model(config)[1])
+  params = traverse_util.unflatten_dict(
+    {path: placed(x, axes.sharding(mesh, x.get_metadata("out_sharding"), x.shape)) for path, x in variables}
+  )
+  everywhere = axes.sharding(mesh, ())
+  optimizer = adamw(config.optimizer, config.train.steps)
+  opt_state = optax.tree.map_params(
+    optimizer,
+    lambda moment, param: placed(moment, param.sharding),
+    jax.eval_shape(optimizer.init, params),
+    params,
+    transform_non_params=lambda x: placed(x, everywhere),
+  )
+  return TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere))
+
+
+def shardings(tree):
+  """Where the arrays of a tree, real or abstract, lie."""
+  return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def parameter_count(state: TrainState) -> int:
@@ -53,3 +80,8 @@ def parameter_count(state: TrainState) -> int:
 
 def _model(config: Config) -> models.LanguageModel:
   return models.LanguageModel(config.model, rngs=nnx.Rngs(config.train.seed))
+
+
+def _abstract_model(config: Config) -> tuple[nnx.GraphDef, nnx.State]:
+  # Not by nnx.eval_shape, which takes the logical names for axes of the mesh that is set.
+  return jax.eval_shape(lambda: nnx.split(_model(config)))

@@ -1,4 +1,4 @@
-"""One update, and one evaluation: pure functions of parameters and a batch."""
+"""One update, and one evaluation: pure functions of parameters and a batch, compiled for a mesh."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from mc_jax.data import windows
+from mc_jax.parallel import axes
+from mc_jax.training import state as states
 from mc_jax.training.config import Config
 from mc_jax.training.optimizer import adamw, schedule
 from mc_jax.training.state import TrainState
@@ -30,32 +33,38 @@ def loss_sum(graph: nnx.GraphDef, params: dict, batch: Batch) -> jax.Array:
   return jnp.sum(loss * batch["weights"])
 
 
-def train_step(config: Config, graph: nnx.GraphDef) -> Callable:
-  """(state, batch) -> (new state, {"loss", "grad_norm", "learning_rate"}), to be jitted.
+def train_step(config: Config, mesh: jax.sharding.Mesh) -> Callable:
+  """(state, batch) -> (new state, {"loss", "grad_norm", "learning_rate"}), to be jitted; see `lower`.
 
   The loss is the mean over the tokens that count, before the update, in nats. With
   train.microbatches = k the batch is worked through in k parts; the gradient is that of the
   whole batch, whatever the parts' shares of the weights.
   """
+  graph = states.graph(config)
+  lies = states.shardings(states.abstract(config, mesh).params)
   optimizer = adamw(config.optimizer, config.train.steps)
   learning_rate = schedule(config.optimizer, config.train.steps)
   parts = config.train.microbatches
 
+  def gradient_of_part(params: dict, part: Batch, total: jax.Array) -> tuple[jax.Array, dict]:
+    loss, grads = jax.value_and_grad(lambda p: loss_sum(graph, p, part) / total)(params)
+    # Each device is left with the sum of its own part of a gradient (a reduce-scatter), not with all of it.
+    return loss, jax.lax.with_sharding_constraint(grads, lies)
+
   def gradient(params: dict, batch: Batch) -> tuple[jax.Array, dict]:
     total = jnp.maximum(batch["weights"].sum(), 1.0)
-
-    def mean_loss(params: dict, part: Batch) -> jax.Array:
-      return loss_sum(graph, params, part) / total
-
     if parts == 1:
-      return jax.value_and_grad(mean_loss)(params, batch)
+      return gradient_of_part(params, batch, total)
+
+    def split(x):  # rows i, i + parts, ... make up part i: every device has rows of every part, and keeps them
+      x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+      return axes.constrain(x, (None, *axes.TOKENS))
 
     def accumulate(sums, part):
-      return jax.tree.map(jnp.add, sums, jax.value_and_grad(mean_loss)(params, part)), None
+      return jax.tree.map(jnp.add, sums, gradient_of_part(params, part, total)), None
 
-    split = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
-    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    return jax.lax.scan(accumulate, zeros, split)[0]
+    zeros = (jnp.zeros((), jnp.float32), jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, params), lies))
+    return jax.lax.scan(accumulate, zeros, jax.tree.map(split, batch))[0]
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
     loss, grads = gradient(state.params, batch)
@@ -71,10 +80,23 @@ def train_step(config: Config, graph: nnx.GraphDef) -> Callable:
   return step
 
 
-def eval_step(graph: nnx.GraphDef) -> Callable:
-  """(params, batch) -> (sum of the loss in nats, sum of the weights), to be jitted."""
+def lower(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+  """The training step for a mesh, ready to be compiled: (state, batch) -> (new state, scalars on every device).
+
+  The state is donated. Nothing runs: the mesh's devices need not exist.
+  """
+  state = states.abstract(config, mesh)
+  out_shardings = (states.shardings(state), axes.sharding(mesh, ()))
+  with jax.set_mesh(mesh):
+    update = jax.jit(train_step(config, mesh), donate_argnums=0, out_shardings=out_shardings)
+    return update.lower(state, windows.shapes(config.data, mesh))
+
+
+def eval_step(config: Config, mesh: jax.sharding.Mesh) -> Callable:
+  """(params, batch) -> (sum of the loss in nats, sum of the weights), jitted."""
+  graph = states.graph(config)
 
   def step(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
     return loss_sum(graph, params, batch), batch["weights"].sum()
 
-  return step
+  return jax.jit(step, out_shardings=axes.sharding(mesh, ()))

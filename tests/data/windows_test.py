@@ -1,13 +1,14 @@
 """Batches are windows of the text, the same ones for the same seed and step."""
 
 import itertools
-import json
 
 import chex
+import jax
 import numpy as np
 import pytest
 
 from mc_jax.data import ConfigError, DataConfig, tokenizers, windows
+from mc_jax.parallel import mesh as meshes
 
 STREAM = np.random.default_rng(0).integers(1, 256, 1000).astype(np.uint8)
 
@@ -16,8 +17,13 @@ def _config(**fields):
   return DataConfig(**{"length": 16, "batch_size": 4, "seed": 3} | fields)
 
 
+def _batches(stream, config, mesh=None):
+  mesh = mesh or meshes.make(meshes.MeshConfig(), jax.devices()[:1])
+  return windows.Batches(windows.training(stream, config), windows.shapes(config, mesh))
+
+
 def test_targets_are_the_tokens_that_follow():
-  batch = next(windows.training(STREAM, _config()))
+  batch = next(_batches(STREAM, _config()))
   chex.assert_shape([batch["tokens"], batch["targets"], batch["weights"]], (4, 16))
   assert set(batch) == {"tokens", "targets", "weights"}
   np.testing.assert_array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
@@ -28,33 +34,33 @@ def test_targets_are_the_tokens_that_follow():
 
 
 def test_batches_depend_on_seed_and_step_alone():
-  first, second = (list(itertools.islice(windows.training(STREAM, _config()), 40)) for _ in "ab")
+  first, second = (list(itertools.islice(_batches(STREAM, _config()), 40)) for _ in "ab")
   chex.assert_trees_all_equal(first, second)
-  other = next(windows.training(STREAM, _config(seed=4)))
+  other = next(_batches(STREAM, _config(seed=4)))
   assert (other["tokens"] != first[0]["tokens"]).any()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_batches_of_any_size(batch_size):
-  batch = next(windows.training(STREAM, _config(batch_size=batch_size)))
+  batch = next(_batches(STREAM, _config(batch_size=batch_size)))
   chex.assert_shape(batch["tokens"], (batch_size, 16))
 
 
 @pytest.mark.parametrize("step", [0, 3, 40])
 def test_a_restored_iterator_goes_on_where_the_saved_one_was(step):
-  iterator = windows.training(STREAM, _config())
+  iterator = _batches(STREAM, _config())
   for _ in range(step):
     next(iterator)
-  saved = json.loads(json.dumps(iterator.get_state()))
+  saved = iterator.position
   expected = [next(iterator) for _ in range(3)]
-  restored = windows.training(STREAM, _config())
-  restored.set_state(saved)
+  restored = _batches(STREAM, _config())
+  restored.position = saved
   chex.assert_trees_all_equal([next(restored) for _ in range(3)], expected)
 
 
 def test_epochs_cover_the_text_in_different_orders():
   stream = np.arange(1, 161, dtype=np.uint8)  # a token is its own place
-  iterator = windows.training(stream, _config(batch_size=10))
+  iterator = _batches(stream, _config(batch_size=10))
   first, second = (np.sort(next(iterator)["tokens"][:, 0].astype(int)) for _ in range(2))
   for starts in (first, second):  # one window in each stretch of 16, the last pushed back
     np.testing.assert_array_equal((starts[:-1] - 1) // 16, np.arange(9))
@@ -62,7 +68,7 @@ def test_epochs_cover_the_text_in_different_orders():
 
 
 def test_a_batch_may_be_one_row_of_one_token():
-  batch = next(windows.training(STREAM, _config(batch_size=1, length=1)))
+  batch = next(_batches(STREAM, _config(batch_size=1, length=1)))
   chex.assert_shape(batch["tokens"], (1, 1))
 
 
@@ -100,7 +106,11 @@ def test_documents_are_numbered_from_the_separators():
 @pytest.mark.parametrize("documents", [False, True])
 def test_shapes_are_those_of_every_batch(documents):
   config = _config(documents=documents)
-  for batch in (next(windows.training(STREAM, config)), *windows.validation(STREAM, config)):
+  for batch in (next(_batches(STREAM, config)), *windows.validation(STREAM, config)):
     chex.assert_trees_all_equal_shapes_and_dtypes(
-      batch, {name: np.zeros(spec.shape, spec.dtype) for name, spec in windows.shapes(config).items()}
+      batch,
+      {
+        name: np.zeros(spec.shape, spec.dtype)
+        for name, spec in windows.shapes(config, meshes.make(meshes.MeshConfig(), jax.devices()[:1])).items()
+      },
     )

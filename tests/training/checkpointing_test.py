@@ -12,10 +12,14 @@ from mc_jax.training import state
 from mc_jax.training.checkpointing import Checkpoints, changed
 
 
-def test_state_data_and_configuration_come_back(tiny, tmp_path):
+def _batches(config, mesh):
+  rows = windows.training(sources.load(config.data).training, config.data)
+  return windows.Batches(rows, windows.shapes(config.data, mesh))
+
+
+def test_state_data_and_configuration_come_back(tiny, alone, tmp_path):
   config = tiny(mixer="transformer")
-  stream = sources.load(config.data).training
-  data, start = windows.training(stream, config.data), state.create(config)
+  data, start = _batches(config, alone), state.create(config, alone)
   next(data)
   with Checkpoints(tmp_path, keep=1) as checkpoints:
     assert checkpoints.latest() is None
@@ -24,8 +28,8 @@ def test_state_data_and_configuration_come_back(tiny, tmp_path):
   following = next(data)
   with Checkpoints(tmp_path, keep=1) as checkpoints:
     step = checkpoints.latest()
-    again = windows.training(stream, config.data)
-    restored = checkpoints.restore(step, state.abstract(config), again)
+    again = _batches(config, alone)
+    restored = checkpoints.restore(step, state.abstract(config, alone), again)
     stored = checkpoints.config(step)
   assert step == 1
   chex.assert_trees_all_equal(restored, start)
@@ -34,10 +38,9 @@ def test_state_data_and_configuration_come_back(tiny, tmp_path):
   assert isinstance(restored.step, jax.Array)
 
 
-def test_only_the_newest_are_kept(tiny, tmp_path):
+def test_only_the_newest_are_kept(tiny, alone, tmp_path):
   config = tiny(mixer="transformer")
-  data = windows.training(sources.load(config.data).training, config.data)
-  start = state.create(config)
+  data, start = _batches(config, alone), state.create(config, alone)
   with Checkpoints(tmp_path, keep=2) as checkpoints:
     for step in (1, 2, 3):
       checkpoints.save(step, start, data, config)

@@ -3,10 +3,13 @@
 import dataclasses
 import random
 
+import jax
 import pytest
 
 from mc_jax.data import DataConfig
 from mc_jax.models import MemoryConfig, ModelConfig
+from mc_jax.parallel import mesh as meshes
+from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training.config import Config, TrainConfig
 from mc_jax.training.optimizer import OptimizerConfig
 
@@ -46,6 +49,7 @@ def tiny(texts):
       ),
       "optimizer": OptimizerConfig(warmup_steps=2),
       "train": TrainConfig(steps=6, log_every=1, eval_every=3, checkpoint_every=3, sample_length=0),
+      "mesh": MeshConfig(),
     }
     for name, part in parts.items():
       own = {field.name for field in dataclasses.fields(part)} & set(fields)
@@ -54,3 +58,9 @@ def tiny(texts):
     return Config(**parts)
 
   return make
+
+
+@pytest.fixture(scope="session")
+def alone():
+  """The mesh of one device."""
+  return meshes.make(MeshConfig(), jax.devices()[:1])

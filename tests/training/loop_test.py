@@ -1,6 +1,7 @@
 """Runs that are killed or stopped go on as if nothing had happened; bad input starts nothing."""
 
 import dataclasses
+import functools
 import signal
 import sys
 
@@ -10,6 +11,8 @@ import pytest
 from mc_jax.data import ConfigError
 from mc_jax.training import loop, metrics
 from mc_jax.training.progress import Progress
+
+_train = functools.partial(loop.train, devices=jax.devices()[:1])
 
 
 class Killed(BaseException):
@@ -48,13 +51,13 @@ def _kill():
 def test_a_killed_run_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, fields):
   """Killed after logging step 4 or 5, resumed from the checkpoint of step 3."""
   config = tiny(**fields)
-  whole = loop.train(config, tmp_path / "whole")
+  whole = _train(config, tmp_path / "whole")
   with monkeypatch.context() as patch:
     _at_report(patch, 4 if config.train.log_every == 2 else 5, _kill)
     with pytest.raises(Killed):
-      loop.train(config, tmp_path / "killed")
+      _train(config, tmp_path / "killed")
   assert _losses(tmp_path / "killed")[-1][0] > 3
-  resumed = loop.train(config, tmp_path / "killed")
+  resumed = _train(config, tmp_path / "killed")
   assert _losses(tmp_path / "killed") == _losses(tmp_path / "whole")
   assert [step for step, *_ in _losses(tmp_path / "whole")] == [1, 2, 3, 4, 5, 6]
   assert resumed == whole
@@ -62,36 +65,36 @@ def test_a_killed_run_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, fields):
 
 def test_a_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(tiny, tmp_path, monkeypatch):
   config = tiny(mixer="transformer")
-  whole = loop.train(config, tmp_path / "whole")
+  whole = _train(config, tmp_path / "whole")
   with monkeypatch.context() as patch:
     _at_report(patch, 1, lambda: signal.raise_signal(signal.SIGTERM))
-    stopped = loop.train(config, tmp_path / "stopped")
+    stopped = _train(config, tmp_path / "stopped")
   assert (stopped.step, stopped.stopped_by) == (2, signal.SIGTERM)
   assert (tmp_path / "stopped" / "checkpoints" / "2").is_dir()
-  assert loop.train(config, tmp_path / "stopped") == whole
+  assert _train(config, tmp_path / "stopped") == whole
   assert _losses(tmp_path / "stopped") == _losses(tmp_path / "whole")
 
 
 def test_a_run_leaves_everything_in_its_workdir_and_can_be_prolonged(tiny, tmp_path, capsys):
   config = tiny(mixer="transformer", sample_length=5)
-  first = loop.train(config, tmp_path)
+  first = _train(config, tmp_path)
   names = {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "loss.png", "report.txt", "sample.txt"}
   assert {path.name for path in tmp_path.iterdir()} == names
   assert "byte bigram" in capsys.readouterr().out
-  assert loop.train(config, tmp_path) == first  # nothing left to do: only reported again
+  assert _train(config, tmp_path) == first  # nothing left to do: only reported again
   longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=8))
-  assert loop.train(longer, tmp_path).step == 8
+  assert _train(longer, tmp_path).step == 8
   assert "train.steps was 6 and is now 8" in capsys.readouterr().out
   assert [step for step, *_ in _losses(tmp_path)] == list(range(1, 9))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tiny, tmp_path):
   config = tiny(mixer="transformer", steps=3)
-  loop.train(config, tmp_path)
+  _train(config, tmp_path)
   optimizer = dataclasses.replace(config.optimizer, learning_rate=1e30, warmup_steps=0)
   train = dataclasses.replace(config.train, steps=9)
   with pytest.raises(metrics.Diverged, match=r"step [4-9]: (loss|grad_norm) is (nan|inf)"):
-    loop.train(dataclasses.replace(config, optimizer=optimizer, train=train), tmp_path)
+    _train(dataclasses.replace(config, optimizer=optimizer, train=train), tmp_path)
   assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] == ["3"]
 
 
@@ -127,7 +130,7 @@ def _data(config, **fields):
 def workdir(tiny, tmp_path_factory):
   """Holds a run of one step."""
   folder = tmp_path_factory.mktemp("run")
-  loop.train(tiny(mixer="transformer", steps=1), folder)
+  _train(tiny(mixer="transformer", steps=1), folder)
   return folder
 
 
@@ -145,7 +148,7 @@ def test_bad_input_is_named_before_anything_compiles_and_nothing_is_lost(tiny, w
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
     with pytest.raises(ConfigError) as raised:
-      loop.train(config, workdir)
+      _train(config, workdir)
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)
   assert message in str(raised.value)

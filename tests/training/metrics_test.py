@@ -2,6 +2,7 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -29,7 +30,7 @@ def test_a_torn_last_line_is_left_out(tmp_path):
 
 
 def test_the_meter_gives_a_record_for_each_step_and_the_speed():
-  meter = metrics.Meter(tokens=100, flops=None)
+  meter = metrics.Meter(tokens=100, flops=None, devices=jax.devices()[:1])
   for step in (5, 6):
     meter.add(step, {"loss": jnp.float32(step), "grad_norm": jnp.float32(1)})
   first, last = meter.collect()
@@ -42,7 +43,7 @@ def test_the_meter_gives_a_record_for_each_step_and_the_speed():
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_the_first_step_that_is_not_finite_is_named(name, value):
-  meter = metrics.Meter(tokens=1, flops=None)
+  meter = metrics.Meter(tokens=1, flops=None, devices=jax.devices()[:1])
   for step, scalar in ((7, 1.0), (8, value), (9, value)):
     meter.add(step, {"loss": 1.0, "grad_norm": 1.0} | {name: scalar})
   with pytest.raises(metrics.Diverged, match=f"step 8: {name}"):

@@ -22,40 +22,40 @@ def _batch(seed, rows=4, length=16):
 
 
 @pytest.fixture(scope="module")
-def setting(tiny):
+def setting(tiny, alone):
   config = tiny(warmup_steps=0)
-  return config, state.graph(config), state.create(config)
+  return config, alone, state.create(config, alone)
 
 
 def test_the_loss_is_the_mean_over_the_tokens_that_count(setting):
-  config, graph, start = setting
-  batch = _batch(0)
+  config, mesh, start = setting
+  graph, batch = state.graph(config), _batch(0)
   logits = jax.jit(lambda params: nnx.merge(graph, params)(batch["tokens"]))(start.params)
   logits = np.asarray(logits, np.float64)
   log_sum = np.log(np.exp(logits).sum(-1))
   nll = log_sum - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
   expected = (nll * batch["weights"]).sum() / batch["weights"].sum()
-  _, values = jax.jit(step.train_step(config, graph))(start, batch)
+  _, values = jax.jit(step.train_step(config, mesh))(start, batch)
   assert float(values["loss"]) == pytest.approx(expected, rel=1e-5)
-  bits = evaluate.bits_per_byte(jax.jit(step.eval_step(graph)), start.params, [batch])
+  bits = evaluate.bits_per_byte(step.eval_step(config, mesh), start.params, [batch])
   assert bits == pytest.approx(expected / np.log(2), rel=1e-5)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulated_microbatches_equal_one_batch(setting, parts):
   """Their weights are uneven: a mean of the parts' means would differ."""
-  config, graph, start = setting
+  config, mesh, start = setting
   accumulating = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=parts))
-  whole, whole_values = jax.jit(step.train_step(config, graph))(start, _batch(0))
-  divided, values = jax.jit(step.train_step(accumulating, graph))(start, _batch(0))
+  whole, whole_values = jax.jit(step.train_step(config, mesh))(start, _batch(0))
+  divided, values = jax.jit(step.train_step(accumulating, mesh))(start, _batch(0))
   chex.assert_trees_all_close(values, whole_values, rtol=1e-5)
   # Adam's first moment is a tenth of the clipped gradient: it compares gradients, not their signs.
   chex.assert_trees_all_close(divided.opt_state[1][0].mu, whole.opt_state[1][0].mu, atol=1e-7, rtol=1e-4)
 
 
 def test_training_lowers_the_loss_on_a_batch(setting):
-  config, graph, current = setting
-  update = jax.jit(step.train_step(config, graph))
+  config, mesh, current = setting
+  update = jax.jit(step.train_step(config, mesh))
   losses = []
   for _ in range(6):
     current, values = update(current, _batch(0))
@@ -65,8 +65,8 @@ def test_training_lowers_the_loss_on_a_batch(setting):
 
 
 def test_rows_of_padding_are_finite(setting):
-  config, graph, start = setting
+  config, mesh, start = setting
   batch = jax.tree.map(jnp.zeros_like, _batch(0))
-  new, values = jax.jit(step.train_step(config, graph))(start, batch)
+  new, values = jax.jit(step.train_step(config, mesh))(start, batch)
   assert float(values["loss"]) == 0.0
   chex.assert_tree_all_finite(new.params)

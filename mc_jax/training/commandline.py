@@ -1,0 +1,35 @@
+"""The flag --config of the doors, and errors of one line for what is mistyped."""
+
+from __future__ import annotations
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from mc_jax.data import ConfigError
+from mc_jax.training import config
+
+
+def define_config() -> flags.FlagHolder:
+  """Defines --config, a file such as configs/quickstart.py, whose fields are flags: --config.train.steps=100."""
+  text = "the run: a file such as configs/quickstart.py"
+  return config_flags.DEFINE_config_file("config", None, text, lock_config=True)
+
+
+def parse(holder: flags.FlagHolder, argv: list[str]) -> list[str]:
+  """absl's parsing.
+
+  Raises:
+    ConfigError: a wrong field, value or config file, or an argument that is not a flag.
+  """
+  for argument in argv[1:]:
+    name = argument.lstrip("-").partition("=")[0]
+    if name.startswith("config."):
+      config.require_field(name.removeprefix("config."))
+  rest = app.parse_flags_with_usage(argv)
+  try:
+    holder.value.lock()
+  except OSError as error:  # what absl kept back when it could not load the file
+    raise ConfigError(f"--config: {error}") from error
+  if len(rest) > 1:
+    raise ConfigError(f"not a flag: {' '.join(rest[1:])}; write --config.train.steps=100")
+  return rest
