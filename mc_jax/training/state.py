@@ -38,8 +38,9 @@ def create(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     optimizer = adamw(config.optimizer, config.train.steps)
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
+  init = jax.jit(init, out_shardings=shardings(abstract(config, mesh)))
   with jax.set_mesh(mesh):
-    return jax.jit(init, out_shardings=shardings(abstract(config, mesh)))()
+    return init()
 
 
 def abstract(config: Config, mesh: jax.sharding.Mesh) -> TrainState:

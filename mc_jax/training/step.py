@@ -87,8 +87,8 @@ def lower(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
   """
   state = states.abstract(config, mesh)
   out_shardings = (states.shardings(state), axes.sharding(mesh, ()))
+  update = jax.jit(train_step(config, mesh), donate_argnums=0, out_shardings=out_shardings)
   with jax.set_mesh(mesh):
-    update = jax.jit(train_step(config, mesh), donate_argnums=0, out_shardings=out_shardings)
     return update.lower(state, windows.shapes(config.data, mesh))
 
 
