@@ -5,9 +5,11 @@ import pathlib
 
 import chex
 import jax
+import jax.numpy as jnp
 import pytest
 
 from mc_jax.data import ConfigError, sources, windows
+from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training import state
 from mc_jax.training.checkpointing import Checkpoints, changed
 
@@ -36,6 +38,35 @@ def test_state_data_and_configuration_come_back(tiny, alone, tmp_path):
   chex.assert_trees_all_equal(next(again), following)
   assert stored == dataclasses.asdict(config)
   assert isinstance(restored.step, jax.Array)
+
+
+def test_what_8_devices_wrote_1_2_and_4_read_exactly(tiny, tmp_path):
+  config = dataclasses.replace(tiny(mixer="transformer", batch_size=8), mesh=MeshConfig(data=2, fsdp=2, model=2))
+  mesh = config.make_mesh()
+  lies = state.shardings(state.abstract(config, mesh))
+  distinct = jax.jit(lambda tree: jax.tree.map(lambda x: x + jnp.arange(x.size).reshape(x.shape).astype(x.dtype), tree))
+  saved, data = jax.device_put(distinct(state.create(config, mesh)), lies), _batches(config, mesh)
+  next(data)
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    checkpoints.save(7, saved, data, config)
+  following = jax.device_get(next(data))
+  meshes = {
+    1: MeshConfig(),
+    2: MeshConfig(model=2),
+    4: MeshConfig(data=2, fsdp=2),
+    8: MeshConfig(data=1, fsdp=4, context=2),
+  }
+  for devices, sizes in meshes.items():
+    other = dataclasses.replace(config, mesh=sizes)
+    mesh = other.make_mesh(jax.devices()[:devices])
+    target, again = state.abstract(other, mesh), _batches(other, mesh)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+      restored = checkpoints.restore(7, target, again)
+      fields = changed(checkpoints.config(7), other, tmp_path)
+    assert state.shardings(restored) == state.shardings(target)
+    chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(saved))
+    chex.assert_trees_all_equal(jax.device_get(next(again)), following)
+    assert fields and all(name.startswith("mesh.") for name in fields)
 
 
 def test_only_the_newest_are_kept(tiny, alone, tmp_path):
