@@ -20,3 +20,10 @@ def forget_programs():
   """What one file compiled is of no use to the next, and gigabytes in all."""
   yield
   jax.clear_caches()
+
+
+@pytest.fixture
+def float64():
+  """The test runs in float64."""
+  with jax.enable_x64(True):
+    yield

@@ -54,7 +54,7 @@ def traffic(parts: Parts, contribution: Contribution, x: jax.Array, memories: We
 
 
 def _answers(contribution: Contribution, x: jax.Array, memories: Weights) -> jax.ShapeDtypeStruct:
-  return jax.eval_shape(contribution, x, {name: w[0] for name, w in memories.items()})
+  return jax.eval_shape(lambda x, memories: contribution(x, {name: w[0] for name, w in memories.items()}), x, memories)
 
 
 def _balanced(leaves: list[jax.Array]) -> bool:

@@ -7,10 +7,3 @@ import jax
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for `import samples`
-
-
-@pytest.fixture
-def float64():
-  """The test runs in float64."""
-  with jax.enable_x64(True):
-    yield
