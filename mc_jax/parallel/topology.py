@@ -20,11 +20,19 @@ _ENVIRONMENT = {
 
 
 @functools.cache
-def topology(name: str) -> topologies.TopologyDescription:
-  """The topology called, for example, "v5e:2x2" or "v4:2x2x1". Needs the package libtpu."""
+def topology(name: str, slices: int = 1) -> topologies.TopologyDescription:
+  """The topology called, for example, "v5e:2x2" or "v4:2x2x1"; several slices of it, joined by a data-centre network.
+
+  Needs the package libtpu.
+  """
   for variable, value in _ENVIRONMENT.items():
     os.environ.setdefault(variable, value)
-  return topologies.get_topology_desc(name, "tpu")
+  options = {}
+  if slices > 1:
+    options["num_slices"] = slices
+  if name.startswith("v4:"):
+    options["chip_config_name"] = "megacore"  # both cores are one device, as on Cloud TPU
+  return topologies.get_topology_desc(name, "tpu", **options)
 
 
 def mesh(name: str, axes: dict[str, int]) -> jax.sharding.Mesh:

@@ -1,0 +1,47 @@
+"""Titans with gated residual memory (grm) at the paper's 1.3B size (arXiv:2602.24281, table 6).
+
+    python -m mc_jax.plan --config=configs/titans_1b.py --topology=v5p:4x4x4
+    python -m mc_jax.train --config=configs/titans_1b.py --workdir=runs/titans_1b --config.data.paths='corpus/**'
+
+PLAN_titans_1b
+
+The paper's other models are flags: --config.model.memory.rule=dla (or swla, linear), --config.model.memory.aggregation=ssc
+(or soup, residual; none is the base recurrence). A longer context goes with fewer rows, and more devices to a row:
+--config.data.length=32768 --config.data.batch_size=16 --config.mesh.model=4.
+"""
+
+from mc_jax.training import config
+
+
+def get_config():
+  """The default tree at this size."""
+  c = config.default()
+
+  c.model.vocab_size = 32_768  # the paper's 32k; a power of two, so that any mesh.model divides it into whole tiles
+  c.model.layers = 18
+  c.model.d_model = 2048
+  c.model.heads = 8
+  c.model.dtype = "bfloat16"
+  c.model.remat = "full"
+  c.model.memory.rule = "titans"
+  c.model.memory.aggregation = "grm"
+  c.model.memory.segment_length = 256
+  c.model.memory.chunk = 256  # at a head_dim of 256 kernels do more a cycle than in chunks of 128: docs/plan.md
+
+  c.data.source = "text"  # bytes, until there are tokenizers: ids above 255 do not occur
+  c.data.paths = "corpus/**"
+  c.data.length = 4096
+  c.data.batch_size = 128  # rows of a step: 0.5M tokens
+
+  c.optimizer.learning_rate = 7e-4
+  c.optimizer.weight_decay = 0.1
+  c.optimizer.warmup_steps = 1000
+
+  c.mesh.data = 1
+  c.mesh.fsdp = -1  # all devices: each has rows of its own, and its share of parameters and optimiser state
+
+  c.train.steps = 190_000  # 100 billion tokens
+  c.train.log_every = 20
+  c.train.eval_every = 1000
+  c.train.checkpoint_every = 1000
+  return c

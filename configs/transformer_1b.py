@@ -1,0 +1,43 @@
+"""The Transformer baseline at the paper's 1.3B size (arXiv:2602.24281, table 6).
+
+    python -m mc_jax.plan --config=configs/transformer_1b.py --topology=v5p:4x4x4
+    python -m mc_jax.train --config=configs/transformer_1b.py --workdir=runs/transformer_1b --config.data.paths='corpus/**'
+
+PLAN_transformer_1b
+
+A longer context goes with fewer rows, and more devices to a row: --config.data.length=32768 --config.data.batch_size=16
+--config.mesh.model=4.
+"""
+
+from mc_jax.training import config
+
+
+def get_config():
+  """The default tree at this size."""
+  c = config.default()
+
+  c.model.vocab_size = 32_768  # the paper's 32k; a power of two, so that any mesh.model divides it into whole tiles
+  c.model.layers = 18
+  c.model.d_model = 2048
+  c.model.heads = 8
+  c.model.dtype = "bfloat16"
+  c.model.remat = "full"
+  c.model.mixer = "transformer"
+
+  c.data.source = "text"  # bytes, until there are tokenizers: ids above 255 do not occur
+  c.data.paths = "corpus/**"
+  c.data.length = 4096
+  c.data.batch_size = 128  # rows of a step: 0.5M tokens
+
+  c.optimizer.learning_rate = 7e-4
+  c.optimizer.weight_decay = 0.1
+  c.optimizer.warmup_steps = 1000
+
+  c.mesh.data = 1
+  c.mesh.fsdp = -1  # all devices: each has rows of its own, and its share of parameters and optimiser state
+
+  c.train.steps = 190_000  # 100 billion tokens
+  c.train.log_every = 20
+  c.train.eval_every = 1000
+  c.train.checkpoint_every = 1000
+  return c

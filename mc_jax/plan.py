@@ -1,0 +1,193 @@
+"""Tells what a run needs before TPUs are rented: compiles its real training step for them, with none there.
+
+  python -m mc_jax.plan --config=configs/titans_1b.py --topology=v5p:4x4x4 --config.model.memory.aggregation=ssc
+
+prints HBM per chip against the chip's capacity, FLOPs, bytes over the interconnect, and the step time, tokens per
+second and model FLOPs utilisation that follow; exits with 1, naming what weighs most, if it does not fit. Times are the
+compiler's estimate (mc_jax/parallel/hlo_cost.py): nothing runs. --sweep tries mesh shapes, and --lengths and
+--segments, and prints what fits, best first. Needs the package libtpu, and no TPU.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import pathlib
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
+import jax
+from absl import app, flags
+
+from mc_jax.data import ConfigError
+from mc_jax.training import commandline, config, planning, report
+from mc_jax.training.planning import GIB, Plan
+from mc_jax.training.progress import duration
+
+CONFIG = commandline.define_config()
+_TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs: v5e:16x16, v5p:4x4x4, v6e:4x4, ...")
+_SLICES = flags.DEFINE_integer("slices", 1, "So many of these slices, along mesh.data.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "Also write all figures to this file.")
+_SWEEP = flags.DEFINE_boolean("sweep", False, "Try mesh shapes, --lengths and --segments.")
+_LENGTHS = flags.DEFINE_list("lengths", [], "--sweep: data.length, rows as many as keep a step's tokens.")
+_SEGMENTS = flags.DEFINE_list("segments", [], "--sweep: model.memory.segment_length.")
+_MESHES = flags.DEFINE_integer("meshes", 3, "--sweep: mesh shapes, the most promising, of each length.", lower_bound=1)
+
+ESTIMATE = "times are the compiler's estimate: nothing ran"
+_INTERVAL = 30  # seconds between two signs of life
+
+
+def main(_: list[str]) -> None:
+  """Plans as the flags say. Exits with 1 if the run does not fit; of a sweep, if nothing does."""
+  jax.config.update("jax_platforms", "cpu")  # nothing runs: the machine's own accelerators are left alone
+  run = config.from_config_dict(CONFIG.value).check()
+  if _SWEEP.value:
+    plans = _sweep(run)
+  else:
+    with _progress(f"compiling the training step for {_TOPOLOGY.value}"):
+      plans = [planning.plan(run, _TOPOLOGY.value, _SLICES.value)]
+    print(_report(plans[0]), flush=True)
+  if _JSON.value:
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    record = {"command": shlex.join(["python", "-m", "mc_jax.plan", *sys.argv[1:]]), "note": ESTIMATE, **versions}
+    record["plans"] = [plan.to_json() for plan in plans]
+    pathlib.Path(_JSON.value).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+  if not any(plan.fits for plan in plans):
+    sys.exit("\n".join(dict.fromkeys(refusal(plan) for plan in plans)))
+
+
+def refusal(plan: Plan) -> str:
+  """Why a plan does not fit, what weighs most first, and what can be changed."""
+  classes = sorted(plan.hbm.items(), key=lambda item: -item[1] if item[1] == item[1] else -math.inf)
+  weights = ", ".join(f"{name} {_gib(size)}" for name, size in classes if size != 0)
+  lines = [f"error: does not fit {plan.topology}, {_gib(plan.hbm_capacity)} of HBM a chip: {weights}"]
+  if plan.cached_memories:
+    lines.append(f"  among the temporaries: cached memories {_gib(plan.cached_memories)} a layer")
+  if plan.refusal:
+    lines.append(f"  compiler: {plan.refusal}")
+  lines.append(
+    "  less of it on a chip: more chips, a larger mesh.fsdp or mesh.model, more train.microbatches, "
+    "fewer rows (data.batch_size), a longer model.memory.segment_length"
+  )
+  return "\n".join(lines)
+
+
+def _report(plan: Plan) -> str:
+  """What a plan says, for people."""
+  needed = sum(plan.hbm.values())
+  rows = {
+    "parameters": f"{plan.parameters:,}",
+    "mesh": " ".join(f"{axis}={size}" for axis, size in plan.mesh.items()),
+    "tokens a step": f"{plan.tokens:,}",
+    "HBM of a chip": f"{_gib(needed)} of {_gib(plan.hbm_capacity)}, {needed / plan.hbm_capacity:.0%}",
+    **{f"  {name}": _gib(size) for name, size in plan.hbm.items()},
+  }
+  if plan.cached_memories:
+    rows["    cached memories"] = f"{_gib(plan.cached_memories)} a layer, among the temporaries"
+  for name, text in {"checkpoint": "one cached memory", "sequence": "a sequence's cache"}.items():
+    if name in plan.bytes_of:
+      rows[text] = f"{plan.bytes_of[name] / 1e6:,.1f} MB, all layers"
+  rows["a Transformer's KV cache"] = f"{plan.bytes_of['kv_cache'] / 1e6:,.1f} MB a sequence"
+  if plan.fits:
+    cost, seconds = plan.cost, plan.cost.time
+    rows |= {
+      "FLOPs of a chip": f"{cost.flops / 1e12:,.2f} T a step",
+      "HBM traffic of a chip": f"{cost.hbm_bytes / 1e9:,.2f} GB a step",
+      "sent by a chip": f"{sum(cost.collective_bytes.values()) / 1e9:,.2f} GB a step",
+      **{f"  {kind}": f"{sent / 1e9:,.2f} GB" for kind, sent in sorted(cost.collective_bytes.items())},
+      "step time": f"{_ms(seconds.step)} ({_ms(seconds.unhidden)} if no collective hides)",
+      **{f"  {name}": _ms(s) for name, s in sorted(seconds.classes.items(), key=lambda item: -item[1])},
+      "  collectives waited for": _ms(seconds.waited),
+      "  collectives beside it": _ms(seconds.beside),
+      "tokens per second": f"{plan.tokens_per_second:,.0f}, {plan.tokens_per_second / plan.chips:,.0f} a chip",
+      "model FLOPs utilisation": f"{plan.utilisation:.1%}",
+    }
+    if cost.unknown_loops:
+      rows["loops taken for half the caches"] = f"{len(cost.unknown_loops)}: {', '.join(cost.unknown_loops)}"
+    if cost.unestimated_kernels:
+      rows["kernels of unknown FLOPs"] = ", ".join(cost.unestimated_kernels)
+  rows["compiled in"] = duration(plan.compile_seconds)
+  return report.table(rows, f"plan for {plan.topology} ({ESTIMATE})")
+
+
+def _sweep(run: config.Config) -> list[Plan]:
+  """Compiles the most promising candidates, and prints them as they come and best first."""
+  lengths = _integers("lengths", _LENGTHS.value) or [run.data.length]
+  segments = _integers("segments", _SEGMENTS.value) or [run.model.memory.segment_length]
+  found = planning.candidates(run, _TOPOLOGY.value, _SLICES.value, lengths, segments)
+  found = found[: _MESHES.value * len(lengths) * len(segments)]
+  if not found:
+    raise ConfigError(f"no mesh of {_TOPOLOGY.value} divides the rows, heads and segments of this configuration")
+  print(f"{len(found)} to compile, the most promising first ({ESTIMATE})", flush=True)
+  plans, start = [], time.monotonic()
+  for number, candidate in enumerate(found, 1):
+    with _progress(f"[{number}/{len(found)}] compiling"):
+      plans.append((candidate.config, planning.plan(candidate.config, _TOPOLOGY.value, _SLICES.value)))
+    left = (time.monotonic() - start) / number * (len(found) - number)
+    print(f"[{number}/{len(found)}] {_line(*plans[-1])}, {duration(left)} left", flush=True)
+  plans.sort(key=lambda pair: -pair[1].tokens_per_second if pair[1].fits else 0)
+  print("\nbest first:\n" + "\n".join(_line(*pair) for pair in plans), flush=True)
+  return [plan for _, plan in plans]
+
+
+def _line(run: config.Config, plan: Plan) -> str:
+  mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1)
+  segments = f" segments of {run.model.memory.segment_length}" if run.model.mixer == "memory_caching" else ""
+  what = f"length {run.data.length}{segments}, {mesh or 'one chip'}"
+  needed = sum(plan.hbm.values())
+  if not plan.fits:
+    return f"{what}: does not fit ({_gib(needed)} of {_gib(plan.hbm_capacity)})"
+  return (
+    f"{what}: {plan.tokens_per_second:,.0f} tokens/s, {_ms(plan.cost.time.step)}, "
+    f"MFU {plan.utilisation:.1%}, {_gib(needed)}"
+  )
+
+
+def _integers(flag: str, values: list[str]) -> list[int]:
+  try:
+    return [int(value) for value in values]
+  except ValueError as error:
+    raise ConfigError(f"--{flag} must be whole numbers separated by commas, got {','.join(values)}") from error
+
+
+def _gib(size: float) -> str:
+  if math.isnan(size):
+    return "unknown"
+  return f"{size / GIB:,.2f} GiB" if size > GIB / 10 else f"{size / 2**20:,.1f} MiB"
+
+
+def _ms(seconds: float) -> str:
+  return f"{1e3 * seconds:,.{0 if seconds > 0.1 else 2}f} ms"
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[None]:
+  """Says what is going on, and every half minute that it still is, on stderr."""
+  start, done = time.monotonic(), threading.Event()
+
+  def tell():
+    while not done.wait(_INTERVAL):
+      print(f"{what} ... {duration(time.monotonic() - start)}", file=sys.stderr, flush=True)
+
+  print(f"{what} ... minutes for a large model", file=sys.stderr, flush=True)
+  thread = threading.Thread(target=tell, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    done.set()
+    thread.join()
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "topology"])
+  try:
+    app.run(main, flags_parser=lambda argv: commandline.parse(CONFIG, argv))
+  except (ConfigError, OSError) as error:
+    sys.exit(f"error: {error}")
+  except KeyboardInterrupt:
+    sys.exit("\nstopped")
