@@ -4,6 +4,7 @@ Every field of the configuration is a flag, such as --config.model.memory.aggreg
 command goes on where an earlier run in the same --workdir stopped.
 """
 
+import os
 import pathlib
 import sys
 
@@ -12,13 +13,26 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mc_jax.data import ConfigError
-from mc_jax.training import config, loop, metrics, profiling
+from mc_jax.training import config, distributed, loop, metrics, outputs, profiling
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "the run: a file such as configs/quickstart.py", lock_config=True
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of everything the run writes; default: runs/NAME of the config")
+WORKDIR = flags.DEFINE_string(
+  "workdir", None, "folder of everything the run writes, or gs://BUCKET/FOLDER; default: runs/NAME of the config"
+)
 PROFILE = flags.DEFINE_string("profile", None, "steps to trace with jax.profiler, such as 10-12, into the workdir")
+COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "HOST:PORT of process 0, where the environment (Cloud TPU, GKE, Slurm) does not tell it"
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes of the job; 1: this one alone", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "number of this process, from 0", lower_bound=0)
+HEARTBEAT = flags.DEFINE_integer(
+  "heartbeat_timeout_seconds",
+  30,
+  "after which a silent process is taken for dead, which ends the others",
+  lower_bound=1,
+)
 
 
 def main(_: list[str]) -> None:
@@ -26,11 +40,13 @@ def main(_: list[str]) -> None:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax tells a page per checkpoint
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-  workdir = pathlib.Path(WORKDIR.value or f"runs/{name}")
-  if "://" in str(WORKDIR.value):
-    raise ConfigError(f"--workdir must be a folder of this machine, got {WORKDIR.value}")
+  workdir = outputs.workdir(WORKDIR.value or f"runs/{name}")
   profile = profiling.parse(PROFILE.value) if PROFILE.value else range(0)
-  result = loop.train(config.from_config_dict(CONFIG.value), workdir, profile)
+  run = config.from_config_dict(CONFIG.value).check()
+  distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, HEARTBEAT.value)
+  if not distributed.is_first():
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one process speaks for all
+  result = loop.train(run, workdir, profile)
   if result.stopped_by:
     print(f"stopped at step {result.step}; the same command goes on from there", file=sys.stderr)
     sys.exit(128 + result.stopped_by)

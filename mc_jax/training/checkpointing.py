@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 
 import orbax.checkpoint as ocp
+from etils import epath
 
 from mc_jax.data import ConfigError, windows
 from mc_jax.training import config as config_lib
@@ -21,7 +21,7 @@ class Checkpoints:
   None of them depends on the mesh or on the number of processes, all of which save and restore together.
   """
 
-  def __init__(self, workdir: pathlib.Path, keep: int):
+  def __init__(self, workdir: epath.Path, keep: int):
     self._manager = ocp.CheckpointManager(
       (workdir / FOLDER).absolute(),
       options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
@@ -77,7 +77,7 @@ class Checkpoints:
 _HOW = ("model.remat", "model.memory.implementation", "model.memory.segment_group")
 
 
-def changed(stored: dict, config: Config, workdir: pathlib.Path) -> dict[str, tuple]:
+def changed(stored: dict, config: Config, workdir: epath.Path) -> dict[str, tuple]:
   """Fields in which a run that goes on differs from its checkpoint, {field: (then, now)}.
 
   Raises:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 import signal
 import time
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from etils import epath
 
 from mc_jax.data import ngram, sources, tokenizers, windows
 from mc_jax.training import config as config_lib
-from mc_jax.training import flops, metrics, report, sampling, state
+from mc_jax.training import distributed, flops, metrics, report, sampling, state
 from mc_jax.training.checkpointing import Checkpoints, changed
 from mc_jax.training.config import Config
 from mc_jax.training.evaluate import bits_per_byte
 from mc_jax.training.interrupt import Interrupt, deferred
+from mc_jax.training.outputs import Outputs, outputs
 from mc_jax.training.profiling import Trace
 from mc_jax.training.progress import Progress, duration
 from mc_jax.training.step import eval_step, loss_sum, lower
@@ -35,19 +36,33 @@ class Result:
   stopped_by: signal.Signals | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """What every part of a run is given."""
+
+  config: Config
+  mesh: jax.sharding.Mesh
+  workdir: epath.Path
+  files: Outputs
+  batches: windows.Batches
+  evaluate: Callable[[state.TrainState], float]  # bits per byte of the validation text
+
+
 def train(
   config: Config,
-  workdir: pathlib.Path,
+  workdir: epath.PathLike,
   profile: range = range(0),
   devices: Sequence[jax.Device] | None = None,
 ) -> Result:
   """Trains to train.steps, from the newest checkpoint in `workdir` if there is one.
 
-  Settings, data and workdir are checked before anything is compiled or written.
+  Settings, data and workdir are checked before anything is compiled or written. In a job of several processes, all of
+  them call this with the same values; the first one writes everything but the checkpoints.
 
   Args:
     config: of the run.
-    workdir: folder of all that the run writes; made if missing.
+    workdir: folder of all that the run writes; made if missing. On a file system or in a bucket (gs://BUCKET/FOLDER)
+      that all processes see.
     profile: steps, counted from 1, to trace with jax.profiler.
     devices: that config.mesh is made of; None: all of the job's.
 
@@ -58,8 +73,9 @@ def train(
   begin = time.monotonic()
   mesh = config.check().make_mesh(devices)
   corpus = sources.load(config.data)
+  texts = (corpus.training, corpus.validation)
+  distributed.require_equal("the settings or the text", config_lib.to_json(config).encode(), *texts)
   shapes = windows.shapes(config.data, mesh)
-  batches = windows.Batches(windows.training(corpus.training, config.data), shapes)
   validation = windows.validation(corpus.validation, config.data)
   references = {
     "byte unigram": ngram.bits_per_byte(ngram.unigram(corpus.training), validation),
@@ -71,94 +87,87 @@ def train(
     with jax.set_mesh(mesh):
       return bits_per_byte(jitted, current.params, (windows.place(batch, shapes) for batch in validation))
 
-  with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
-    current = _start(config, mesh, workdir, checkpoints, batches)
-    print(report.table(_facts(config, mesh, workdir, corpus, current, references), "run"), flush=True)
+  workdir = epath.Path(workdir)
+  with outputs(workdir) as files, Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
+    batches = windows.Batches(windows.training(corpus.training, config.data), shapes)
+    run = _Run(config, mesh, workdir, files, batches, evaluate)
+    current = _start(run, checkpoints)
+    print(report.table(_facts(run, corpus, current, references), "run"), flush=True)
     bits = meter = None
     if int(current.step) < config.train.steps:
       with deferred() as interrupt:
-        current, bits, meter = _steps(
-          config, mesh, workdir, current, batches, checkpoints, evaluate, interrupt, profile
-        )
+        current, bits, meter = _steps(run, current, checkpoints, interrupt, profile)
       if int(current.step) < config.train.steps:
         return Result(int(current.step), bits, interrupt.signal)
-  if bits is None:  # the run was complete already
-    bits = evaluate(current)
-  rows = {"steps": f"{int(current.step):,}", "time of this run": duration(time.monotonic() - begin)}
-  if meter is not None:
-    rows["time in steps"] = duration(meter.seconds)
-    rows["tokens per second"] = f"{meter.tokens_per_second:,.0f}"
-  for name, reference in references.items():
-    rows[f"{name}, validation"] = f"{reference:.3f} bits per byte"
-  rows["this model, validation"] = f"{bits:.3f} bits per byte"
-  prompt = corpus.validation[:PROMPT_LENGTH]
-  _finish(config, mesh, workdir, current.params, prompt, references, rows)
+    if bits is None:  # the run was complete already
+      bits = evaluate(current)
+    rows = {"steps": f"{int(current.step):,}", "time of this run": duration(time.monotonic() - begin)}
+    if meter is not None:
+      rows["time in steps"] = duration(meter.seconds)
+      rows["tokens per second"] = f"{meter.tokens_per_second:,.0f}"
+    for name, reference in references.items():
+      rows[f"{name}, validation"] = f"{reference:.3f} bits per byte"
+    rows["this model, validation"] = f"{bits:.3f} bits per byte"
+    _finish(run, current.params, corpus.validation[:PROMPT_LENGTH], references, rows)
   return Result(int(current.step), bits)
 
 
 def _steps(
-  config: Config,
-  mesh: jax.sharding.Mesh,
-  workdir: pathlib.Path,
+  run: _Run,
   current: state.TrainState,
-  batches: windows.Batches,
   checkpoints: Checkpoints,
-  evaluate: Callable[[state.TrainState], float],
   interrupt: Interrupt,
   profile: range,
 ) -> tuple[state.TrainState, float | None, metrics.Meter]:
   """The steps that are left; returns the state, the latest validation bits per byte, the meter."""
-  train, bits = config.train, None
+  train, bits = run.config.train, None
   first = int(current.step) + 1
-  update, meter = _compile(config, mesh)
+  update, meter = _compile(run.config, run.mesh)
   with (
-    metrics.MetricsLog(workdir, first - 1) as log,
+    metrics.MetricsLog(run.files.folder, first - 1) as log,
     Progress(first - 1, train.steps) as progress,
-    Trace(profile, workdir) as trace,
+    Trace(profile, run.files.folder) as trace,
   ):
     meter.restart()
     for step in range(first, train.steps + 1):
       trace.before(step)
-      current, values = update(current, next(batches))
+      current, values = update(current, next(run.batches))
       trace.after(step, values)
       meter.add(step, values)
-      last = step == train.steps or bool(interrupt)
+      last = interrupt.stops_after(step) or step == train.steps
       evaluates = step == train.steps or step % train.eval_every == 0
       saves = last or step % train.checkpoint_every == 0
       if not (evaluates or saves or step % train.log_every == 0):
         continue
       records = meter.collect()
       if evaluates:
-        bits = records[-1]["validation_bits_per_byte"] = evaluate(current)
+        bits = records[-1]["validation_bits_per_byte"] = run.evaluate(current)
       log.write(records)
       progress.report(records[-1])
       if saves:
         metrics.require_finite(step, current.params)
-        checkpoints.save(step, current, batches, config)
+        run.files.send()  # ahead of the checkpoint: whoever goes on from it finds all records up to it
+        checkpoints.save(step, current, run.batches, run.config)
       if last:
         break
       meter.restart()
   return current, bits, meter
 
 
-def _start(
-  config: Config,
-  mesh: jax.sharding.Mesh,
-  workdir: pathlib.Path,
-  checkpoints: Checkpoints,
-  batches: windows.Batches,
-) -> state.TrainState:
-  """The newest checkpoint's state, with `batches` moved to its position; or a new one."""
-  step = checkpoints.latest()
+def _start(run: _Run, checkpoints: Checkpoints) -> state.TrainState:
+  """The newest checkpoint's state, with the batches moved to its position; or a new one."""
+  config, mesh, step = run.config, run.mesh, checkpoints.latest()
   if step is None:
     current = state.create(config, mesh)
   else:
-    fields = changed(checkpoints.config(step), config, workdir)
-    current = checkpoints.restore(step, state.abstract(config, mesh), batches)
-    print(f"going on from the checkpoint of step {step} in {workdir}")
+    fields = changed(checkpoints.config(step), config, run.workdir)
+    current = checkpoints.restore(step, state.abstract(config, mesh), run.batches)
+    run.files.fetch(metrics.JSONL)
+    print(f"going on from the checkpoint of step {step} in {run.workdir}")
     for field, (then, now) in fields.items():
       print(f"  {field} was {then!r} and is now {now!r}")
-  (workdir / "config.json").write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
+  (run.files.folder / "config.json").write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
+  run.files.send()
   return current
 
 
@@ -178,15 +187,14 @@ def _compile(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Compil
 
 
 def _facts(
-  config: Config,
-  mesh: jax.sharding.Mesh,
-  workdir: pathlib.Path,
+  run: _Run,
   corpus: sources.Corpus,
   current: state.TrainState,
   references: dict[str, float],
 ) -> dict[str, str]:
   """What a run is, for people."""
-  model, memory = config.model, config.model.memory
+  model = run.config.model
+  memory = model.memory
   mixer = model.mixer if model.mixer == "transformer" else f"{memory.rule} + {memory.aggregation}"
   files = {"training": corpus.training_files, "validation": corpus.validation_files}
   streams = {"training": corpus.training, "validation": corpus.validation}
@@ -194,8 +202,8 @@ def _facts(
     "model": f"{mixer}, {model.layers} layers, {state.parameter_count(current):,} parameters",
     **{f"{name} text": f"{len(streams[name]):,} bytes in {len(files[name]):,} files" for name in streams},
     **{name: f"{bits:.3f} bits per byte on validation" for name, bits in references.items()},
-    "devices": _devices(mesh),
-    "workdir": str(workdir),
+    "devices": _devices(run.mesh),
+    "workdir": str(run.workdir),
   }
 
 
@@ -207,27 +215,25 @@ def _devices(mesh: jax.sharding.Mesh) -> str:
 
 
 def _finish(
-  config: Config,
-  mesh: jax.sharding.Mesh,
-  workdir: pathlib.Path,
+  run: _Run,
   params: dict,
   prompt: np.ndarray,
   references: dict[str, float],
   rows: dict[str, str],
 ) -> None:
   """Writes and prints the table, the curve and the sample."""
-  train = config.train
-  report.curve(workdir / report.CURVE, metrics.read(workdir), references)
-  rows |= {"loss curve": str(workdir / report.CURVE)}
+  train, folder = run.config.train, run.files.folder
+  report.curve(folder / report.CURVE, metrics.read(folder), references)
+  rows |= {"loss curve": str(run.workdir / report.CURVE)}
   if train.sample_length:
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(run.mesh):
       continuation = sampling.sample(
-        state.graph(config),
+        state.graph(run.config),
         params,
         prompt,
-        mesh,
+        run.mesh,
         length=train.sample_length,
-        window=config.data.length,
+        window=run.config.data.length,
         temperature=train.sample_temperature,
         seed=train.seed,
       )
@@ -235,9 +241,9 @@ def _finish(
       f"prompt, from the validation text:\n{tokenizers.decode(prompt)}\n\n"
       f"continuation, temperature {train.sample_temperature}:\n{tokenizers.decode(continuation)}\n"
     )
-    (workdir / report.SAMPLE).write_text(text, encoding="utf-8")
+    (folder / report.SAMPLE).write_text(text, encoding="utf-8")
     print(text)
-    rows |= {"sample": str(workdir / report.SAMPLE)}
+    rows |= {"sample": str(run.workdir / report.SAMPLE)}
   table = report.table(rows, "result")
-  (workdir / report.TABLE).write_text(table + "\n", encoding="utf-8")
+  (folder / report.TABLE).write_text(table + "\n", encoding="utf-8")
   print(table, flush=True)

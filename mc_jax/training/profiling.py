@@ -52,7 +52,7 @@ class Trace:
     if self._running:
       jax.profiler.stop_trace()
       self._running = False
-      tqdm.tqdm.write(f"a trace is in {self._folder}")  # also where a progress bar is drawn
+      tqdm.tqdm.write(f"a trace of the steps is in the workdir, under {FOLDER}")  # also where a progress bar is drawn
 
   def __enter__(self) -> Trace:
     return self

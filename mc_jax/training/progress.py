@@ -8,6 +8,8 @@ import time
 
 import tqdm
 
+from mc_jax.training import distributed
+
 
 class Progress:
   """Steps done of steps to do, the latest figures and an estimate of the time left."""
@@ -18,7 +20,7 @@ class Progress:
     self._start = time.monotonic()
     self._validation = ""
     self._bar = None
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and distributed.is_first():
       self._bar = tqdm.tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
 
   def report(self, record: dict[str, float]) -> None:

@@ -1,0 +1,78 @@
+"""What a run writes besides checkpoints: appended to in a local folder, and sent whole to a bucket if it is for one."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import pathlib
+import tempfile
+from collections.abc import Iterator
+
+from etils import epath
+
+from mc_jax.data import ConfigError
+from mc_jax.training import distributed
+
+
+def workdir(text: str) -> epath.Path:
+  """A run's folder, DIR on this machine or gs://BUCKET/DIR.
+
+  Raises:
+    ConfigError: another scheme, or a bucket without what it needs.
+  """
+  scheme, found, _ = text.partition("://")
+  if found and scheme != "gs":
+    raise ConfigError(f"--workdir must be a folder of this machine or gs://BUCKET/FOLDER, got {text}")
+  if found and importlib.util.find_spec("gcsfs") is None:
+    raise ConfigError(f"--workdir={text} needs the package gcsfs: pip install 'mc_jax[gcs]'")
+  return epath.Path(text)
+
+
+class Outputs:
+  """Files of a run.
+
+  Attributes:
+    folder: to write them in. The workdir itself, if it is a folder of this machine and this is the job's first
+      process. Else a temporary one: nothing can be appended to in a bucket, and only one process may write.
+  """
+
+  def __init__(self, workdir: epath.Path, folder: pathlib.Path):
+    self.folder = folder
+    self._workdir = workdir
+    self._sent: dict[pathlib.Path, tuple[int, int]] = {}
+
+  def fetch(self, name: str) -> None:
+    """Gets a file that is to be gone on with, if it is there."""
+    if self._sends and (self._workdir / name).exists():
+      (self.folder / name).write_bytes((self._workdir / name).read_bytes())
+
+  def send(self) -> None:
+    """Sends what is new or has changed; without effect if it is in its place already."""
+    if not self._sends:
+      return
+    for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+      stat = path.stat()
+      version = (stat.st_mtime_ns, stat.st_size)
+      if self._sent.get(path) != version:
+        target = self._workdir / path.relative_to(self.folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+        self._sent[path] = version
+
+  @property
+  def _sends(self) -> bool:
+    return distributed.is_first() and str(self.folder) != str(self._workdir)
+
+
+@contextlib.contextmanager
+def outputs(workdir: epath.Path) -> Iterator[Outputs]:
+  """The outputs of a run, which are sent a last time at its end, whatever ended it."""
+  if distributed.is_first() and "://" not in str(workdir):
+    yield Outputs(workdir, pathlib.Path(workdir))
+    return
+  with tempfile.TemporaryDirectory(prefix="mc_jax_") as folder:
+    files = Outputs(workdir, pathlib.Path(folder))
+    try:
+      yield files
+    finally:
+      files.send()
