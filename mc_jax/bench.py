@@ -7,8 +7,8 @@ parameter and the input. The median of --repeats calls, after one that compiles.
 
   python -m mc_jax.bench --topology=v5e:2x2 --implementation=xla --rules=titans --aggregations=grm --lengths=8192
 
-does not run anything: it compiles for one chip of a TPU topology, on a machine that need not have one, and prints what
-the compiled program moves and computes (mc_jax/parallel/hlo_cost.py).
+does not run anything: it compiles for chips of a TPU topology, on a machine that need not have one, and prints what the
+compiled program moves and computes, and how long the compiler thinks it takes (mc_jax/parallel/hlo_cost.py).
 """
 
 import itertools
@@ -28,7 +28,7 @@ from flax import nnx
 from mc_jax import memory
 from mc_jax.models.config import MemoryConfig, ModelConfig
 from mc_jax.models.mixer import MemoryCaching
-from mc_jax.parallel import hlo_cost, topology
+from mc_jax.parallel import axes, hlo_cost, mesh, topology
 
 _RULES = flags.DEFINE_list("rules", list(memory.RULES), "Memory rules.")
 _AGGREGATIONS = flags.DEFINE_list("aggregations", list(memory.AGGREGATIONS), "Ways to read the cache.")
@@ -43,6 +43,7 @@ _TOP_K = flags.DEFINE_integer("top_k", 2, "Caches that ssc reads.", lower_bound=
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
 _IMPLEMENTATION = flags.DEFINE_enum("implementation", None, ["xla", "pallas"], "Default: the best for the platform.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Compile for this TPU (v5e:2x2, v5p:2x2x1, ...) instead of timing.")
+_CONTEXT = flags.DEFINE_integer("context", 1, "With --topology: chips that share the sequence.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls, of which the median counts.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
@@ -77,16 +78,22 @@ def measure(config: ModelConfig, length: int) -> dict[str, float]:
 
 
 def estimate(config: ModelConfig, length: int) -> dict[str, float]:
-  """What one layer's forward and backward pass, compiled for a chip of --topology, moves, computes and holds."""
-  run, *args = gradients(config, length)
-  chip = topology.one_chip(_TOPOLOGY.value)
-  args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip), args)
-  with jax.set_mesh(chip.mesh):
-    compiled = run.lower(*args).compile()
+  """What one layer's forward and backward pass, compiled for --topology, has each chip move, compute and hold."""
+  run, parameters, x = gradients(config, length)
+  chips = topology.topology(_TOPOLOGY.value).devices[: _CONTEXT.value]
+  on = mesh.make(mesh.MeshConfig(data=1, context=_CONTEXT.value), chips)
+
+  def placed(x, names):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=axes.sharding(on, names))
+
+  with jax.set_mesh(on):
+    compiled = run.lower(jax.tree.map(lambda w: placed(w, ()), parameters), placed(x, axes.RESIDUAL)).compile()
   # XLA's cached reads loop as far as the query has caches: over a sequence, half of them.
-  cost = hlo_cost.cost(compiled, unknown_trips=(len(config.memory.build_segmentation().lengths(length)) - 1) / 2)
+  reads = (len(config.memory.build_segmentation().lengths(length)) - 1) / 2
+  cost = hlo_cost.cost(compiled, unknown_trips=reads if config.memory.implementation == "xla" else 1, devices=chips)
   memory_bytes = compiled.memory_analysis().temp_size_in_bytes
-  return {"hbm_gb": cost.hbm_bytes / 1e9, "tflop": cost.flops / 1e12, "temporaries_gb": memory_bytes / 1e9}
+  figures = {"hbm_gb": cost.hbm_bytes / 1e9, "tflop": cost.flops / 1e12, "temporaries_gb": memory_bytes / 1e9}
+  return figures | {"sent_gb": sum(cost.collective_bytes.values()) / 1e9, "milliseconds": 1e3 * cost.time.step}
 
 
 def main(_) -> None:

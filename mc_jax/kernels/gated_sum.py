@@ -147,7 +147,7 @@ def _forward(contribution, tile, interpret, x, gates, states, counts):
     y_ref[...] = total + jnp.where(block == 0, 0.0, y_ref[...])
 
   y = jax.ShapeDtypeStruct((rows, length, out.shape[-1]), out.dtype)
-  expected = walk if isinstance(counts, np.ndarray) else _walk(np.full(len(counts), n), together, n, by_tile=True)
+  expected = walk if isinstance(counts, np.ndarray) else _walk(_half(counts, n), together, n, by_tile=True)
   states_read = _fetched(expected.block, together, n)
   return pl.pallas_call(
     kernel,
@@ -223,7 +223,7 @@ def _backward(contribution, tile, interpret, x, gates, states, counts, cotangent
 
   gates_grad_spec = pl.BlockSpec((1, 1, together, tile), gates_grad_index)
   row_spec, state_specs = _row_spec(length, width), _state_specs(together, leaves)
-  expected = walk if isinstance(counts, np.ndarray) else _walk(np.full(len(counts), n), together, n, by_tile=False)
+  expected = walk if isinstance(counts, np.ndarray) else _walk(_half(counts, n), together, n, by_tile=False)
   x_grad, gates_grad, *state_grads = pl.pallas_call(
     kernel,
     out_shape=[
@@ -292,6 +292,11 @@ def _walk(counts: np.ndarray | jax.Array, together: int, n: int, *, by_tile: boo
     steps = int(steps)
     tile, block = tile[:steps], block[:steps]
   return _Walk(tile, block, counts.astype(np.int32), steps)
+
+
+def _half(counts: jax.Array, n: int) -> np.ndarray:
+  """What traced counts are taken to be: a token reads what came before it, the mean token half of everything."""
+  return np.full(len(counts), pl.cdiv(n, 2))
 
 
 def _together(n: int, work: cost.Work) -> int:
