@@ -9,6 +9,7 @@ import pathlib
 import sys
 
 import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -74,5 +75,7 @@ if __name__ == "__main__":
     app.run(main, flags_parser=parse_flags)
   except (ConfigError, metrics.Diverged, OSError) as error:
     sys.exit(f"error: {error}")
+  except jax.errors.JaxRuntimeError as error:
+    distributed.leave(error)
   except KeyboardInterrupt:
     sys.exit("\nstopped at once; the same command goes on from the last checkpoint")

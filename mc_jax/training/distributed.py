@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import zlib
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -57,6 +60,15 @@ def initialize(
 def is_first() -> bool:
   """Whether this is the process that prints and writes for all."""
   return jax.process_index() == 0
+
+
+def leave(error: jax.errors.JaxRuntimeError) -> NoReturn:
+  """Ends a process whose computation failed, at once: an orderly end would wait for the others, which may be gone."""
+  if jax.process_count() == 1:
+    raise error
+  again = "If another process has ended, that is why; the same command, given to all, goes on from the last checkpoint"
+  print(f"error: process {jax.process_index()} of {jax.process_count()}: {error}\n{again}", file=sys.stderr, flush=True)
+  os._exit(1)
 
 
 def require_equal(what: str, *data: bytes | np.ndarray) -> None:

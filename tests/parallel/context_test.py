@@ -95,6 +95,24 @@ def test_both_ways_of_reading(monkeypatch, to_states, segment, read_buffer):
   assert_same(run(x, rule, MESHES[0], read_buffer=read_buffer, **options), desired)
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("to_states", [False, True])
+def test_an_odd_number_of_parts(monkeypatch, to_states):
+  monkeypatch.setattr(reading, "traffic", lambda *_: (int(to_states), 0 if to_states else 1))
+  rule = build("linear")
+  x = samples.inputs(rule, length=24)
+  options = dict(segment_ids=SEGMENT_IDS[:, :24])
+  assert_same(run(x, rule, dict(data=1, context=3), **options), run(x, rule, **options))
+
+
+@pytest.mark.parametrize("count", range(2, 9))
+def test_every_part_reads_the_same(count):
+  """A half of a part reads as many memories as there are before it; early and late halves make one sum."""
+  halves = context.Parts(count, "context", 1).halves()
+  assert sorted(halves.reshape(-1)) == list(range(2 * count))
+  assert set(halves.sum(1)) == {2 * count - 1}
+
+
 def test_the_cheaper_way_of_reading():
   """Small states go to many queries, and few queries to large states."""
 
