@@ -11,7 +11,6 @@ compiler's estimate (mc_jax/parallel/hlo_cost.py): nothing runs. --sweep tries m
 import contextlib
 import importlib.metadata
 import json
-import math
 import pathlib
 import shlex
 import sys
@@ -25,7 +24,7 @@ from absl import app, flags
 
 from mc_jax.data import ConfigError
 from mc_jax.training import commandline, config, planning, report
-from mc_jax.training.planning import GIB, Plan
+from mc_jax.training.planning import Plan
 from mc_jax.training.progress import duration
 
 CONFIG = commandline.define_config()
@@ -57,23 +56,7 @@ def main(_: list[str]) -> None:
     record["plans"] = [plan.to_json() for plan in plans]
     pathlib.Path(_JSON.value).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
   if not any(plan.fits for plan in plans):
-    sys.exit("\n".join(dict.fromkeys(refusal(plan) for plan in plans)))
-
-
-def refusal(plan: Plan) -> str:
-  """Why a plan does not fit, what weighs most first, and what can be changed."""
-  classes = sorted(plan.hbm.items(), key=lambda item: -item[1] if item[1] == item[1] else -math.inf)
-  weights = ", ".join(f"{name} {_gib(size)}" for name, size in classes if size != 0)
-  lines = [f"error: does not fit {plan.topology}, {_gib(plan.hbm_capacity)} of HBM a chip: {weights}"]
-  if plan.cached_memories:
-    lines.append(f"  among the temporaries: cached memories {_gib(plan.cached_memories)} a layer")
-  if plan.refusal:
-    lines.append(f"  compiler: {plan.refusal}")
-  lines.append(
-    "  less of it on a chip: more chips, a larger mesh.fsdp or mesh.model, more train.microbatches, "
-    "fewer rows (data.batch_size), a longer model.memory.segment_length"
-  )
-  return "\n".join(lines)
+    sys.exit("\n".join(dict.fromkeys(planning.refusal(plan) for plan in plans)))
 
 
 def _report(plan: Plan) -> str:
@@ -83,11 +66,11 @@ def _report(plan: Plan) -> str:
     "parameters": f"{plan.parameters:,}",
     "mesh": " ".join(f"{axis}={size}" for axis, size in plan.mesh.items()),
     "tokens a step": f"{plan.tokens:,}",
-    "HBM of a chip": f"{_gib(needed)} of {_gib(plan.hbm_capacity)}, {needed / plan.hbm_capacity:.0%}",
-    **{f"  {name}": _gib(size) for name, size in plan.hbm.items()},
+    "HBM of a chip": f"{planning.gib(needed)} of {planning.gib(plan.hbm_capacity)}, {needed / plan.hbm_capacity:.0%}",
+    **{f"  {name}": planning.gib(size) for name, size in plan.hbm.items()},
   }
   if plan.cached_memories:
-    rows["    cached memories"] = f"{_gib(plan.cached_memories)} a layer, among the temporaries"
+    rows["    cached memories"] = f"{planning.gib(plan.cached_memories)} a layer, among the temporaries"
   for name, text in {"checkpoint": "one cached memory", "sequence": "a sequence's cache"}.items():
     if name in plan.bytes_of:
       rows[text] = f"{plan.bytes_of[name] / 1e6:,.1f} MB, all layers"
@@ -140,10 +123,10 @@ def _line(run: config.Config, plan: Plan) -> str:
   what = f"length {run.data.length}{segments}, {mesh or 'one chip'}"
   needed = sum(plan.hbm.values())
   if not plan.fits:
-    return f"{what}: does not fit ({_gib(needed)} of {_gib(plan.hbm_capacity)})"
+    return f"{what}: does not fit ({planning.gib(needed)} of {planning.gib(plan.hbm_capacity)})"
   return (
     f"{what}: {plan.tokens_per_second:,.0f} tokens/s, {_ms(plan.cost.time.step)}, "
-    f"MFU {plan.utilisation:.1%}, {_gib(needed)}"
+    f"MFU {plan.utilisation:.1%}, {planning.gib(needed)}"
   )
 
 
@@ -152,12 +135,6 @@ def _integers(flag: str, values: list[str]) -> list[int]:
     return [int(value) for value in values]
   except ValueError as error:
     raise ConfigError(f"--{flag} must be whole numbers separated by commas, got {','.join(values)}") from error
-
-
-def _gib(size: float) -> str:
-  if math.isnan(size):
-    return "unknown"
-  return f"{size / GIB:,.2f} GiB" if size > GIB / 10 else f"{size / 2**20:,.1f} MiB"
 
 
 def _ms(seconds: float) -> str:

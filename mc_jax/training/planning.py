@@ -102,13 +102,13 @@ def plan(config: Config, name: str, slices: int = 1) -> Plan:
     mesh=dict(mesh.shape),
     parameters=states.parameter_count(state),
     hbm_capacity=chip.hbm_bytes,
-    cached_memories=_cached_memories(config, mesh.shape),
-    bytes_of=_cache_bytes(config),
+    cached_memories=cached_memories(config, mesh.shape),
+    bytes_of=cache_bytes(config),
     tokens=config.data.batch_size * config.data.length,
     chips=len(devices),
     peak_flops=chip.flops,
   )
-  held = {"parameters": _bytes_here(state.params), "optimiser state": _bytes_here((state.opt_state, state.step))}
+  held = {"parameters": bytes_here(state.params), "optimiser state": bytes_here((state.opt_state, state.step))}
   start = time.monotonic()
   try:
     compiled = step.lower(config, mesh).compile()
@@ -135,6 +135,29 @@ def plan(config: Config, name: str, slices: int = 1) -> Plan:
   )
   fits = sum(held.values()) <= chip.hbm_bytes
   return Plan(**figures, fits=fits, hbm=held, cost=cost, model_flops=model_flops(config, state, cost, len(devices)))
+
+
+def refusal(plan: Plan) -> str:
+  """Why a plan does not fit, what weighs most first, and what can be changed."""
+  classes = sorted(plan.hbm.items(), key=lambda item: -item[1] if item[1] == item[1] else -math.inf)
+  weights = ", ".join(f"{name} {gib(size)}" for name, size in classes if size != 0)
+  lines = [f"error: does not fit {plan.topology}, {gib(plan.hbm_capacity)} of HBM a chip: {weights}"]
+  if plan.cached_memories:
+    lines.append(f"  among the temporaries: cached memories {gib(plan.cached_memories)} a layer")
+  if plan.refusal:
+    lines.append(f"  compiler: {plan.refusal}")
+  lines.append(
+    "  less of it on a chip: more chips, a larger mesh.fsdp or mesh.model, more train.microbatches, "
+    "fewer rows (data.batch_size), a longer model.memory.segment_length"
+  )
+  return "\n".join(lines)
+
+
+def gib(size: float) -> str:
+  """Bytes for people."""
+  if math.isnan(size):
+    return "unknown"
+  return f"{size / GIB:,.2f} GiB" if size > GIB / 10 else f"{size / 2**20:,.1f} MiB"
 
 
 def topology_devices(name: str, slices: int) -> list[jax.Device]:
@@ -196,7 +219,7 @@ def candidates(
     memory = dataclasses.replace(
       config.model.memory, segment_length=segment, chunk=min(config.model.memory.chunk, segment)
     )
-    data = dataclasses.replace(config.data, length=length, batch_size=max(tokens // length, 1))
+    data = dataclasses.replace(config.data, length=length, batch_size=max(tokens // max(length, 1), 1))
     changed = dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory), data=data).check()
     group = []
     for fsdp, context, model in _factors(len(devices) // slices, 3):
@@ -248,10 +271,10 @@ def _guess(config: Config, sizes: dict[str, int], chip: chips.Chip) -> tuple[flo
   seconds += 12 * layers * config.train.microbatches * residual * (sizes["model"] - 1) / sizes["model"] / links
   held = 12 * numbers / sharded / sizes["model"] + (layers + 16) * residual
   held += 10 * residual / width * model.vocab_size / sizes["model"] / 2
-  return seconds, held + 3 * _cached_memories(config, sizes)
+  return seconds, held + 3 * cached_memories(config, sizes)
 
 
-def _cached_memories(config: Config, sizes: dict[str, int]) -> float:
+def cached_memories(config: Config, sizes: dict[str, int]) -> float:
   """Bytes of the states that a chip keeps of one layer: float32, momentum with them where there is any."""
   if config.model.mixer != "memory_caching":
     return 0.0
@@ -269,7 +292,7 @@ def _memory_numbers(config: Config) -> int:
   return sum(math.prod(w.shape) for w in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
 
 
-def _cache_bytes(config: Config) -> dict[str, float]:
+def cache_bytes(config: Config) -> dict[str, float]:
   model, size = config.model, jnp.dtype(config.model.dtype).itemsize
   keys_and_values = 2 * model.layers * config.data.length * model.d_model * size
   if model.mixer != "memory_caching":
@@ -279,7 +302,7 @@ def _cache_bytes(config: Config) -> dict[str, float]:
   return {"checkpoint": checkpoint, "sequence": caches * checkpoint, "kv_cache": keys_and_values}
 
 
-def _bytes_here(tree) -> float:
+def bytes_here(tree) -> float:
   """Bytes of a tree's arrays on one device."""
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
