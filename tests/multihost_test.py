@@ -23,6 +23,7 @@ FLAGS = [
   "--config.model.layers=1",
   "--config.model.d_model=32",
   "--config.model.mlp_dim=32",
+  "--config.model.memory.rule=linear",
   "--config.model.memory.segment_length=8",
   "--config.model.memory.chunk=8",
   "--config.train.steps=60",
