@@ -1,4 +1,4 @@
-"""What a TPU's compiler is asked about the kernels at head_dim 256, that of the 1.3B models, and about splash attention.
+"""What a TPU's compiler is asked about kernels at head_dim 256, that of the 1.3B models, and about splash attention.
 
 As tests/tpu_cases.py, for the rates that plans are made with (mc_jax/parallel/chips.py):
 
