@@ -9,6 +9,7 @@ from etils import epath
 
 from mc_jax.data import ConfigError, windows
 from mc_jax.training import config as config_lib
+from mc_jax.training import outputs
 from mc_jax.training.config import Config
 from mc_jax.training.state import TrainState
 
@@ -22,8 +23,9 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: epath.Path, keep: int):
+    folder = workdir / FOLDER
     self._manager = ocp.CheckpointManager(
-      (workdir / FOLDER).absolute(),
+      folder if outputs.in_bucket(folder) else folder.absolute(),
       options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
       item_names=("state", "data", "config"),
     )

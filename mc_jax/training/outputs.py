@@ -28,6 +28,11 @@ def workdir(text: str) -> epath.Path:
   return epath.Path(text)
 
 
+def in_bucket(path: epath.Path) -> bool:
+  """Whether a path is not one of this machine's."""
+  return "://" in str(path)
+
+
 class Outputs:
   """Files of a run.
 
@@ -67,7 +72,7 @@ class Outputs:
 @contextlib.contextmanager
 def outputs(workdir: epath.Path) -> Iterator[Outputs]:
   """The outputs of a run, which are sent a last time at its end, whatever ended it."""
-  if distributed.is_first() and "://" not in str(workdir):
+  if distributed.is_first() and not in_bucket(workdir):
     yield Outputs(workdir, pathlib.Path(workdir))
     return
   with tempfile.TemporaryDirectory(prefix="mc_jax_") as folder:
