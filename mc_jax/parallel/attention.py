@@ -62,8 +62,10 @@ def kernel_flops(name: str, shapes: Sequence[tuple[int, ...]]) -> float | None:
   products = next((n for part, n in {"_fwd": 2, "_dq": 3, "_dkv": 4}.items() if part in name), None)
   if not name.startswith("splash") or products is None:
     return None
-  rank = max(map(len, shapes))
-  (*rows, queries, head_dim), (*_, keys, _) = [shape for shape in shapes if len(shape) == rank][:2]
+  # Queries and keys come first among operands of the form of the largest; the kernel's tables are small.
+  largest = max(shapes, key=math.prod)
+  form = [s for s in shapes if len(s) == len(largest) and s[-1] == largest[-1] and s[-2] % _BLOCKS[-1] == 0]
+  (*rows, queries, head_dim), (*_, keys, _) = form[:2]
   block = _block(queries)
   n, all_keys = queries // block, keys // block
   tiles = n * (all_keys - n) + n * (n + 1) // 2  # those on the diagonal are computed whole

@@ -73,11 +73,13 @@ def test_rows_that_no_axis_divides_stay_whole():
 
 def test_flops_of_tiles_on_and_below_the_diagonal():
   def forward(queries, keys):
-    shapes = [(1, 4, 8), (3, 2, queries, 64), (3, 2, keys, 64), (3, 2, keys, 64)]
+    shapes = [(1, 4, 8), (1, 4, 64), (3, 2, queries, 64), (3, 2, keys, 64), (3, 2, keys, 64)]
     return kernel_flops("splash_mha_fwd_segmented_residuals", shapes)
 
   tile = 2 * 2 * 3 * 2 * 512**2 * 64  # two products for 6 rows
   assert parallel_attention._block(2048) == 512
   assert forward(2048, 2048) == (1 + 2 + 3 + 4) * tile
   assert forward(1024, 2048) == (3 + 4) * tile  # the later of two devices
+  one_row = [(1, 4, 64), (2, 2048, 64), (2, 2048, 64), (2048, 128), (8, 2048)]  # whose axis XLA drops
+  assert kernel_flops("splash_mha_dq_no_residuals", one_row) == 10 * tile / 3 * 3 / 2
   assert kernel_flops("titans_write_fwd", [(1,)]) is None
