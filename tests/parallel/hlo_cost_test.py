@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from mc_jax.parallel import hlo_cost, topology
+from mc_jax.parallel import chips, hlo_cost, topology
 
 # What is compiled for a TPU that is not there can be put into the cache, but not taken out of it.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
@@ -230,3 +230,84 @@ def test_collectives_are_counted_apart():
   result = hlo_cost.cost(jax.jit(f).lower(x, y).compile())
   assert result.flops == PRODUCT / 4
   assert result.collective_bytes == {"all-reduce": 2 * 3 / 4 * 4 * WIDTH**2}
+
+
+def test_what_a_collective_cut_into_pieces_sends_counts_once():
+  """Weights split along one axis are gathered for each product, forward and backward, beside other products."""
+  pytest.importorskip("libtpu")
+  mesh = topology.mesh(TPU, {"data": 2, "model": 2})
+  layers, width, hidden = 3, 1024, 4096
+
+  def on(*axes):
+    return jax.sharding.NamedSharding(mesh, jax.P(*axes))
+
+  def loss(ws, x):
+    @jax.checkpoint
+    def layer(x, ws):
+      y = jnp.tanh(x @ ws[0]) @ ws[1]
+      return x + jax.lax.with_sharding_constraint(y, on("data")), None
+
+    return jnp.square(jax.lax.scan(layer, x, ws)[0].astype(jnp.float32)).mean()
+
+  ws = (
+    jax.ShapeDtypeStruct((layers, width, hidden), jnp.bfloat16, sharding=on(None, "data", "model")),
+    jax.ShapeDtypeStruct((layers, hidden, width), jnp.bfloat16, sharding=on(None, "model", "data")),
+  )
+  x = jax.ShapeDtypeStruct((4096, width), jnp.bfloat16, sharding=on("data"))
+  program = jax.jit(jax.grad(loss)).lower(ws, x).compile()
+  assert "AsyncCollectiveStart" in program.as_text()
+  result = hlo_cost.cost(program, devices=list(mesh.devices.flat))
+  gathered = 2 * width * hidden / 2  # bytes of one chip's share of a weight along "model"
+  assert result.collective_bytes["all-gather"] == layers * 4 * gathered / 2
+  time = result.time
+  assert time.beside > 0
+  assert time.waited > 0
+  assert time.step == max(time.compute, time.beside) + time.waited < time.unhidden
+
+
+@pytest.mark.parametrize(
+  ("groups", "first"),
+  [
+    ("replica_groups={{0,2},{1,3}}", [0, 2]),
+    ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
+    ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
+    ("replica_groups=mesh['x'=2,'y'=4] {'x'}", [0, 4]),
+    ("replica_groups=mesh['x'=2,'y'=4] {'x','y'}", [0, 1, 2, 3, 4, 5, 6, 7]),
+    ("replica_groups=mesh['x'=2,'y'=4] {'y':(2)2}", [0, 1]),
+    ("replica_groups=mesh['x'=2,'y'=4] {'y':(1)2}", [0, 2]),
+    ("source_target_pairs={{0,1},{1,2},{2,0}}", [0, 1]),
+    ("channel_id=1", []),
+  ],
+)
+def test_groups_of_collectives(groups, first):
+  op = hlo_cost._instruction("x", f"f32[8]{{0}} all-reduce(%y), {groups}, use_global_device_ids=true")
+  assert sorted(hlo_cost._group(op)) == first
+
+
+def test_times_are_the_compilers_and_no_shorter_than_the_peak():
+  devices = list(topology.one_chip(TPU).mesh.devices.flat)
+  chip = chips.of(devices)
+  program = compiled(products, *stacked(24))
+  time = hlo_cost.cost(program, devices=devices).time
+  assert time.compute == pytest.approx(sum(time.classes.values()))
+  assert 1 < time.classes["matrix products"] / (24 * PRODUCT / chip.flops) < 1.3
+  assert hlo_cost.cost(program).time is None
+
+
+def test_a_kernels_time_is_its_flops_at_its_rate():
+  devices = list(topology.one_chip(TPU).mesh.devices.flat)
+  chip = chips.of(devices)
+
+  def double(x_ref, y_ref):
+    y_ref[...] = 2 * x_ref[...]
+
+  def f(x, flops):
+    estimate = pl.CostEstimate(flops=flops, bytes_accessed=819_000, transcendentals=0)
+    return pl.pallas_call(double, out_shape=x, name="titans_write_fwd", cost_estimate=estimate)(x)
+
+  def seconds(flops):
+    program = compiled(lambda x: f(x, flops), ("float32", 256, 256))
+    return hlo_cost.cost(program, devices=devices).time.classes["titans_write_fwd"]
+
+  assert seconds(10**12) == pytest.approx(1e12 / 0.559 / chip.flops)
+  assert seconds(1) == pytest.approx(1e-6)
