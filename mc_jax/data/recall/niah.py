@@ -144,7 +144,7 @@ def example(
   template, kind = (PROMPT_OF_ONE, task.values.removesuffix("s")) if len(answers) == 1 else (PROMPT, task.values)
 
   room = length - max(config.answer_tokens, len(answer))
-  units = _units(task, named, words, room, config.random_start, encode, rng)
+  units = _units(task, named, words, max(0, room), config.random_start, encode, rng)
 
   def prompt(size: int) -> str:
     prosaic = task.haystack == "prose"
@@ -178,12 +178,11 @@ def row(
   """
   asked = example(config, length, rng, encode=encode, words=words)
   ids = np.concatenate([asked.tokens, asked.answer_tokens])
-  row = {"tokens": np.zeros(length, np.int32), "targets": np.zeros(length, np.int32)}
-  row["tokens"][: len(ids)] = ids
-  row["targets"][: len(ids) - 1] = ids[1:]
-  row["weights"] = np.zeros(length, np.float32)
-  row["weights"][len(asked.tokens) - 1 : len(ids) - 1] = 1
-  return row
+  tokens, targets, weights = np.zeros(length, np.int32), np.zeros(length, np.int32), np.zeros(length, np.float32)
+  tokens[: len(ids)] = ids
+  targets[: len(ids) - 1] = ids[1:]
+  weights[len(asked.tokens) - 1 : len(ids) - 1] = 1
+  return {"tokens": tokens, "targets": targets, "weights": weights}
 
 
 def _names(kind: str, count: int, rng: np.random.Generator, replace: bool = False) -> list[str]:
