@@ -73,7 +73,10 @@ if __name__ == "__main__":
   flags.mark_flag_as_required("config")
   try:
     app.run(main, flags_parser=parse_flags)
-  except (ConfigError, metrics.Diverged, OSError) as error:
+  except (ConfigError, metrics.Diverged) as error:  # status 2: the same command would end in the same way
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except OSError as error:
     sys.exit(f"error: {error}")
   except jax.errors.JaxRuntimeError as error:
     distributed.leave(error)

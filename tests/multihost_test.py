@@ -131,7 +131,7 @@ def test_processes_that_would_train_something_else_are_refused(texts, tmp_path):
   port = next(flag for flag in pair[0].args if flag.startswith("--coordinator"))
   other = _start(texts, tmp_path / "run", port, "--num_processes=2", "--process_id=1", "--config.train.seed=1")
   codes, printed = _finish(pair[0], other)
-  assert 0 not in codes
+  assert codes == [2, 2]
   assert all("the settings or the text are not the same in all processes: process 1" in text for text in printed)
   assert not (tmp_path / "run").exists()
 
@@ -146,6 +146,6 @@ def test_processes_that_would_train_something_else_are_refused(texts, tmp_path):
 )
 def test_mistyped_processes_are_named(texts, tmp_path, flags, message):
   (code,), (printed,) = _finish(_start(texts, tmp_path / "run", *flags))
-  assert code == 1
+  assert code == 2
   assert message in printed
   assert "Traceback" not in printed
