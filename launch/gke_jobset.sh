@@ -23,6 +23,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 options="name image accelerator topology hosts config workdir chips slices service-account restarts"
 switches="spot dry-run"
+name='' image='' accelerator='' topology='' hosts='' config='' workdir=''
 chips=4 slices=1 service_account=default restarts=100 spot='' dry_run=''
 parse "$@"
 require name image accelerator topology hosts config workdir

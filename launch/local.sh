@@ -15,7 +15,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 options="config workdir processes devices restarts python" switches="dry-run"
-processes=2 devices=1 restarts=10 python=python dry_run=
+config='' workdir='' processes=2 devices=1 restarts=10 python=python dry_run=''
 parse "$@"
 require config workdir
 require_number processes devices restarts

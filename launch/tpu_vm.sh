@@ -21,7 +21,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 options="name zone type config workdir project runtime restarts" switches="spot keep dry-run"
-project='' runtime='' spot='' keep='' dry_run='' restarts=100
+name='' zone='' type='' config='' workdir='' project='' runtime='' restarts=100 spot='' keep='' dry_run=''
 parse "$@"
 require name zone type config workdir
 require_number restarts
