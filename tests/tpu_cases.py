@@ -146,18 +146,18 @@ def selected_read_fwd(head_dim=128):
   blocks = LENGTH * TOP_K // block + CACHES  # enough, if the last block of every memory is not full
   x, owner = array(ROWS, blocks, block, head_dim, dtype=jnp.bfloat16), array(ROWS, blocks, dtype=jnp.int32)
 
-  def fn(x, owner, memories):
+  def fn(x, gates, owner, memories):
     with jax.named_scope("memory_read_selected"):
-      return grouped.grouped(aggregate.whole(NETWORKS["deep"]), x, owner, memories)
+      return grouped.grouped(aggregate.whole(NETWORKS["deep"]), x, gates, owner, memories)
 
-  return fn, (x, owner, memories), {"selected_read_fwd": read_flops(memories, block)}
+  return fn, (x, array(ROWS, blocks, block), owner, memories), {"selected_read_fwd": read_flops(memories, block)}
 
 
 def selected_read_bwd(head_dim=128):
   fn, args, flops = selected_read_fwd(head_dim)
 
-  def gradients(x, owner, memories, cotangent):
-    return jax.vjp(lambda x, memories: fn(x, owner, memories), x, memories)[1](cotangent)
+  def gradients(x, gates, owner, memories, cotangent):
+    return jax.vjp(lambda x, gates, memories: fn(x, gates, owner, memories), x, gates, memories)[1](cotangent)
 
   return gradients, (*args, jax.eval_shape(fn, *args)), {"selected_read_bwd": 3 * flops["selected_read_fwd"]}
 
@@ -195,8 +195,8 @@ def selected_megablox():
 def selected_grouped():
   fn, args, _ = selected_read_fwd()
 
-  def run(x, owner, memories, cotangent):
-    y, pull = jax.vjp(lambda x, memories: fn(x, owner, memories), x, memories)
+  def run(x, gates, owner, memories, cotangent):
+    y, pull = jax.vjp(lambda x, gates, memories: fn(x, gates, owner, memories), x, gates, memories)
     return y, pull(cotangent)
 
   return run, (*args, jax.eval_shape(fn, *args))

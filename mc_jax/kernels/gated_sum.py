@@ -141,8 +141,8 @@ def _forward(contribution, tile, interpret, x, gates, states, counts):
       y = contribution(x_ref[...], tree.unflatten(ref[i] for ref in state_refs))
       gate = jnp.where(state < counts_ref[tile_ref[step]], _row(gates_ref, block, i, together), 0.0)
       # With many small contributions a step the transposing units are busier than the matrix units, which take one.
-      column = _column_by_product if i == _SUBLANES - 1 else _column
-      gate = column(gate, y.shape[-1])
+      as_column = _column_by_product if i == _SUBLANES - 1 else column
+      gate = as_column(gate, y.shape[-1])
       total += jnp.where(gate == 0, 0.0, gate * y)
     y_ref[...] = total + jnp.where(block == 0, 0.0, y_ref[...])
 
@@ -205,7 +205,7 @@ def _backward(contribution, tile, interpret, x, gates, states, counts, cotangent
     for i in range(together):
       state = block * together + i
       used = state < counts_ref[here]
-      gate = _column(_row(gates_ref, block, i, together), cotangent.shape[-1])
+      gate = column(_row(gates_ref, block, i, together), cotangent.shape[-1])
       y, x_part, state_part = contribute(x, tree.unflatten(ref[i] for ref in state_refs), gate, cotangent)
       x_total += jnp.where(used, x_part[0].astype(jnp.float32), 0.0)
       # A transposition and a sum over sublanes; a sum over lanes takes longer, and v4 cannot make a row of it.
@@ -333,7 +333,7 @@ def _row(gates_ref: Any, block: jax.Array, i: int, together: int) -> jax.Array:
   return gates_ref[0, pl.ds(first + i, 1)]
 
 
-def _column(row: jax.Array, width: int) -> jax.Array:
+def column(row: jax.Array, width: int) -> jax.Array:
   """One number per token, [1, T], to [T, width]: copied over sublanes, which is free, then transposed."""
   column = jnp.broadcast_to(row, (_LANES, row.shape[1])).T
   return jnp.concatenate([column] * pl.cdiv(width, _LANES), axis=1)[:, :width]

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mc_jax.kernels import cost, vmem
+from mc_jax.kernels.gated_sum import column
 
 Pytree = Any
 Function = Callable[[jax.Array, Pytree], jax.Array]
@@ -45,41 +46,48 @@ def block_size(states: Pytree) -> int | None:
 def grouped(
   function: Function,
   x: jax.Array,
+  gates: jax.Array,
   owner: jax.Array,
   states: Pytree,
   *,
+  expected_blocks: int | None = None,
   name: str = "selected_read",
   interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array:
-  """y of every block is function(x of the block, the state that owns the block).
+  """y of every block is gate * function(x of the block, the state that owns the block).
 
   Args:
     function: (x [1, T, in], states' leaves [1, a, b]) to [1, T, out], pure.
     x: [rows, blocks, T, in], T a multiple of 8 (float32) or 16 (bfloat16) tokens, better of 128.
-    owner: [rows, blocks] int32, ascending along each row; a block whose owner is `states` or more is empty.
+    gates: [rows, blocks, T] float32, one a token. Where 0 the answer is dropped, not multiplied.
+    owner: [rows, blocks] int32, ascending along each row, every state at least once: its gradient is written with its
+      blocks. A block whose owner is `states` or more is empty.
     states: arrays [states, rows, a, b].
+    expected_blocks: how many of a row's blocks will not be empty, for the cost estimate; None: all.
     name: the kernels are called name_fwd and name_bwd.
     interpret: as in `pl.pallas_call`.
 
   Returns:
-    [rows, blocks, T, out] in the function's dtype; zero in empty blocks. So is the gradient in their x, and in states
-    that own no block.
+    [rows, blocks, T, out] in x's dtype; zero in empty blocks, as is the gradient in their x and gates.
   """
-  return _grouped(function, name, interpret, x, owner, states)
+  expected = x.shape[1] if expected_blocks is None else min(expected_blocks, x.shape[1])
+  return _grouped(function, expected, name, interpret, x, gates[:, :, None], owner, states)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _grouped(function, name, interpret, x, owner, states):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _grouped(function, expected, name, interpret, x, gates, owner, states):
   y = jax.eval_shape(function, *_one(x, states))
-  y = jax.ShapeDtypeStruct((*x.shape[:2], *y.shape[1:]), y.dtype)
+  y = jax.ShapeDtypeStruct((*x.shape[:2], *y.shape[1:]), x.dtype)
   count = _count(states)
 
-  def kernel(owner, x, states, y):
+  def kernel(owner, x, gates, states, y):
     mine = owner[pl.program_id(0), pl.program_id(1)]
 
     @pl.when(mine < count)
     def _():
-      y[...] = function(x[...], jax.tree.map(lambda w: w[...], states))
+      out = function(x[...], jax.tree.map(lambda w: w[...], states))
+      gate = column(gates[0], out.shape[-1])
+      y[...] = jnp.where(gate == 0, 0.0, gate * out).astype(y.dtype)
 
     @pl.when(mine >= count)
     def _():
@@ -91,24 +99,24 @@ def _grouped(function, name, interpret, x, owner, states):
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=x.shape[:2],
-      in_specs=[_tokens(x), jax.tree.map(_owned, states)],
+      in_specs=[_tokens(x), _tokens(gates), jax.tree.map(_owned, states)],
       out_specs=_tokens(y),
     ),
-    cost_estimate=_cost(function, x, states, (x, states, y)),
+    cost_estimate=_cost(function, expected, x, states, (x, gates, y), states),
     **_parameters(f"{name}_fwd", interpret),
   )
-  return sequential_vmap(call)(owner, x, states)
+  return sequential_vmap(call)(owner, x, gates, states)
 
 
-def _forward(function, name, interpret, x, owner, states):
-  return _grouped(function, name, interpret, x, owner, states), (x, owner, states)
+def _forward(function, expected, name, interpret, x, gates, owner, states):
+  return _grouped(function, expected, name, interpret, x, gates, owner, states), (x, gates, owner, states)
 
 
-def _backward(function, name, interpret, residuals, d_y):
-  x, owner, states = residuals
+def _backward(function, expected, name, interpret, residuals, d_y):
+  x, gates, owner, states = residuals
   count = _count(states)
 
-  def kernel(owner, x, states, d_y, _, d_x, d_states):
+  def kernel(owner, x, gates, states, d_y, d_x, d_gates, d_states):
     row, block = pl.program_id(0), pl.program_id(1)
     mine, before = owner[row, block], owner[row, jnp.maximum(block - 1, 0)]
 
@@ -118,41 +126,38 @@ def _backward(function, name, interpret, residuals, d_y):
 
     @pl.when(mine < count)
     def _():
-      _, pull = jax.vjp(function, x[...], jax.tree.map(lambda w: w[...], states))
-      d_x[...], parts = pull(d_y[...])
+      y, pull = jax.vjp(function, x[...], jax.tree.map(lambda w: w[...], states))
+      gate, cotangent = column(gates[0], y.shape[-1]), d_y[...].astype(y.dtype)
+      # A transposition and a sum over sublanes, to have a row of them.
+      d_gates[0] = jnp.where(gate == 0, 0.0, y[0] * cotangent[0]).T.sum(0, keepdims=True)
+      d_x[...], parts = pull((gate * cotangent).astype(y.dtype))
       jax.tree.map(lambda d, part: d.__setitem__(..., d[...] + part.astype(d.dtype)), d_states, parts)
 
     @pl.when(mine >= count)
     def _():
       d_x[...] = jnp.zeros_like(d_x)
+      d_gates[...] = jnp.zeros_like(d_gates)
 
   def back(x, states):
     y, pull = jax.vjp(function, x, states)
-    return pull(y)
+    return y, pull(y)
 
-  # Gradients add up in float32. They are written over zeros, which is what remains of states that own no block.
-  wide = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), states)
-  first = 3 + len(jax.tree.leaves(states))
+  # Gradients add up in float32.
+  wide = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.promote_types(w.dtype, jnp.float32)), states)
   call = pl.pallas_call(
     kernel,
-    out_shape=(x, wide),
+    out_shape=(x, gates, wide),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=x.shape[:2],
-      in_specs=[
-        _tokens(x),
-        jax.tree.map(_owned, states),
-        _tokens(d_y),
-        jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), wide),
-      ],
-      out_specs=(_tokens(x), jax.tree.map(_owned, wide)),
+      in_specs=[_tokens(x), _tokens(gates), jax.tree.map(_owned, states), _tokens(d_y)],
+      out_specs=(_tokens(x), _tokens(gates), jax.tree.map(_owned, wide)),
     ),
-    input_output_aliases={first + i: 1 + i for i in range(len(jax.tree.leaves(wide)))},
-    cost_estimate=_cost(back, x, states, (x, states, d_y, x, wide)),
+    cost_estimate=_cost(back, expected, x, states, (x, gates, d_y, x, gates), (states, wide)),
     **_parameters(f"{name}_bwd", interpret),
   )
-  d_x, d_states = sequential_vmap(call)(owner, x, states, d_y, wide)
-  return d_x, None, jax.tree.map(lambda d, w: d.astype(w.dtype), d_states, states)
+  d_x, d_gates, d_states = sequential_vmap(call)(owner, x, gates, states, d_y)
+  return d_x, d_gates, None, jax.tree.map(lambda d, w: d.astype(w.dtype), d_states, states)
 
 
 _grouped.defvjp(_forward, _backward)
@@ -178,9 +183,9 @@ def _owned(w: jax.Array) -> pl.BlockSpec:
   )
 
 
-def _cost(function: Callable, x: jax.Array, states: Pytree, arrays: Pytree) -> pl.CostEstimate:
-  """All blocks taken to be full and all states to be read; every array crosses HBM once."""
-  blocks, work = math.prod(x.shape[:2]), cost.work(function, *_one(x, states))
+def _cost(function: Callable, blocks: int, x: jax.Array, states: Pytree, *arrays: Pytree) -> pl.CostEstimate:
+  """So many full blocks of each row, all the states; every array crosses HBM once, empty blocks too."""
+  blocks, work = x.shape[0] * blocks, cost.work(function, *_one(x, states))
   return pl.CostEstimate(
     flops=blocks * work.flops,
     transcendentals=blocks * work.transcendentals,

@@ -48,7 +48,7 @@ class Recurrence:
 
 def scan(
   recurrence: Recurrence, constants: Pytree, initial: Pytree, tokens: Pytree, marks: Pytree = ()
-) -> tuple[Pytree, Pytree]:
+) -> tuple[Pytree, Pytree, Pytree]:
   """Steps through all chunks of all segments.
 
   Args:
@@ -59,7 +59,8 @@ def scan(
     marks: integer arrays [batch, 1, length], which no gradient is taken of.
 
   Returns:
-    Outputs, arrays like tokens, and the carry at every segment's end, arrays [segments, batch, heads, ...].
+    Outputs, arrays like tokens; the carry at every segment's end, arrays [segments, batch, heads, ...]; and the last
+    of these, [batch, heads, ...], for those who want no other: a gradient in it alone is no array for all segments.
   """
 
   def chunks(x):
@@ -67,9 +68,10 @@ def scan(
 
   constants = jax.tree.map(lambda x: x[:, None], constants)
   initial = jax.tree.map(lambda x: x[:, :, None], initial)
-  y, ends = _scan(recurrence, constants, initial, jax.tree.map(chunks, tokens), jax.tree.map(chunks, marks))
+  tokens, marks = jax.tree.map(chunks, (tokens, marks))
+  y, ends, last = _scan(recurrence, constants, initial, tokens, marks)
   y = jax.tree.map(lambda x: x.reshape(*x.shape[:2], x.shape[2] * x.shape[4], *x.shape[5:]), y)
-  return y, jax.tree.map(lambda x: x.squeeze(3), ends)
+  return y, jax.tree.map(lambda x: x.squeeze(3), ends), jax.tree.map(lambda x: x.squeeze(2), last)
 
 
 # Inside, every array is [*where, 1, ...], `where` being what the grid step picks one of:
@@ -125,13 +127,14 @@ def _scan(recurrence, constants, initial, tokens, marks):
     ),
     **_parameters(recurrence, "fwd"),
   )
-  return sequential_vmap(call)(constants, initial, tokens, marks)
+  y, ends = sequential_vmap(call)(constants, initial, tokens, marks)
+  return y, ends, jax.tree.map(lambda x: x[-1], ends)
 
 
 def _scan_forward(recurrence, *args):
   args = jax.tree.map(lambda x: x.value, args, is_leaf=lambda x: hasattr(x, "perturbed"))
-  outputs, ends = _scan(recurrence, *args)
-  return (outputs, ends), (*args, ends if recurrence.start is None else ())
+  out = _scan(recurrence, *args)
+  return out, (*args, out[1] if recurrence.start is None else ())
 
 
 def _scan_backward(recurrence, residuals, cotangents):
@@ -142,19 +145,25 @@ def _scan_backward(recurrence, residuals, cotangents):
   blocks = _blocks(constants, 1), _blocks(initial, 2), _blocks(tokens, 3), _blocks(marks, 3)
   _, y = jax.eval_shape(step, *blocks)
   # What nothing was made of, such as a momentum at a segment's end, has no cotangent to fetch.
-  d_outputs, d_ends = ([None if isinstance(x, SymbolicZero) else x for x in jax.tree.leaves(c)] for c in cotangents)
+  d_outputs, d_ends, d_last = (
+    [None if isinstance(x, SymbolicZero) else x for x in jax.tree.leaves(c)] for c in cotangents
+  )
   last = chunks - 1
 
-  def kernel(
-    constants, initial, ends, tokens, marks, d_outputs, d_ends, d_constants, d_initial, d_tokens, starts, d_carry
-  ):
+  def kernel(*refs):
     """Phases 0 .. last - 1 step forwards through the chunks, phases last .. 2 last come back."""
+    constants, initial, ends, tokens, marks, d_outputs, d_ends, d_last = refs[:8]
+    d_constants, d_initial, d_tokens, starts, d_carry = refs[8:]
     row, segment, phase = (pl.program_id(0), pl.program_id(1)), segments - 1 - pl.program_id(2), pl.program_id(3)
     constants, marks = _load(constants), _load(marks)
 
     @pl.when((segment == segments - 1) & (phase == 0))
     def _():
-      _store(d_carry, jax.tree.map(jnp.zeros_like, _load(d_carry)))
+      for ref, d in zip(jax.tree.leaves(d_carry), d_last, strict=True):
+        if d is None:
+          ref[...] = jnp.zeros_like(ref)
+        else:
+          pltpu.sync_copy(d.at[row], ref)
       _store(d_constants, jax.tree.map(jnp.zeros_like, constants))
 
     if fresh is None:
@@ -220,7 +229,7 @@ def _scan_backward(recurrence, residuals, cotangents):
   wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32)), blocks[0])
   d_y = [None if d is None else x for x, d in zip(jax.tree.leaves(y), d_outputs, strict=True)]
   d_e = [None if d is None else x for x, d in zip(jax.tree.leaves(blocks[1]), d_ends, strict=True)]
-  inputs = constants, initial, ends, tokens, marks, d_outputs, d_ends
+  inputs = constants, initial, ends, tokens, marks, d_outputs, d_ends, d_last
   out_shape = _arrays(wide, batch, heads), _arrays(blocks[1], batch, heads), _arrays(blocks[2], batch, heads, length)
 
   def back(constants, carry, tokens, marks):
@@ -238,6 +247,7 @@ def _scan_backward(recurrence, residuals, cotangents):
       _specs(blocks[3], lambda b, h, s, p: (b, 0, on_the_way(b, h, s, p)[2])),
       _specs(d_y, on_the_way_back),
       _specs(d_e, lambda b, h, s, p: (segments - 1 - s, b, h)),
+      _whole(d_last),
     ),
     out_shape=out_shape,
     out_specs=(_specs(wide, row, buffers=1), _whole(initial), _specs(blocks[2], on_the_way_back)),
@@ -248,7 +258,7 @@ def _scan_backward(recurrence, residuals, cotangents):
         (batch * heads * length, back, blocks),
       ],
       [
-        (1, (initial, ends, d_outputs, d_ends, out_shape)),
+        (1, (initial, ends, d_outputs, d_ends, d_last, out_shape)),
         (batch, constants),
         (1 + last / chunks, tokens),
         ((1 + last / chunks) * heads, marks),

@@ -100,11 +100,16 @@ def read_selected(network: Network, q: jax.Array, index: jax.Array, gates: jax.A
   Returns:
     [b, h, length, d], at least float32.
   """
-  return select_and_read(functools.partial(_read_in_turn, network), 32, q, index, gates, states)
+
+  def read_blocks(x, gates, owner, states):
+    gates = gates[..., None]
+    return gates * jnp.where(gates == 0, 0.0, _read_in_turn(network, x, owner, states))
+
+  return select_and_read(read_blocks, 32, q, index, gates, states)
 
 
 def select_and_read(
-  read_blocks: Callable[[jax.Array, jax.Array, Weights], jax.Array],
+  read_blocks: Callable[[jax.Array, jax.Array, jax.Array, Weights], jax.Array],
   block: int,
   q: jax.Array,
   index: jax.Array,
@@ -113,14 +118,16 @@ def select_and_read(
 ) -> jax.Array:
   """`read_selected`, its blocks of `block` tokens read by a function handed in.
 
-  read_blocks: (x [b, h, blocks, block, d], owner [b, h, blocks] int32 ascending, states) to y like x. An owner of n
-  marks a block that nobody looks at.
+  read_blocks: (x [b, h, blocks, block, d], gates [b, h, blocks, block], owner [b, h, blocks] int32 ascending, states)
+  to gated answers like x, 0 where a gate is. Every memory owns a block at least; an owner of n marks a block that
+  nobody looks at.
   """
   index, gates = jnp.moveaxis(index, -1, 2), jnp.moveaxis(gates, -1, 2)
   layout = _layout(index, lax.stop_gradient(gates), len(jax.tree.leaves(states)[0]), block)
-  x = spread(q, layout)
-  y = read_blocks(x.reshape(*layout.owner.shape, block, x.shape[-1]), layout.owner, states)
-  return combine(y.reshape(*y.shape[:2], -1, y.shape[-1]), gates, layout)
+  x, gates = spread(q, layout), _spread_gates(gates, layout)
+  blocks = (*layout.owner.shape, block)
+  y = read_blocks(x.reshape(*blocks, x.shape[-1]), gates.reshape(blocks), layout.owner, states)
+  return _combine(y.reshape(*y.shape[:2], -1, y.shape[-1]), layout)
 
 
 class Layout(NamedTuple):
@@ -142,13 +149,14 @@ class Layout(NamedTuple):
 def _layout(index: jax.Array, gates: jax.Array, memories: int, block: int) -> Layout:
   """Sorts pairs [b, h, k, length] by the memory they chose, with as many fillers as make every memory's blocks whole.
 
-  Empty slots, whose gate is 0, come last, in blocks of no memory. By sorts alone, because a TPU is at its worst at
-  looking up single numbers.
+  A memory that nobody chose has a block of fillers. Empty slots, whose gate is 0, come last, in blocks of no memory. By
+  sorts alone, because a TPU is at its worst at looking up single numbers.
   """
   chosen = jnp.where(gates == 0, memories, index).reshape(*index.shape[:2], -1)
   pairs, names = chosen.shape[-1], jnp.arange(memories)
   sizes = (chosen[..., None, :] == names[:, None]).sum(-1)
-  fillers = jnp.where(jnp.arange(block - 1) < (-sizes % block)[..., None], names[:, None], memories)
+  lacking = jnp.where(sizes == 0, block, -sizes % block)
+  fillers = jnp.where(jnp.arange(block) < lacking[..., None], names[:, None], memories)
   keys = jnp.concatenate([chosen, fillers.reshape(*chosen.shape[:-1], -1)], -1).astype(jnp.int32)
   rest = -keys.shape[-1] % block
   keys = jnp.pad(keys, ((0, 0), (0, 0), (0, rest)), constant_values=memories)
@@ -159,48 +167,65 @@ def _layout(index: jax.Array, gates: jax.Array, memories: int, block: int) -> La
   return Layout(keys[..., ::block], pair, gates, place[..., :pairs].reshape(index.shape))
 
 
-def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+def take(x: jax.Array, index: jax.Array) -> jax.Array:
+  """Rows of x: [b, h, n, d], [b, h, m] int to [b, h, m, d]."""
   return jnp.take_along_axis(x, index[..., None], axis=-2, mode="clip")
 
 
-def _take_pairs(x: jax.Array, layout: Layout) -> jax.Array:
-  """Of every pair: x [b, h, places, d] to [b, h, k, length, d]."""
+def take_pairs(x: jax.Array, layout: Layout) -> jax.Array:
+  """What is in every pair's place: x [b, h, places, d] to [b, h, k, length, d]."""
   place = layout.place
-  return _take(x, place.reshape(*place.shape[:2], -1)).reshape(*place.shape, x.shape[-1])
+  return take(x, place.reshape(*place.shape[:2], -1)).reshape(*place.shape, x.shape[-1])
+
+
+# Every pair has one place: a gather, or a sort, does what the transpose of a gather would scatter.
 
 
 @jax.custom_vjp
 def spread(q: jax.Array, layout: Layout) -> jax.Array:
   """The query in every place: q [b, h, length, d] to [b, h, places, d]; anything where there is no pair."""
-  return _take(q, layout.pair % q.shape[2])
+  return take(q, layout.pair % q.shape[2])
 
 
-# Every pair has one place: a gather does what the transpose of the gather would scatter.
 spread.defvjp(
   lambda q, layout: (spread(q, layout), layout),
-  lambda layout, cotangent: (_take_pairs(cotangent, layout).sum(2), None),
+  lambda layout, cotangent: (_sum_of_pairs(cotangent, layout).astype(cotangent.dtype), None),
 )
 
 
 @jax.custom_vjp
-def combine(y: jax.Array, gates: jax.Array, layout: Layout) -> jax.Array:
-  """The gated sum over a token's slots: y [b, h, places, d], gates [b, h, k, length] to [b, h, length, d]."""
-  return _combine_forward(y, gates, layout)[0]
+def _spread_gates(gates: jax.Array, layout: Layout) -> jax.Array:
+  """The gate in every place: gates [b, h, k, length] to [b, h, places]; 0 where there is no pair."""
+  return layout.gate
 
 
-def _combine_forward(y, gates, layout):
-  y, gate = _take_pairs(y, layout), gates[..., None]
-  return jnp.where(gate == 0, 0.0, gate * y).sum(2), (y, gates, layout)
+def _spread_gates_backward(layout, cotangent):
+  shape = layout.place.shape
+  _, d_gates = lax.sort((layout.pair, cotangent), num_keys=1, is_stable=False)
+  return d_gates[..., : shape[2] * shape[3]].reshape(shape), None
+
+
+_spread_gates.defvjp(lambda gates, layout: (layout.gate, layout), _spread_gates_backward)
+
+
+@jax.custom_vjp
+def _combine(y: jax.Array, layout: Layout) -> jax.Array:
+  """The sum over a token's slots: y [b, h, places, d] to [b, h, length, d], at least float32."""
+  return _sum_of_pairs(y, layout)
 
 
 def _combine_backward(residuals, cotangent):
-  y, gates, layout = residuals
-  d_gates = jnp.where(gates == 0, 0.0, (cotangent[:, :, None] * y).sum(-1))
-  gate = layout.gate[..., None]
-  return jnp.where(gate == 0, 0.0, gate * _take(cotangent, layout.pair % gates.shape[-1])), d_gates, None
+  layout, like = residuals
+  # Anything in places of no pair: their gates are 0.
+  return take(cotangent.astype(like.dtype), layout.pair % cotangent.shape[2]), None
 
 
-combine.defvjp(_combine_forward, _combine_backward)
+_combine.defvjp(lambda y, layout: (_combine(y, layout), (layout, jnp.empty((0,), y.dtype))), _combine_backward)
+
+
+def _sum_of_pairs(x: jax.Array, layout: Layout) -> jax.Array:
+  pairs = take_pairs(x, layout)
+  return pairs.astype(state_dtype(x.dtype)).sum(2)
 
 
 def _read_in_turn(network: Network, x: jax.Array, owner: jax.Array, states: Weights) -> jax.Array:

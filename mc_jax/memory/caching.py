@@ -246,7 +246,7 @@ def _memory_caching(
 
     y = rule.network(tokens.q, linear)
   else:
-    y, states = write(tokens, read=functools.partial(_read_network, rule, dtype))
+    y, states, _ = write(tokens, read=functools.partial(_read_network, rule, dtype))
     match aggregation:
       case "residual":
         _, gamma = gating.weigh("constant", gate_scale, *scores, visible)

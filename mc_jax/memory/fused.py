@@ -105,8 +105,8 @@ def write(
     step, None if carries else restart, chunk, segment // chunk, f"{rule.name}_write", interpret
   )
   with jax.named_scope("memory_write"):
-    y, states = recurrence.scan(run, fresh, start, tokens._replace(documents=None), marks)
-  return passes.Written(y[:, :, :length], states)
+    y, states, end = recurrence.scan(run, fresh, start, tokens._replace(documents=None), marks)
+  return passes.Written(y[:, :, :length], states, end if carries else None)
 
 
 def read_caches(
@@ -150,10 +150,15 @@ def read_selected(
   if block is None:
     return aggregate.read_selected(network, q, index, gates, states)
 
-  def read_blocks(x, owner, states):
-    x, owner = x.reshape(-1, *x.shape[2:]), owner.reshape(-1, owner.shape[-1])
+  # On the average a memory's last block is half full.
+  expected = (index.shape[2] * index.shape[3] + len(jax.tree.leaves(rows)[0]) * block // 2) // block
+
+  def read_blocks(x, gates, owner, states):
+    x, gates, owner = (a.reshape(-1, *a.shape[2:]) for a in (x, gates, owner))
     with jax.named_scope("memory_read_selected"):
-      y = grouped.grouped(aggregate.whole(network), x, owner, states, interpret=interpret)
+      y = grouped.grouped(
+        aggregate.whole(network), x, gates, owner, states, expected_blocks=expected, interpret=interpret
+      )
     return y.reshape(*q.shape[:2], *y.shape[1:])
 
   return aggregate.select_and_read(read_blocks, block, q, index, gates, rows)

@@ -52,10 +52,12 @@ class Written(NamedTuple):
     y: online reads [b, h, length, out].
     states: the state at the end of every segment, leaves [segments, b, h, ...]; their memories are the cache. The last
       is never read: no token comes after it.
+    end: the last of these states, leaves [b, h, ...], if segments carry; None otherwise.
   """
 
   y: jax.Array
   states: online.State
+  end: online.State | None
 
 
 def write_chunk(
@@ -103,7 +105,8 @@ def write(
 
   if start is None and carries:
     start = online.start_state(rule, fresh, tokens.k)
-  return Written(*pieces.scan(write_segment, start, tokens, lengths, together=side_by_side, remat=True)[1:])
+  end, y, states = pieces.scan(write_segment, start, tokens, lengths, together=side_by_side, remat=True)
+  return Written(y, states, end)
 
 
 def summarize(

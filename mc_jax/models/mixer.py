@@ -19,6 +19,7 @@ class Inputs(NamedTuple):
 
   Attributes:
     q, k, v, u: [batch, length, heads, head_dim]; query and key of unit length.
+    output_gate: like q, before its SiLU.
     gates: {name: [batch, length, heads]} float32, the rule's per-token scalars.
     token_scores: [batch, length, heads, ages] float32 with memory.gate="token", else None.
   """
@@ -27,6 +28,7 @@ class Inputs(NamedTuple):
   k: jax.Array
   v: jax.Array
   u: jax.Array
+  output_gate: jax.Array
   gates: dict[str, jax.Array]
   token_scores: jax.Array | None
 
@@ -43,16 +45,17 @@ class MemoryCaching(nnx.Module):
     self.rule = config.memory.build_rule()
     embed = {"embed": config.d_model}
     heads = {"heads": config.heads, "head_dim": config.head_dim}
+    # Queries, keys, values, output gates and connectors by one product, whose gradient in x is added up over the
+    # mesh once and not five times.
+    #
+    # Connectors have unit variance, hence |u| near sqrt(head_dim): pooled keys of different segments lie close
+    # together, and the scores must tell them apart. On text (head_dim 64, segments of 256) they start with a standard
+    # deviation of 0.1 over a token's segments, against 0.01 for u = q of unit length. Larger is not better: a summary
+    # of few keys is longer, so that in a young segment the same factor makes the online gate all or nothing.
+    projections = {"projection": 5 if has_connector(config) else 4, **heads}
+    self.projection = Linear(embed, projections, dtype=config.dtype, rngs=rngs)
     for name in ("query", "key", "value"):
-      setattr(self, name, Linear(embed, heads, dtype=config.dtype, rngs=rngs))
-      convolution = CausalConvolution(heads, config.conv_width, rngs=rngs)
-      setattr(self, f"{name}_convolution", convolution)
-    if has_connector(config):
-      # Unit variance, hence |u| near sqrt(head_dim): pooled keys of different segments lie close together, and the
-      # scores must tell them apart. On text (head_dim 64, segments of 256) they start with a standard deviation of
-      # 0.1 over a token's segments, against 0.01 for u = q of unit length. Larger is not better: a summary of few
-      # keys is longer, so that in a young segment the same factor makes the online gate all or nothing.
-      self.connector = Linear(embed, heads, dtype=config.dtype, rngs=rngs)
+      setattr(self, f"{name}_convolution", CausalConvolution(heads, config.conv_width, rngs=rngs))
     if self.rule.gates:
       starts = self.rule.gate_init(_longest_segment(config))
       self.token_gates = TokenGates(starts, config.d_model, config.heads, rngs=rngs)
@@ -64,7 +67,6 @@ class MemoryCaching(nnx.Module):
       axes = ("heads", "memory_in", "memory_out")
       self.initial = nnx.Dict({name: parameter(lambda *_, w=w: w, w.shape, axes, rngs) for name, w in start.items()})
     self.norm = RMSNorm(heads, rngs=rngs)
-    self.output_gate = Linear(embed, heads, dtype=config.dtype, rngs=rngs)
     self.output = Linear(heads, embed, dtype=config.dtype, scale=residual_scale(config.layers), rngs=rngs)
 
   def __call__(self, x: jax.Array, document: jax.Array | None = None) -> jax.Array:
@@ -97,22 +99,21 @@ class MemoryCaching(nnx.Module):
       implementation=config.implementation,
       read_buffer=config.read_buffer_mib << 20,
     )
-    return self.read_out(x, y)
+    return self.read_out(y, inputs.output_gate)
 
   def project(self, x: jax.Array, document: jax.Array | None = None) -> Inputs:
     """What the memories are given for the tokens x [batch, length, d_model]."""
-
-    def convolved(linear, convolution):
-      return jax.nn.silu(convolution(axes.constrain(linear(x), axes.HEADS), document))
-
-    q = l2_normalize(convolved(self.query, self.query_convolution))
-    k = l2_normalize(convolved(self.key, self.key_convolution))
-    v = convolved(self.value, self.value_convolution)
+    projected = axes.constrain(self.projection(x), (*axes.TOKENS, None, "heads", None))
+    query, key, value, output_gate, *connector = (projected[:, :, i] for i in range(projected.shape[2]))
+    q = l2_normalize(jax.nn.silu(self.query_convolution(query, document)))
+    k = l2_normalize(jax.nn.silu(self.key_convolution(key, document)))
+    v = jax.nn.silu(self.value_convolution(value, document))
     return Inputs(
       q=q,
       k=k,
       v=v,
-      u=axes.constrain(self.connector(x), axes.HEADS) if has_connector(self.config) else q,
+      u=connector[0] if connector else q,
+      output_gate=output_gate,
       gates=self.token_gates(x) if self.rule.gates else {},
       token_scores=self.age_scores(x) if self.config.memory.gate == "token" else None,
     )
@@ -124,9 +125,9 @@ class MemoryCaching(nnx.Module):
     heads, head_dim = self.config.heads, self.config.head_dim
     return self.rule.init(jax.random.key(0), heads=heads, head_dim=head_dim)
 
-  def read_out(self, x: jax.Array, y: jax.Array) -> jax.Array:
+  def read_out(self, y: jax.Array, output_gate: jax.Array) -> jax.Array:
     """(RMSNorm(y) * SiLU(x W_g)) W_o: the memories' answers y, normed by head, back to d_model."""
-    return self.output(self.norm(y) * jax.nn.silu(axes.constrain(self.output_gate(x), axes.HEADS)))
+    return self.output(self.norm(y) * jax.nn.silu(output_gate))
 
 
 def has_connector(config: ModelConfig) -> bool:

@@ -105,7 +105,29 @@ def _round(read, parts, i, q, chosen, gates, states):
   filled = (wanted > 0).astype(gates.dtype)[..., None]
   y = exchanged(read(x, jnp.maximum(wanted - 1, 0)[..., None], filled, states), parts.ahead)
   y = jnp.pad(y, ((0, 0), (0, 0), (0, 1), (0, 0)))  # the place of the others
-  return aggregate.combine(y, gates, layout)
+  return _combine(y, gates, layout)
+
+
+@jax.custom_vjp
+def _combine(y: jax.Array, gates: jax.Array, layout: aggregate.Layout) -> jax.Array:
+  """The gated sum over a token's slots: y [b, h, places, d], gates [b, h, k, length] to [b, h, length, d]."""
+  return _combine_forward(y, gates, layout)[0]
+
+
+def _combine_forward(y, gates, layout):
+  y, gate = aggregate.take_pairs(y, layout), gates[..., None]
+  return jnp.where(gate == 0, 0.0, gate * y).sum(2), (y, gates, layout)
+
+
+def _combine_backward(residuals, cotangent):
+  y, gates, layout = residuals
+  d_gates = jnp.where(gates == 0, 0.0, (cotangent[:, :, None] * y).sum(-1))
+  gate = layout.gate[..., None]
+  d_y = jnp.where(gate == 0, 0.0, gate * aggregate.take(cotangent, layout.pair % gates.shape[-1]))
+  return d_y.astype(y.dtype), d_gates, None
+
+
+_combine.defvjp(_combine_forward, _combine_backward)
 
 
 def _layout(room, i, chosen, gates):

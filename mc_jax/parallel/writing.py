@@ -114,65 +114,62 @@ def _pipeline(run, rule, parts, groups, fresh, tokens, marks):
 def _from_arrived(run, rule, first, fresh, arrived, tokens, marks) -> Written:
   start = online.start_state(rule, fresh, tokens.k)
   start = jax.tree.map(lambda new, old: jnp.where(first, new, old), start, arrived)
-  return run(fresh, tokens._replace(documents=marks), start=start)
+  written = run(fresh, tokens._replace(documents=marks), start=start)
+  return written._replace(states=written.states._replace(momentum=None, tail=None))  # what is cached is M alone
 
 
 def _pipeline_forward(run, rule, parts, groups, fresh, tokens, marks):
   part, count = parts.index(), groups[0] * groups[1]
   local = functools.partial(_from_arrived, run, rule, part == 0)
   state = online.start_state(rule, fresh, tokens.k)
-  arrived_all = jax.tree.map(jnp.zeros_like, state)
-  written = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(local, fresh, state, tokens, marks))
+  arrived = jax.tree.map(jnp.zeros_like, state)
+  shapes = jax.eval_shape(local, fresh, state, tokens, marks)._replace(end=None)
+  written = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
   def turn(t, carry):
-    arriving, arrived_all, written = carry
-    i, active = _turn(t - part, count)
-    inputs = _pick(groups, i, fresh, None), arriving, _pick(groups, i, tokens), _pick(groups, i, marks)
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(local, *inputs))
-    out = lax.cond(active, lambda: local(*inputs), lambda: nothing)
-    arrived_all = _put(groups, i, active, arrived_all, arriving)
-    written = Written(
-      _put(groups, i, active, written.y, out.y), _put(groups, i, active, written.states, out.states, rows=1)
-    )
-    end = jax.tree.map(lambda x: parts.ahead(x[-1]), out.states)
-    return end, arrived_all, written
+    i = t - part
 
-  arriving = _pick(groups, jnp.int32(0), arrived_all)
-  _, arrived_all, written = lax.fori_loop(0, parts.count + count - 1, turn, (arriving, arrived_all, written))
-  return written, (fresh, arrived_all, tokens, marks)
+    def active(carry):
+      arriving, arrived, written = carry
+      out = local(_pick(groups, i, fresh, None), arriving, _pick(groups, i, tokens), _pick(groups, i, marks))
+      arrived = _put(groups, i, arrived, arriving)
+      y, states = _put(groups, i, written.y, out.y), _put(groups, i, written.states, out.states, 1)
+      return out.end, arrived, Written(y, states, None)
+
+    end, *kept = lax.cond((i >= 0) & (i < count), active, lambda carry: carry, carry)
+    return jax.tree.map(parts.ahead, end), *kept
+
+  carry = _pick(groups, jnp.int32(0), arrived), arrived, written
+  _, arrived, written = lax.fori_loop(0, parts.count + count - 1, turn, carry)
+  return written, (fresh, arrived, tokens, marks)
 
 
 def _pipeline_backward(run, rule, parts, groups, residuals, cotangent):
-  fresh, arrived_all, tokens, marks = residuals
+  fresh, arrived, tokens, marks = residuals
   part, count = parts.index(), groups[0] * groups[1]
   local = functools.partial(_from_arrived, run, rule, part == 0)
 
   def turn(t, carry):
-    arriving, d_fresh, d_tokens = carry
-    i, active = _turn(t - (parts.count - 1 - part), count)
-    inputs = _pick(groups, i, fresh, None), _pick(groups, i, arrived_all), _pick(groups, i, tokens)
-    d_states = jax.tree.map(lambda d, last: d.at[-1].add(last), _pick(groups, i, cotangent.states, rows=1), arriving)
-    d_written = Written(_pick(groups, i, cotangent.y), d_states)
-    nothing = jax.tree.map(jnp.zeros_like, inputs)
+    i = t - (parts.count - 1 - part)
 
-    def back():
-      return jax.vjp(lambda *args: local(*args, _pick(groups, i, marks)), *inputs)[1](d_written)
+    def active(carry):
+      d_end, d_fresh, d_tokens = carry
+      inputs = _pick(groups, i, fresh, None), _pick(groups, i, arrived), _pick(groups, i, tokens)
+      _, pull = jax.vjp(lambda *args: local(*args, _pick(groups, i, marks)), *inputs)
+      d_states = _pick(groups, i, cotangent.states, 1)
+      d_f, d_arrived, d_t = pull(Written(_pick(groups, i, cotangent.y), d_states, d_end))
+      d_f = jax.tree.map(jnp.add, _pick(groups, i, d_fresh, None), d_f)
+      return d_arrived, _put(groups, i, d_fresh, d_f, None), _put(groups, i, d_tokens, d_t)
 
-    d_f, d_arrived, d_t = lax.cond(active, back, lambda: nothing)
-    d_fresh = _put(groups, i, active, d_fresh, jax.tree.map(jnp.add, _pick(groups, i, d_fresh, None), d_f), None)
-    return jax.tree.map(parts.back, d_arrived), d_fresh, _put(groups, i, active, d_tokens, d_t)
+    d_start, *kept = lax.cond((i >= 0) & (i < count), active, lambda carry: carry, carry)
+    return jax.tree.map(parts.back, d_start), *kept
 
-  zeros = jax.tree.map(jnp.zeros_like, (_pick(groups, jnp.int32(0), arrived_all), fresh, tokens))
-  _, d_fresh, d_tokens = lax.fori_loop(0, parts.count + count - 1, turn, zeros)
+  carry = jax.tree.map(jnp.zeros_like, (_pick(groups, jnp.int32(0), arrived), fresh, tokens))
+  _, d_fresh, d_tokens = lax.fori_loop(0, parts.count + count - 1, turn, carry)
   return d_fresh, d_tokens, None
 
 
 _pipeline.defvjp(_pipeline_forward, _pipeline_backward)
-
-
-def _turn(i: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-  """Which group it is the turn of, and whether it is anyone's turn."""
-  return jnp.clip(i, 0, count - 1), (i >= 0) & (i < count)
 
 
 def _where(x: jax.Array, groups: tuple[int, int], i: jax.Array, rows: int | None):
@@ -191,13 +188,10 @@ def _pick(groups: tuple[int, int], i: jax.Array, arrays: Pytree, rows: int | Non
   return jax.tree.map(lambda x: lax.dynamic_slice(x, *_where(x, groups, i, rows)), arrays)
 
 
-def _put(
-  groups: tuple[int, int], i: jax.Array, active: jax.Array, arrays: Pytree, part: Pytree, rows: int | None = 0
-) -> Pytree:
-  """Arrays with the i-th group's part replaced, if it is active."""
+def _put(groups: tuple[int, int], i: jax.Array, arrays: Pytree, part: Pytree, rows: int | None = 0) -> Pytree:
+  """Arrays with the i-th group's part replaced."""
 
   def put(x, part):
-    start, shape = _where(x, groups, i, rows)
-    return lax.dynamic_update_slice(x, jnp.where(active, part, lax.dynamic_slice(x, start, shape)), start)
+    return lax.dynamic_update_slice(x, part, _where(x, groups, i, rows)[0])
 
   return jax.tree.map(put, arrays, part)

@@ -12,8 +12,8 @@ from mc_jax.kernels import vmem
 from mc_jax.kernels.grouped import block_size, grouped
 
 ROWS, STATES, TOKENS, WIDTH = 2, 4, 16, 8
-# State 1 of the first row and state 0 and 3 of the second own no block; STATES marks an empty one.
-OWNER = np.array([[0, 0, 2, 3, 3, STATES], [1, 1, 1, 2, STATES, STATES]], np.int32)
+# Every state owns a block; STATES marks an empty one.
+OWNER = np.array([[0, 0, 1, 2, 3, 3, STATES], [0, 1, 2, 3, 3, STATES, STATES]], np.int32)
 
 
 def network(x, state):
@@ -21,57 +21,64 @@ def network(x, state):
   return x + dot(jnp.tanh(dot(x, state["w1"].astype(x.dtype))).astype(x.dtype), state["w2"].astype(x.dtype))
 
 
-def plain(x, owner, states):
-  def block(row, mine, x):
+def plain(x, gates, owner, states):
+  def block(row, mine, x, gates):
     if mine >= STATES:
-      return jnp.zeros_like(network(x, jax.tree.map(lambda w: w[0, row], states)))
-    return network(x, jax.tree.map(lambda w: w[mine, row], states))
+      return jnp.zeros_like(x)
+    gates = gates[:, None]
+    y = gates * network(x, jax.tree.map(lambda w: w[mine, row], states))
+    return jnp.where(gates == 0, 0.0, y).astype(x.dtype)
 
-  return jnp.stack([jnp.stack([block(r, mine, x[r, i]) for i, mine in enumerate(owner[r])]) for r in range(ROWS)])
+  return jnp.stack(
+    [jnp.stack([block(r, mine, x[r, i], gates[r, i]) for i, mine in enumerate(owner[r])]) for r in range(ROWS)]
+  )
 
 
 def arguments(dtype=jnp.float32):
-  keys = jax.random.split(jax.random.key(0), 4)
+  keys = jax.random.split(jax.random.key(0), 6)
   x = jax.random.normal(keys[0], (*OWNER.shape, TOKENS, WIDTH), dtype)
   states = {
     "w1": jax.random.normal(keys[1], (STATES, ROWS, WIDTH, 3 * WIDTH)),
     "w2": jax.random.normal(keys[2], (STATES, ROWS, 3 * WIDTH, WIDTH)),
   }
-  return x, states, jax.random.normal(keys[3], x.shape)
+  gates = jax.random.uniform(keys[4], x.shape[:3]) * jax.random.bernoulli(keys[5], 0.8, x.shape[:3])
+  return x, gates, states, jax.random.normal(keys[3], x.shape)
 
 
-def gradients(read, x, states, d_y):
-  y, pull = jax.vjp(read, x, states)
+def read(owner=OWNER, **options):
+  return lambda x, gates, states: grouped(network, x, gates, owner, states, **{"interpret": True, **options})
+
+
+def gradients(read, x, gates, states, d_y):
+  y, pull = jax.vjp(read, x, gates, states)
   return y, *pull(d_y.astype(y.dtype))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("owner", [OWNER, np.zeros_like(OWNER), np.full_like(OWNER, STATES - 1)])
+@pytest.mark.parametrize("owner", [OWNER, OWNER[::-1]])
 def test_agrees_with_a_plain_loop(dtype, owner):
   args = arguments(dtype)
-  got = gradients(lambda x, states: grouped(network, x, owner, states, interpret=True), *args)
-  expected = gradients(lambda x, states: plain(x, owner, states), *args)
+  got = gradients(read(owner), *args)
+  expected = gradients(lambda x, gates, states: plain(x, gates, owner, states), *args)
   tolerance = 1e-5 if dtype == jnp.float32 else 2e-2  # the loop adds up bfloat16 gradients
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, tolerance, tolerance * np.abs(b).max()), got, expected)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(np.float32(a), np.float32(b), tolerance, tolerance * np.abs(b).max()),
+    got,
+    expected,
+  )
   assert jax.tree.map(lambda a: a.dtype, got) == jax.tree.map(lambda a: a.dtype, expected)
 
 
 def test_what_nobody_chose_has_exactly_zero_gradients():
-  x, states, d_y = arguments()
+  x, gates, states, d_y = arguments()
   x = x.at[OWNER == STATES].set(jnp.nan)  # whatever fills the empty blocks
-  y, d_x, d_states = gradients(lambda x, s: grouped(network, x, OWNER, s, interpret=True), x, states, d_y)
-  assert not y[OWNER == STATES].any()
-  assert not d_x[OWNER == STATES].any()
-  chosen = np.array([[i in row for row in OWNER] for i in range(STATES)])
+  gates = gates.at[OWNER == 1].set(0.0)  # a block of fillers
+  y, d_x, d_gates, d_states = gradients(read(), x, gates, states, d_y)
+  empty = (OWNER == STATES) | (OWNER == 1)
+  assert not any(a[empty].any() for a in (y, d_x, d_gates))
   for d in d_states.values():
-    assert not d[~chosen].any()
-    assert d[chosen].any(axis=(1, 2)).all()
-
-
-def test_all_blocks_empty():
-  owner = np.full_like(OWNER, STATES)
-  for leaf in jax.tree.leaves(gradients(lambda x, s: grouped(network, x, owner, s, interpret=True), *arguments())):
-    assert not leaf.any()
+    assert not d[1].any()
+    assert d[np.array([0, 2, 3])].any(axis=(2, 3)).all()
 
 
 def test_gradients_of_bfloat16_states_add_up_in_float32():
@@ -81,7 +88,8 @@ def test_gradients_of_bfloat16_states_add_up_in_float32():
 
   def total(states):
     product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-    return grouped(product, x, owner, states, interpret=True).sum()
+    y = grouped(product, x, jnp.ones(x.shape[:3]), owner, states, interpret=True)
+    return y.astype(jnp.float32).sum()
 
   d = jax.grad(total)(states)
   assert d.dtype == jnp.bfloat16
@@ -89,16 +97,15 @@ def test_gradients_of_bfloat16_states_add_up_in_float32():
 
 
 def test_owners_may_be_traced():
-  x, states, _ = arguments()
-  run = jax.jit(lambda x, owner, s: grouped(network, x, owner, s, interpret=True))
-  np.testing.assert_allclose(run(x, OWNER, states), plain(x, OWNER, states), 1e-5, 1e-5)
+  x, gates, states, _ = arguments()
+  run = jax.jit(lambda x, owner: grouped(network, x, gates, owner, states, interpret=True))
+  np.testing.assert_allclose(run(x, OWNER), plain(x, gates, OWNER, states), 1e-5, 1e-5)
 
 
 def test_no_races(capfd):
   args = arguments()
-  interpret = pltpu.InterpretParams(detect_races=True)
-  got = gradients(lambda x, s: grouped(network, x, OWNER, s, interpret=interpret), *args)
-  expected = gradients(lambda x, s: plain(x, OWNER, s), *args)
+  got = gradients(read(interpret=pltpu.InterpretParams(detect_races=True)), *args)
+  expected = gradients(lambda x, gates, states: plain(x, gates, OWNER, states), *args)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5 * np.abs(b).max()), got, expected)
   assert "RACE" not in "".join(capfd.readouterr())
 

@@ -53,7 +53,7 @@ def arguments(segments, chunks, dtype=jnp.float32):
 
 
 def kernel(chunks, start=None, interpret=True):
-  """(constants, initial, tokens, marks) to (outputs, ends)."""
+  """(constants, initial, tokens, marks) to (outputs, ends, last)."""
   return functools.partial(scan, Recurrence(step, start, CHUNK, chunks, interpret=interpret))
 
 
@@ -70,14 +70,15 @@ def plain(segments, chunks, start=None):
 
     xs = jax.tree.map(lambda x: x.reshape(segments, chunks, 1, CHUNK, *x.shape[1:]), (tokens, marks))
     _, (y, ends) = jax.lax.scan(segment, initial, xs)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[4:]), y), jax.tree.map(lambda x: x[:, 0], ends)
+    ends = jax.tree.map(lambda x: x[:, 0], ends)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[4:]), y), ends, jax.tree.map(lambda x: x[-1], ends)
 
-  rows = jax.vmap(jax.vmap(one, (0, 0, 0, None), (0, 1)), (None, 0, 0, 0), (0, 1))
+  rows = jax.vmap(jax.vmap(one, (0, 0, 0, None), (0, 1, 0)), (None, 0, 0, 0), (0, 1, 0))
   return lambda constants, initial, tokens, marks: rows(constants, initial, tokens, marks[:, 0])
 
 
-def everything(y, ends):
-  return y, ends
+def everything(y, ends, last):
+  return y, ends, last
 
 
 def like(tree, seed=1):
@@ -143,24 +144,25 @@ def _kernels(jaxpr):
 @pytest.mark.parametrize(
   "used",
   [
-    lambda y, ends: y,
-    lambda y, ends: ends,
-    lambda y, ends: (y["norm"], ends[0]),
-    lambda y, ends: (y["y"], ends[1][0]),  # the first segment's end only
+    lambda y, ends, last: y,
+    lambda y, ends, last: ends,
+    lambda y, ends, last: last,
+    lambda y, ends, last: (y["norm"], ends[0], last[1]),
+    lambda y, ends, last: (y["y"], ends[1][0]),  # the first segment's end only
   ],
-  ids=["outputs", "ends", "some of both", "one end"],
+  ids=["outputs", "ends", "last", "some of each", "one end"],
 )
 def test_what_nothing_was_made_of_has_no_cotangent_to_fetch(used):
   segments, chunks = 2, 2
   args = arguments(segments, chunks)
   got = value_and_gradients(kernel(chunks), args, used)
   assert_close(got, value_and_gradients(plain(segments, chunks), args, used), 2e-6)
-  y, ends = got[0][1]
+  out = got[0][1]
 
   def fetched(used):
     return len(kernels(differentiated(kernel(chunks), used), args)["recurrence_bwd"].invars)
 
-  unused = len(jax.tree.leaves((y, ends))) - len(jax.tree.leaves(used(y, ends)))
+  unused = len(jax.tree.leaves(out)) - len(jax.tree.leaves(used(*out)))
   assert fetched(used) == fetched(everything) - unused
 
 
@@ -201,9 +203,9 @@ def test_the_cost_is_that_of_the_steps(chunks):
 
   # Constants are fetched for every row, marks for every head, and backward, tokens on the way and on the way back.
   constants, initial, tokens, marks = args
-  y, ends = jax.eval_shape(kernel(chunks), *args)
+  y, ends, last = jax.eval_shape(kernel(chunks), *args)
   each = BATCH * size(constants), HEADS * size(marks)
   assert forward.bytes_accessed == size(initial, tokens, y, ends) + sum(each)
   twice = 2 - 1 / chunks
   coming, going = twice * (size(tokens) + each[1]) + each[0], size(initial, tokens) + BATCH * size(constants)
-  assert backward.bytes_accessed == int(size(initial, ends, y, ends) + coming + going)
+  assert backward.bytes_accessed == int(size(initial, ends, y, ends, last) + coming + going)

@@ -118,14 +118,16 @@ def test_a_selective_read_is_the_sum_over_what_was_selected(network, block):
     y = jnp.take_along_axis(reads(network, q, states), index[..., None], axis=-2)
     return jnp.where(gates[..., None] == 0, 0, gates[..., None] * y).sum(-2)  # gate 0: an empty slot
 
-  def read_blocks(x, owner, states):
+  def read_blocks(x, gates, owner, states):
     empty = owner == MEMORIES  # whose y nobody looks at
     states = {name: jnp.moveaxis(w, 0, 2) for name, w in states.items()}
     own = {
       name: jnp.take_along_axis(w, jnp.minimum(owner, MEMORIES - 1)[..., None, None], 2) for name, w in states.items()
     }
     assert x.shape[-2] == block
-    return jnp.where(empty[..., None, None], jnp.nan, network(x, lambda name, z: z @ own[name]))
+    gates = gates[..., None]
+    y = jnp.where(empty[..., None, None], jnp.nan, network(x, lambda name, z: z @ own[name]))
+    return gates * jnp.where(gates == 0, 0.0, y)
 
   def read(q, gates, states):
     if block is None:
@@ -141,17 +143,17 @@ def test_blocks_are_one_memorys_each_in_ascending_order():
   q, index, gates, _ = routed()
   block, seen = 4, []
 
-  def read_blocks(x, owner, states):
+  def read_blocks(x, gates, owner, states):
     seen.extend((x, owner))
     return x
 
   aggregate.select_and_read(read_blocks, block, q, index, gates, memories(networks.Matrix()))
   x, owner = map(np.asarray, seen)
-  assert owner.shape[-1] <= -(-index[0, 0].size // block) + MEMORIES
+  assert owner.shape[-1] <= -(-index[0, 0].size // block) + MEMORIES + 1
   assert (np.diff(owner) >= 0).all()
   chosen = np.where(gates == 0, MEMORIES, index)
   for b, h in np.ndindex(owner.shape[:2]):
-    blocks = [-(-(chosen[b, h] == i).sum() // block) for i in range(MEMORIES)]  # no more than are needed
+    blocks = [max(1, -(-(chosen[b, h] == i).sum() // block)) for i in range(MEMORIES)]  # no more than are needed
     assert [(owner[b, h] == i).sum() for i in range(MEMORIES)] == blocks
   for b, h, t, slot in np.argwhere(gates != 0):
     own = x[b, h, owner[b, h] == index[b, h, t, slot]]

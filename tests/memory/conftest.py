@@ -3,7 +3,4 @@
 import pathlib
 import sys
 
-import jax
-import pytest
-
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for `import samples`

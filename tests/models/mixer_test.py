@@ -51,6 +51,8 @@ def assert_everything_learns(config):
   gradients = jit(jax.grad(lambda p: jnp.square(nnx.merge(graph, p)(x)).sum()))(parameters)
   flat = {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(gradients)}
   chex.assert_tree_all_finite(flat)
+  projections = flat.pop("projection/kernel")
+  flat |= {f"projection/{i}": projections[:, i] for i in range(projections.shape[1])}
   for path, gradient in flat.items():
     assert jnp.abs(gradient).max() > 0, path
   return set(flat)
@@ -59,7 +61,7 @@ def assert_everything_learns(config):
 @pytest.mark.parametrize(("rule", "aggregation"), EVERY)
 def test_every_parameter_learns(rule, aggregation):
   paths = assert_everything_learns(tiny(rule=rule, aggregation=aggregation))
-  assert ("connector/kernel" in paths) == (aggregation in ("grm", "soup", "ssc"))
+  assert ("projection/4" in paths) == (aggregation in ("grm", "soup", "ssc"))
   assert ("initial/w1" in paths) == (rule in ("dla", "titans"))
   assert ("token_gates/bias" in paths) == (rule != "linear")
 
@@ -68,7 +70,7 @@ def test_every_parameter_learns(rule, aggregation):
 def test_every_parameter_learns_with_the_other_gates(options):
   paths = assert_everything_learns(tiny(rule="linear", **options))
   assert ("age_scores/kernel" in paths) == (options["gate"] == "token")
-  assert ("connector/kernel" in paths) == (options["gate"] == "sigmoid")
+  assert ("projection/4" in paths) == (options["gate"] == "sigmoid")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_the_parts_make_the_whole():
       segmentation=memory.segments.constant(4),
     )
     y /= jnp.sqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
-    return mixer.output(y * jax.nn.silu(mixer.output_gate(x)))
+    return mixer.output(y * jax.nn.silu(inputs.output_gate))
 
   chex.assert_trees_all_close(jit(mixer.__call__)(x), by_hand(x), atol=1e-5)
 

@@ -38,7 +38,7 @@ def test_weight_decay_is_for_the_kernels_of_projections(tiny, mixer):
   for name, flag in decays.items():
     spared = any(part in name for part in ("norm", "embedding", "bias", "convolution", "token_gates", "initial"))
     assert flag != spared, name
-  assert decays["blocks.mixer.query.kernel"]
+  assert decays["blocks.mixer.projection.kernel"]
   assert not decays["embedding"]
 
 
