@@ -30,7 +30,8 @@ def test_a_run_shorter_than_its_warmup_only_warms_up():
 
 @pytest.mark.parametrize("mixer", ["memory_caching", "transformer"])
 def test_weight_decay_is_for_the_kernels_of_projections(tiny, mixer):
-  params = state.abstract(tiny(mixer=mixer)).params
+  config = tiny(mixer=mixer)
+  params = state.abstract(config, config.make_mesh(jax.devices()[:1])).params
   decays = {
     jax.tree_util.keystr(path, simple=True, separator="."): flag
     for path, flag in jax.tree_util.tree_leaves_with_path(optimizer.decayed(params))
@@ -38,7 +39,7 @@ def test_weight_decay_is_for_the_kernels_of_projections(tiny, mixer):
   for name, flag in decays.items():
     spared = any(part in name for part in ("norm", "embedding", "bias", "convolution", "token_gates", "initial"))
     assert flag != spared, name
-  assert decays["blocks.mixer.projection.kernel"]
+  assert decays[f"blocks.mixer.{'query' if mixer == 'transformer' else 'projection'}.kernel"]
   assert not decays["embedding"]
 
 
