@@ -1,6 +1,19 @@
-"""Real text to batches of tokens: sources, windows, and the n-gram models a run is compared with."""
+"""Data for training: documents and recall tasks to batches of tokens, and the n-gram models a run is compared with."""
 
-from mc_jax.data import ngram, sources, tokenizers, windows
-from mc_jax.data.config import ConfigError, DataConfig
+from mc_jax.data import datasets, loader, ngram, recall, sources, tokenizers, windows
+from mc_jax.data.config import DataConfig, PackingConfig, PartConfig
+from mc_jax.data.errors import ConfigError
 
-__all__ = ["ConfigError", "DataConfig", "ngram", "sources", "tokenizers", "windows"]
+__all__ = [
+  "ConfigError",
+  "DataConfig",
+  "PackingConfig",
+  "PartConfig",
+  "datasets",
+  "loader",
+  "ngram",
+  "recall",
+  "sources",
+  "tokenizers",
+  "windows",
+]

@@ -16,7 +16,8 @@ import sysconfig
 import numpy as np
 
 from mc_jax.data import tokenizers
-from mc_jax.data.config import ConfigError, DataConfig
+from mc_jax.data.config import DataConfig
+from mc_jax.data.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +60,15 @@ def _join(texts) -> np.ndarray:
 
 def split(names: list[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
   """Training and validation names, in the order given; each name's place depends on it alone."""
-
-  def held_out(name: str) -> bool:
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
-
-  training = [name for name in names if not held_out(name)]
-  validation = [name for name in names if held_out(name)]
+  training = [name for name in names if not held_out(name, fraction, seed)]
+  validation = [name for name in names if held_out(name, fraction, seed)]
   return training, validation
+
+
+def held_out(name: str, fraction: float, seed: int) -> bool:
+  """Whether what is called so is for validation: `fraction` of all names are."""
+  digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+  return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def is_text(data: bytes) -> bool:
@@ -78,13 +80,18 @@ def is_text(data: bytes) -> bool:
   return b"\0" not in data
 
 
+def stdlib_root() -> pathlib.Path:
+  """The folder of the standard library of the Python that runs this."""
+  return pathlib.Path(sysconfig.get_paths()["stdlib"])
+
+
 def stdlib() -> dict[str, bytes]:
   """The .py files of the standard library of the Python that runs this, by relative path.
 
   Installed packages are left out, and so are the few files that are not UTF-8 on purpose (tests
   of the parser).
   """
-  root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+  root = stdlib_root()
   files = {}
   for folder, subfolders, names in os.walk(root):
     subfolders[:] = [s for s in subfolders if s not in ("site-packages", "dist-packages")]

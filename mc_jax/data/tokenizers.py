@@ -1,20 +1,193 @@
-"""Text as bytes: every byte of the UTF-8 encoding is a token."""
+"""Text as tokens: bytes, a Hugging Face tokenizer.json, or a SentencePiece model."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import pathlib
+from collections.abc import Sequence
+from typing import Protocol
+
 import numpy as np
+from etils import epath
+
+from mc_jax.data.errors import ConfigError
 
 VOCAB_SIZE = 256
-SEPARATOR = 0  # the byte before every file; it cannot occur in one (see sources.is_text)
+SEPARATOR = 0  # the byte before every file; it cannot occur in one (see formats.is_text)
+
+# Tokens that vocabularies have for the end of a text or, failing that, for its start.
+_SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]", "<s>", "<bos>", "[BOS]")
 
 
 def encode(text: str | bytes) -> np.ndarray:
-  """Tokens of a text, uint8 [length]."""
+  """Bytes of a text, uint8 [length]."""
   data = text.encode("utf-8") if isinstance(text, str) else text
   return np.frombuffer(data, dtype=np.uint8)
 
 
 def decode(tokens: np.ndarray) -> str:
-  """The text of `tokens` [length]; separators become newlines, broken UTF-8 U+FFFD."""
+  """The text of bytes [length]; separators become newlines, broken UTF-8 U+FFFD."""
   data = np.asarray(tokens, dtype=np.uint8).tobytes()
   return data.replace(bytes([SEPARATOR]), b"\n").decode("utf-8", errors="replace")
+
+
+class Tokenizer(Protocol):
+  """Text to ids and back.
+
+  Attributes:
+    vocab_size: ids are below it.
+    separator: id that stands at the start and at the end of a document.
+    fingerprint: of everything that ids depend on: equal fingerprints, equal ids.
+  """
+
+  vocab_size: int
+  separator: int
+  fingerprint: str
+
+  def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Ids of each text, int32 [length], without separators."""
+
+  def decode(self, ids: np.ndarray) -> str:
+    """The text of ids [length]; separators become newlines."""
+
+
+class Bytes:
+  """Every byte of the UTF-8 encoding is a token."""
+
+  vocab_size = VOCAB_SIZE
+  separator = SEPARATOR
+  fingerprint = "bytes"
+
+  def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+    return [encode(text).astype(np.int32) for text in texts]
+
+  def decode(self, ids: np.ndarray) -> str:
+    return decode(ids)
+
+
+class HuggingFace:
+  """A tokenizer.json."""
+
+  def __init__(self, data: bytes, separator: str, where: str):
+    tokenizers = _import("tokenizers", where)
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+    except Exception as error:  # the package raises no class of its own
+      raise ConfigError(f"data.tokenizer: {where} is not a tokenizer.json of Hugging Face: {error}") from error
+    self._tokenizer.no_padding()
+    self._tokenizer.no_truncation()
+    self._tokenizer.encode_special_tokens = True  # a text that spells a special token is still text
+    self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    self.separator = _separator(self._tokenizer.token_to_id, separator, where)
+    self.fingerprint = _fingerprint(data, self.separator)
+
+  def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+    encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+  def decode(self, ids: np.ndarray) -> str:
+    decode = functools.partial(self._tokenizer.decode, skip_special_tokens=False)
+    return "\n".join(decode(part.tolist()) for part in _parts(ids, self.separator))
+
+
+class SentencePiece:
+  """A *.model of SentencePiece."""
+
+  def __init__(self, data: bytes, separator: str, where: str):
+    sentencepiece = _import("sentencepiece", where)
+    try:
+      self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+    except Exception as error:
+      raise ConfigError(f"data.tokenizer: {where} is not a SentencePiece model: {error}") from error
+    processor = self._processor
+    self.vocab_size = processor.vocab_size()
+
+    def to_id(piece: str) -> int | None:
+      number = processor.piece_to_id(piece)
+      return number if processor.id_to_piece(number) == piece else None
+
+    self.separator = _separator(to_id, separator, where)
+    self.fingerprint = _fingerprint(data, self.separator)
+
+  def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+    return [np.asarray(ids, np.int32) for ids in self._processor.encode(list(texts))]
+
+  def decode(self, ids: np.ndarray) -> str:
+    return "\n".join(self._processor.decode(part.tolist()) for part in _parts(ids, self.separator))
+
+
+def load(name: str, separator: str = "") -> Tokenizer:
+  """The tokenizer of `data.tokenizer`.
+
+  Args:
+    name: "bytes", or where a tokenizer.json or a SentencePiece *.model lies; also in a bucket.
+    separator: token that documents start and end with; "": the first that the vocabulary has of the usual ones.
+
+  Raises:
+    ConfigError: no such file, not a tokenizer, or no such separator.
+  """
+  if name == "bytes":
+    if separator:
+      raise ConfigError(f"data.separator must be empty with data.tokenizer=bytes, got {separator!r}")
+    return Bytes()
+  data = read(name)
+  return (SentencePiece if name.endswith(".model") else HuggingFace)(data, separator, name)
+
+
+def read(name: str) -> bytes:
+  """The bytes of a tokenizer's file; ConfigError if there is no such file."""
+  try:
+    return epath.Path(name).expanduser().read_bytes()
+  except OSError as error:
+    raise ConfigError(
+      f"data.tokenizer must be bytes, a tokenizer.json or a SentencePiece *.model; cannot read {name!r}: {error}"
+    ) from error
+
+
+def train_bpe(texts, vocab_size: int, path: pathlib.Path) -> None:
+  """Writes the tokenizer.json of a byte-level BPE with `vocab_size` ids, learned from an iterable of texts.
+
+  Its separator is <|endoftext|>, id 0. Every text can be encoded, and decodes to itself.
+  """
+  tokenizers = _import("tokenizers", "--train_bpe")
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=[_SEPARATORS[0]],
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  tokenizer.train_from_iterator(texts, trainer)
+  tokenizer.save(str(path))
+
+
+def _import(package: str, where: str):
+  try:
+    return __import__(package)
+  except ImportError as error:
+    raise ConfigError(f"{where} needs the package {package}: pip install 'mc_jax[data]'") from error
+
+
+def _separator(to_id, token: str, where: str) -> int:
+  ids = [to_id(candidate) for candidate in ([token] if token else _SEPARATORS)]
+  found = [number for number in ids if number is not None]
+  if not found:
+    missing = repr(token) if token else f"none of {', '.join(_SEPARATORS)}"
+    raise ConfigError(
+      f"data.separator must be a token of {where}, which has " + (f"no {missing}" if token else missing)
+    )
+  return found[0]
+
+
+def _fingerprint(data: bytes, separator: int) -> str:
+  return f"{hashlib.sha256(data).hexdigest()}/{separator}"
+
+
+def _parts(ids: np.ndarray, separator: int) -> list[np.ndarray]:
+  """The stretches between separators, int [length] each."""
+  ids = np.asarray(ids)
+  cuts = np.flatnonzero(ids == separator)
+  return [part[part != separator] for part in np.split(ids, cuts)]

@@ -107,19 +107,24 @@ def validation(stream: np.ndarray, config: DataConfig) -> list[Batch]:
     count = min(len(starts), max(1, config.validation_tokens // length))
     starts = starts[np.arange(count) * len(starts) // count]
   rows = [_row(stream[s : s + length + 1], length, config.documents) for s in starts]
-  batches = []
-  for first in range(0, len(rows), config.batch_size):
-    group = rows[first : first + config.batch_size]
+  return batches(rows, config.batch_size)
+
+
+def batches(rows: list[Batch], batch_size: int) -> list[Batch]:
+  """Rows in batches; the last one is filled up with rows of weight 0."""
+  found = []
+  for first in range(0, len(rows), batch_size):
+    group = rows[first : first + batch_size]
     empty = {name: np.zeros_like(array) for name, array in group[0].items()}
-    group = group + [empty] * (config.batch_size - len(group))
-    batches.append({name: np.stack([row[name] for row in group]) for name in empty})
-  return batches
+    group = group + [empty] * (batch_size - len(group))
+    found.append({name: np.stack([row[name] for row in group]) for name in empty})
+  return found
 
 
 def shapes(config: DataConfig, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes, dtypes and shardings of a batch on a mesh."""
   dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
-  if config.documents:
+  if config.segments:
     dtypes["segment_ids"] = np.int32
   shape = (config.batch_size, config.length)
   sharding = axes.sharding(mesh, axes.TOKENS)

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import jax
 import ml_collections
 
-from mc_jax.data import ConfigError, DataConfig, tokenizers
+from mc_jax.data import ConfigError, DataConfig, PartConfig, tokenizers
+from mc_jax.data.config import TEXTS
 from mc_jax.models import ModelConfig
 from mc_jax.parallel import mesh as meshes
 from mc_jax.parallel.mesh import MeshConfig
@@ -78,7 +79,7 @@ class Config:
       *train.problems("train"),
       *self.mesh.problems("mesh"),
     ]
-    if model.vocab_size < tokenizers.VOCAB_SIZE:
+    if model.vocab_size < tokenizers.VOCAB_SIZE and data.tokenizer == "bytes" and data.source in TEXTS:
       found.append(f"model.vocab_size={model.vocab_size} must be at least {tokenizers.VOCAB_SIZE}: tokens are bytes")
     if train.microbatches > 1 and data.batch_size % train.microbatches:
       found.append(
@@ -92,10 +93,10 @@ class Config:
           f"data.length={data.length} is more than model.max_length={model.max_length}, which "
           "model.memory.gate='token' needs: use a model.max_length of at least data.length"
         )
-      if memory.segmentation == "logarithmic" and data.documents:
+      if memory.segmentation == "logarithmic" and data.segments:
         found.append(
-          "model.memory.segmentation='logarithmic' does not go together with data.documents=True: "
-          "use segmentation='constant' or documents=False"
+          "model.memory.segmentation='logarithmic' does not go together with data.documents=True nor with packed rows: "
+          "use segmentation='constant', or data.packing.method='windows' and data.documents=False"
         )
     return found
 
@@ -181,8 +182,19 @@ class Config:
 
 
 def default() -> ml_collections.ConfigDict:
-  """The default tree, locked: config files and the command line change fields, never add any."""
-  return _to_config_dict(Config()).lock()
+  """The default tree, locked: config files and the command line change fields, never add any but data.sources."""
+  tree = _to_config_dict(Config()).lock()
+  tree.data.sources.unlock()
+  return tree
+
+
+def source(**fields) -> ml_collections.ConfigDict:
+  """A source for `data.sources`: c.data.sources.books = config.source(source="text", paths="books/*.txt", weight=0.3).
+
+  Raises:
+    ConfigError: a field that does not exist.
+  """
+  return _to_config_dict(from_dict(fields, PartConfig)).lock()
 
 
 def from_config_dict(tree: ml_collections.ConfigDict) -> Config:
@@ -205,15 +217,23 @@ def from_dict(tree: dict, cls: type = Config):
   unknown = sorted(set(tree) - set(types_of))
   if unknown:
     raise ConfigError(f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(types_of)}")
-  values = {
-    name: from_dict(value, types_of[name]) if isinstance(value, dict) else value for name, value in tree.items()
-  }
-  return cls(**values)
+  return cls(**{name: _from_tree(value, types_of[name]) for name, value in tree.items()})
+
+
+def _from_tree(value, kind):
+  """A field's value of a tree: a dataclass, a dict of dataclasses by names of the user's choice, or what it is."""
+  if not isinstance(value, dict):
+    return value
+  if typing.get_origin(kind) is dict:
+    return {name: from_dict(item, typing.get_args(kind)[1]) for name, item in value.items()}
+  return from_dict(value, kind)
 
 
 def require_field(name: str) -> None:
   """Raises ConfigError, with the nearest name, if the tree has no field or group `name`."""
   fields = list(_flatten(dataclasses.asdict(Config())))
+  if name.startswith("data.sources."):  # names there are the config file's: absl knows them
+    fields += [f"data.sources.{name.split('.')[2]}.{field}" for field in _flatten(dataclasses.asdict(PartConfig()))]
   groups = {field.rpartition(".")[0] for field in fields}
   if name not in fields and name not in groups:
     nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0)[0]

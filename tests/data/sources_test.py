@@ -98,7 +98,7 @@ def test_tokens_are_bytes():
   [
     ({"source": "web"}, "data.source must be one of stdlib, text"),
     ({"source": "text"}, "data.paths must be files, folders or globs"),
-    ({"paths": "x"}, "data.paths is read only by data.source=text"),
+    ({"paths": "x"}, "data.paths is not read by data.source=stdlib"),
     ({"length": 0}, "data.length must be at least 1"),
     ({"batch_size": 0}, "data.batch_size must be at least 1"),
     ({"validation_fraction": 0.0}, "data.validation_fraction must be between 0 and 1"),

@@ -10,6 +10,7 @@ import pytest
 
 from mc_jax.data import ConfigError, sources, windows
 from mc_jax.parallel.mesh import MeshConfig
+from mc_jax.training import config as config_lib
 from mc_jax.training import state
 from mc_jax.training.checkpointing import Checkpoints, changed
 
@@ -36,7 +37,7 @@ def test_state_data_and_configuration_come_back(tiny, alone, tmp_path):
   assert step == 1
   chex.assert_trees_all_equal(restored, start)
   chex.assert_trees_all_equal(next(again), following)
-  assert stored == dataclasses.asdict(config)
+  assert config_lib.from_dict(stored) == config
   assert isinstance(restored.step, jax.Array)
 
 

@@ -1,0 +1,266 @@
+"""Everything that a run reads, from its configuration: checked, split, and ready to be drawn from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import numpy as np
+
+from mc_jax.data import files, formats, ngram, packing, recall, sources, streams, tokenizers, windows
+from mc_jax.data.config import FORMATS, TASKS, DataConfig, PartConfig
+from mc_jax.data.documents import Documents, Order
+from mc_jax.data.errors import ConfigError
+from mc_jax.data.loader import Batches
+from mc_jax.data.packing import Row
+from mc_jax.data.tokenizers import Tokenizer
+from mc_jax.data.windows import Batch
+
+_TASK_ROWS = 64  # for validation, where data.validation_tokens is 0
+_PROMPT = 64  # tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+  """The same batches at every evaluation.
+
+  Attributes:
+    batches: of one source.
+    count: what the loss is divided by: bytes of the text that is scored, or, of a task, answer tokens.
+  """
+
+  batches: list[Batch]
+  count: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """What a run reads.
+
+  Attributes:
+    tokenizer: of the text, and of samples.
+    vocab_size: ids are below it.
+    training: (shard) -> its rows.
+    validation: by the name of the source.
+    unit: of Validation.count: "byte", or "answer" if all sources are tasks.
+    prompt: tokens int32 [up to 64] of validation text, or the first tokens of a task's row.
+    references: bits per byte that counting reaches, {name: bits}, where tokens are bytes and rows windows of all text.
+    facts: what it is, for people.
+    fingerprint: arrays and bytes that are the same in all processes if the data are.
+  """
+
+  config: DataConfig
+  tokenizer: Tokenizer
+  vocab_size: int
+  training: Callable[[int], streams.Mixture]
+  validation: dict[str, Validation]
+  unit: str
+  prompt: np.ndarray
+  references: dict[str, float]
+  facts: dict[str, str]
+  fingerprint: tuple[bytes | np.ndarray, ...]
+
+  def batches(self, mesh: jax.sharding.Mesh) -> Batches:
+    """The training batches on a mesh, from the first on."""
+    config = self.config
+    key = None
+    if config.packing.method != "windows":
+      names = [name for name, part in config.parts.items() if _trains(part)]
+      key = {
+        "data.sources": names,
+        "data.shards": config.virtual_shards,
+        "data.length": config.length,
+        "data.packing": [config.packing.method, config.packing.align, config.packing.window],
+      }
+    return Batches(self.training, config.virtual_shards, windows.shapes(config, mesh), config.workers, key)
+
+
+def load(config: DataConfig) -> Dataset:
+  """Finds, checks and splits what `config` names.
+
+  Raises:
+    ConfigError: naming the setting or the file that cannot be.
+  """
+  tokenizer = tokenizers.load(config.tokenizer, config.separator)
+  if config.packing.method == "windows" and config.source in FORMATS:
+    return _windows(config, tokenizer)
+  return _mixture(config, tokenizer)
+
+
+def _windows(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
+  """Windows of all the text."""
+  corpus = sources.load(config)
+  rows = windows.training(corpus.training, config)
+  batches = windows.validation(corpus.validation, config)
+  counted = {"training": corpus.training_files, "validation": corpus.validation_files}
+  texts = {"training": corpus.training, "validation": corpus.validation}
+  return Dataset(
+    config=config,
+    tokenizer=tokenizer,
+    vocab_size=tokenizer.vocab_size,
+    training=functools.partial(_window_rows, rows, config.virtual_shards),
+    validation={config.source: Validation(batches, float(sum(batch["weights"].sum() for batch in batches)))},
+    unit="byte",
+    prompt=corpus.validation[:_PROMPT].astype(np.int32),
+    references={
+      "byte unigram": ngram.bits_per_byte(ngram.unigram(corpus.training), batches),
+      "byte bigram": ngram.bits_per_byte(ngram.bigram(corpus.training), batches),
+    },
+    facts={f"{name} text": f"{len(texts[name]):,} bytes in {len(counted[name]):,} files" for name in texts},
+    fingerprint=(corpus.training, corpus.validation),
+  )
+
+
+def _window_rows(rows: Sequence[Row], shards: int, shard: int) -> streams.Mixture:
+  counted = streams.Counted(lambda number: rows[number * shards + shard])
+  return streams.Mixture({"windows": (counted, 1.0)}, ())
+
+
+def _trains(part: PartConfig) -> bool:
+  return part.split != "validation" and part.weight > 0
+
+
+def _mixture(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
+  """Packed documents and rows of tasks."""
+  parts = config.parts
+  documents = {
+    name: Documents(_blocks(part, tokenizer), tokenizer, config.on_error)
+    for name, part in parts.items()
+    if part.source in FORMATS
+  }
+  tasks = {name: _task(part, config, tokenizer) for name, part in parts.items() if part.source in TASKS}
+  if not any(_trains(part) for part in parts.values()):
+    raise ConfigError("data.sources: none has a weight above 0 and a split that is not validation")
+  validation = {}
+  for name, part in parts.items():
+    if part.split != "training":
+      share = -(-config.validation_tokens // len(parts))
+      rows = _validation_rows(documents.get(name), tasks.get(name), part, config, share, name)
+      batches = windows.batches(rows, config.batch_size)
+      text = name in documents
+      count = _text_bytes(rows, tokenizer) if text else float(sum(row["weights"].sum() for row in rows))
+      validation[name] = Validation(batches, count)
+  if not validation:
+    raise ConfigError("data.sources: none is for validation: one needs a split of both or validation")
+  orders = {name: Order(found.counts, config.seed, found.scattered) for name, found in documents.items()}
+  sizes = [tokenizer.vocab_size] * bool(documents) + [
+    parts[name].task.vocab_size or tokenizer.vocab_size for name in tasks
+  ]
+  first = next(iter(validation.values())).batches[0]["tokens"][0]
+  facts = {"tokenizer": f"{config.tokenizer}, {tokenizer.vocab_size:,} ids"} if documents else {}
+  weights = sum(part.weight for part in parts.values() if _trains(part))
+  for name, part in parts.items():
+    what = f"{part.source}, {len(documents[name]):,} documents" if name in documents else part.source
+    share = f"{part.weight / weights:.0%} of the rows" if _trains(part) else "validation"
+    facts[f"source {name}"] = f"{what}, {share}"
+  identity = [[block.name, block.first, block.count, block.size] for d in documents.values() for block in d.blocks]
+  return Dataset(
+    config=config,
+    tokenizer=tokenizer,
+    vocab_size=max(sizes),
+    training=functools.partial(_shard, config, documents, orders, tasks),
+    validation=validation,
+    unit="byte" if documents else "answer",
+    prompt=first[:_PROMPT],
+    references={},
+    facts=facts,
+    fingerprint=(tokenizer.fingerprint.encode(), json.dumps(identity).encode()),
+  )
+
+
+def _shard(config: DataConfig, documents: dict, orders: dict, tasks: dict, shard: int) -> streams.Mixture:
+  """The rows of a virtual shard."""
+  made = {}
+  for name, part in config.parts.items():
+    if not _trains(part):
+      continue
+    if name in documents:
+      key = (config.seed, name, "long")
+      stream = streams.packed(documents[name], orders[name], part, config, key, shard)
+    else:
+      row = tasks[name]
+      stream = streams.Counted(lambda number, row=row, name=name: row((config.seed, name, shard, number)))
+    made[name] = (stream, part.weight)
+  return streams.Mixture(made, (config.seed, "mixture", shard))
+
+
+def _blocks(part: PartConfig, tokenizer: Tokenizer) -> list[formats.Block]:
+  if part.source == "stdlib":
+    root = sources.stdlib_root()
+    return [formats.TextFile(name, str(root / name), 0, 1, len(data)) for name, data in sources.stdlib().items()]
+  found = formats.blocks(part, tokenizer.fingerprint)
+  if not found:
+    raise ConfigError(f"the files of {part.source} source {part.paths!r} hold no documents")
+  return found
+
+
+def _task(part: PartConfig, config: DataConfig, tokenizer: Tokenizer) -> Callable[[tuple], Row]:
+  """(key) -> the row that a task makes of it."""
+  task, options = recall.TASKS[part.source], {}
+  if task.reads_text:
+    options["encode"] = functools.partial(_encode, tokenizer)
+    if part.paths:
+      options["words"] = recall.prose.words(_texts(part.paths))
+
+  def row(key: tuple) -> Row:
+    made = task.row(part.task, config.length, streams.generator(*key), **options)
+    answers = np.flatnonzero(made["weights"])
+    return {**made, "segment_ids": (np.arange(config.length) <= answers.max(initial=0)).astype(np.int32)}
+
+  return row
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
+  return tokenizer.encode([text])[0]
+
+
+def _texts(paths: str) -> Iterable[bytes]:
+  for url in files.find(paths, field="paths of niah").values():
+    with files.reading(url) as file:
+      yield file.read()
+
+
+def _validation_rows(
+  documents: Documents | None,
+  task: Callable[[tuple], Row] | None,
+  part: PartConfig,
+  config: DataConfig,
+  tokens: int,
+  name: str,
+) -> list[Row]:
+  """Rows of a source that training does not see; `tokens` at most, but one row at least; 0: all."""
+  most = max(1, tokens // config.length) if tokens else None
+  if task is not None:
+    return [task((config.seed, name, "validation", number)) for number in range(most or _TASK_ROWS)]
+  found, total = [], 0
+  order = Order(documents.counts, config.seed + 1, documents.scattered)
+  for i in (order[number] for number in range(len(documents))):
+    if part.split == "both" and not sources.held_out(documents.name(i), config.validation_fraction, config.seed):
+      continue
+    ids = documents[i]
+    if len(ids):
+      found.append(ids)
+      total += len(ids) - 1
+    if most and total >= most * config.length:
+      break
+  if not found:
+    raise ConfigError(
+      f"the validation split of {name} would be empty: of {len(documents)} document(s), a hash of their names holds "
+      f"out data.validation_fraction={config.validation_fraction}. Give it more documents, change "
+      "data.validation_fraction (between 0 and 1), or try another data.seed"
+    )
+  return packing.rows(found, config.length, config.packing.align)[:most]
+
+
+def _text_bytes(rows: Sequence[Row], tokenizer: Tokenizer) -> float:
+  """Bytes of the text of all targets; a document's end counts as one."""
+  if isinstance(tokenizer, tokenizers.Bytes):
+    return float(sum(row["weights"].sum() for row in rows))
+  count = 0
+  for row in rows:
+    for number in range(1, row["segment_ids"].max(initial=0) + 1):
+      count += len(tokenizer.decode(row["targets"][row["segment_ids"] == number]).encode())
+  return float(count)

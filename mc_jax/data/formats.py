@@ -1,0 +1,293 @@
+"""Documents in files, block by block: what is read together, such as a Parquet file's row group.
+
+A block's documents can be read by their number in it. Blocks are as large as is good to keep in memory (megabytes, but
+for compressed JSON lines, which are whole files).
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from mc_jax.data import files, manifests, sources
+from mc_jax.data.config import SourceConfig
+from mc_jax.data.errors import ConfigError
+
+Document = str | np.ndarray  # text, or ids int32 [length]
+
+SUFFIXES = {
+  "text": (),
+  "jsonl": (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst"),
+  "parquet": (".parquet",),
+  "arrayrecord": (".array_record", ".arrayrecord"),
+}
+
+_JSONL_BLOCK = 4 << 20  # bytes
+
+
+class Malformed(ConfigError):
+  """A document that cannot be read, in a file that can."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Block(abc.ABC):
+  """Documents `first`, ..., `first + count - 1` of a file.
+
+  Attributes:
+    name: of the file, relative to the corpus.
+    url: of the file.
+    first: number of the first document within the file, from 0.
+    count: of documents.
+    size: bytes, about; of the compressed file where it is.
+  """
+
+  name: str
+  url: str
+  first: int
+  count: int
+  size: int
+
+  @abc.abstractmethod
+  def read(self) -> Sequence:
+    """What the documents are made from, by their number in the block.
+
+    Raises:
+      ConfigError: naming the file that cannot be read.
+    """
+
+  @abc.abstractmethod
+  def document(self, content: Sequence, i: int) -> Document:
+    """Document `i` of the block, from what `read` returned.
+
+    Raises:
+      Malformed: naming file and place.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFile(Block):
+  """A file that is one document."""
+
+  def read(self) -> Sequence[bytes]:
+    with files.reading(self.url) as file:
+      return [file.read()]
+
+  def document(self, content: Sequence[bytes], i: int) -> str:
+    if not sources.is_text(content[i]):
+      raise Malformed(f"{self.url} is not text (UTF-8 without NUL bytes)")
+    return content[i].decode("utf-8")
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonLines(Block):
+  """Lines of a file, each a JSON object; empty lines are empty documents."""
+
+  field: str
+  offset: int  # of the first line, bytes; 0 in a compressed file
+  end: int | None  # behind the last line; None: the file's end
+
+  def read(self) -> Sequence[bytes]:
+    with files.reading(self.url, self.offset) as file:
+      data = file.read() if self.end is None else file.read(self.end - self.offset)
+    return data.split(b"\n")
+
+  def document(self, content: Sequence[bytes], i: int) -> str:
+    line = content[i].strip()
+    if not line:
+      return ""
+    where = f"{self.url}, line {self.first + i + 1}"
+    try:
+      record = json.loads(line)
+    except ValueError as error:
+      raise Malformed(f"{where}: not JSON: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get(self.field), str):
+      has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+      raise Malformed(f"{where}: no field {self.field!r} that is a string (field of the source); the line has {has}")
+    return record[self.field]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowGroup(Block):
+  """A row group of a Parquet file."""
+
+  field: str
+  group: int
+
+  def read(self) -> Sequence:
+    with _parquet(self.url) as table:
+      return table.read_row_group(self.group, columns=[self.field])[self.field]
+
+  def document(self, content: Sequence, i: int) -> str:
+    text = content[i].as_py()
+    if not isinstance(text, str):
+      raise Malformed(f"{self.url}, row {self.first + i}: field {self.field!r} holds {text!r}, not a string")
+    return text
+
+
+class _Records:
+  """The records of an ArrayRecord file, by number; opened when first read, and again in another process."""
+
+  def __init__(self, url: str):
+    self._url, self._reader = url, None
+
+  def __getitem__(self, i: int) -> bytes:
+    if self._reader is None:
+      self._reader = _array_record(self._url)
+    return self._reader.read([i])[0]
+
+  def __reduce__(self):
+    return _Records, (self._url,)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRecords(Block):
+  """An ArrayRecord file whose records are texts."""
+
+  def read(self) -> Sequence[bytes]:
+    return _Records(self.url)
+
+  def document(self, content: Sequence[bytes], i: int) -> str:
+    try:
+      return content[i].decode("utf-8")
+    except UnicodeDecodeError as error:
+      raise Malformed(f"{self.url}, record {i}: not UTF-8: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRecords(Block):
+  """An ArrayRecord file whose records are ids, made by data.prepare."""
+
+  dtype: str
+  vocab_size: int
+
+  def read(self) -> Sequence[bytes]:
+    return _Records(self.url)
+
+  def document(self, content: Sequence[bytes], i: int) -> np.ndarray:
+    record = content[i]
+    if len(record) % np.dtype(self.dtype).itemsize:
+      raise Malformed(f"{self.url}, record {i}: {len(record)} bytes are not ids of type {self.dtype}")
+    ids = np.frombuffer(record, self.dtype).astype(np.int32)
+    if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+      raise Malformed(f"{self.url}, record {i}: id {ids.max()} is not below the tokenizer's {self.vocab_size}")
+    return ids
+
+
+def blocks(source: SourceConfig, fingerprint: str | None = None) -> list[Block]:
+  """The blocks of a source's files, in the order of their names; blocks without documents are left out.
+
+  Args:
+    source: any but "stdlib" and the tasks.
+    fingerprint: of the tokenizer that source "tokens" must be made with; None: of any.
+
+  Raises:
+    ConfigError: naming what is missing, cannot be read, or is of another tokenizer.
+  """
+  if source.source == "tokens":
+    return _prepared(source, fingerprint)
+  find = {"text": _text, "jsonl": _jsonl, "parquet": _row_groups, "arrayrecord": _text_records}[source.source]
+  found = files.find(source.paths, SUFFIXES[source.source])
+  return [block for name, url in found.items() for block in find(name, url, source.field) if block.count]
+
+
+def _text(name: str, url: str, field: str) -> list[Block]:
+  return [TextFile(name, url, 0, 1, files.size(url))]
+
+
+def _jsonl(name: str, url: str, field: str) -> list[Block]:
+  """Blocks of about _JSONL_BLOCK bytes; of a compressed file, which must be read from its start, one."""
+  compressed = url.endswith((".gz", ".zst"))
+  found, line, offset, count, position = [], 0, 0, 0, 0
+  open_line = False  # whether the last line has no end yet
+  with files.reading(url) as file:
+    while data := file.read(_JSONL_BLOCK):
+      last = data.rfind(b"\n") + 1
+      if last and not compressed:
+        count += data.count(b"\n")
+        found.append(JsonLines(name, url, line, count, position + last - offset, field, offset, position + last))
+        line, offset, count = line + count, position + last, 0
+      else:
+        count += data.count(b"\n")
+      position += len(data)
+      open_line = last < len(data)
+  if count or open_line:
+    size = files.size(url) if compressed else position - offset
+    found.append(JsonLines(name, url, line, count + open_line, size, field, offset, None))
+  return found
+
+
+def _row_groups(name: str, url: str, field: str) -> list[Block]:
+  with _parquet(url) as table:
+    names = table.schema_arrow.names
+    if field not in names:
+      raise ConfigError(f"{url} has no column {field!r} (field of the source); it has {', '.join(names)}")
+    column = table.schema_arrow.get_field_index(field)
+    found, first = [], 0
+    for group in range(table.num_row_groups):
+      metadata = table.metadata.row_group(group)
+      size = (
+        metadata.column(column).total_compressed_size if column < metadata.num_columns else metadata.total_byte_size
+      )
+      found.append(RowGroup(name, url, first, metadata.num_rows, size, field, group))
+      first += metadata.num_rows
+  return found
+
+
+def _text_records(name: str, url: str, field: str) -> list[Block]:
+  reader = _array_record(url)
+  return [TextRecords(name, url, 0, reader.num_records(), files.size(url))]
+
+
+def _prepared(source: SourceConfig, fingerprint: str | None) -> list[Block]:
+  found = []
+  for folder in filter(None, (part.strip() for part in source.paths.split(","))):
+    manifest = manifests.read(folder)
+    if fingerprint is not None and manifest.tokenizer != fingerprint:
+      raise ConfigError(
+        f"{folder} was tokenized with another tokenizer (its manifest has {manifest.tokenizer}, data.tokenizer is "
+        f"{fingerprint}): set data.tokenizer to the one in that folder, and data.separator as it was then"
+      )
+    for shard in manifest.shards:
+      url = manifests.join(folder, shard.file)
+      records = _array_record(url).num_records()
+      if records != shard.documents:
+        raise ConfigError(f"{url} has {records} records, its manifest says {shard.documents}: it is torn or replaced")
+      name = shard.file
+      found.append(TokenRecords(name, url, 0, records, shard.bytes, manifest.dtype, manifest.vocab_size))
+  return [block for block in found if block.count]
+
+
+def _array_record(url: str):
+  """A reader of random records. A file that is none would read as empty."""
+  from array_record.python import array_record_module
+
+  path = files.local(url)
+  if not pathlib.Path(path).is_file():
+    raise ConfigError(f"data.paths: cannot read {url}: no such file")
+  try:
+    reader = array_record_module.ArrayRecordReader(
+      path, options="readahead_buffer_size:0", file_reader_buffer_size=32_768
+    )
+    ok = reader.ok() and (reader.num_records() > 0 or pathlib.Path(path).stat().st_size == 0)
+  except (RuntimeError, ValueError, IndexError) as error:
+    raise ConfigError(f"data.paths: cannot read {url}: not an ArrayRecord file: {error}") from error
+  if not ok:
+    raise ConfigError(f"data.paths: cannot read {url}: not an ArrayRecord file, or one without records")
+  return reader
+
+
+@contextlib.contextmanager
+def _parquet(url: str):
+  """Opens a Parquet file; whatever goes wrong in it becomes an error that names it."""
+  pyarrow = files.pyarrow_module(url)
+  try:
+    with files.reading(url) as file:
+      yield pyarrow.parquet.ParquetFile(file)
+  except pyarrow.ArrowException as error:
+    raise ConfigError(f"data.paths: cannot read {url}: {error}") from error

@@ -1,0 +1,82 @@
+"""The manifest of a tokenized corpus: what made it, and what its files hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+from etils import epath
+
+from mc_jax.data.errors import ConfigError
+
+FILE = "manifest.json"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a file: no folder, no way up
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """A file of the corpus: a record is a document's ids."""
+
+  file: str  # name in the manifest's folder
+  documents: int
+  tokens: int
+  text_bytes: int  # of the UTF-8 of the documents
+  bytes: int  # of the file
+  skipped: int  # malformed documents that were left out
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """A tokenized corpus."""
+
+  tokenizer: str  # fingerprint, see tokenizers.Tokenizer
+  tokenizer_file: str  # its copy in the manifest's folder; "" for bytes
+  vocab_size: int
+  dtype: str  # of the ids in a record, "<u2" or "<u4"
+  sources: tuple[str, ...]  # names of the files that the documents came from
+  shards: tuple[Shard, ...]
+
+
+def read(folder: str) -> Manifest:
+  """The manifest of a folder.
+
+  Raises:
+    ConfigError: there is none, it is broken, or it names a file outside its folder.
+  """
+  path = epath.Path(folder).expanduser() / FILE
+  try:
+    tree = json.loads(path.read_text())
+    tree["shards"] = tuple(Shard(**shard) for shard in tree["shards"])
+    tree["sources"] = tuple(tree["sources"])
+    manifest = Manifest(**tree)
+  except OSError as error:
+    raise ConfigError(
+      f"{folder} has no {FILE}: data.paths must be folders that python -m mc_jax.data.prepare has finished, when the "
+      "source is tokens"
+    ) from error
+  except (ValueError, KeyError, TypeError) as error:
+    raise ConfigError(f"{path} is not a manifest of mc_jax.data.prepare: {error!r}") from error
+  for name in [shard.file for shard in manifest.shards] + [manifest.tokenizer_file] * bool(manifest.tokenizer_file):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+      raise ConfigError(f"{path} names {name!r}, which is not a plain name of a file beside it")
+  if manifest.dtype not in ("<u2", "<u4"):
+    raise ConfigError(f"{path} has dtype {manifest.dtype!r}, which must be <u2 or <u4")
+  return manifest
+
+
+def write(folder: epath.Path, manifest: Manifest) -> None:
+  """Writes a folder's manifest, all or nothing."""
+  replace(folder / FILE, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+
+
+def replace(path: epath.Path, text: str) -> None:
+  """Writes a file, all or nothing."""
+  temporary = path.with_name(f".{path.name}.tmp")
+  temporary.write_text(text)
+  temporary.replace(path)
+
+
+def join(folder: str, name: str) -> str:
+  """The URL of a file in a manifest's folder."""
+  return str(epath.Path(folder).expanduser() / name)
