@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mc_jax.data.config import ConfigError
+from mc_jax.data.errors import ConfigError
 from mc_jax.data.recall import lexicon, prose
 
 Encode = Callable[[str], Sequence[int]]  # the tokens of a text, no special ones added
