@@ -127,7 +127,7 @@ def _mixture(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
   """Packed documents and rows of tasks."""
   parts = config.parts
   documents = {
-    name: Documents(_blocks(part, tokenizer), tokenizer, config.on_error)
+    name: Documents(formats.blocks(part, tokenizer.fingerprint), tokenizer, config.on_error)
     for name, part in parts.items()
     if part.source in FORMATS
   }
@@ -185,16 +185,6 @@ def _shard(config: DataConfig, documents: dict, orders: dict, tasks: dict, shard
       stream = streams.Counted(lambda number, row=row, name=name: row((config.seed, name, shard, number)))
     made[name] = (stream, part.weight)
   return streams.Mixture(made, (config.seed, "mixture", shard))
-
-
-def _blocks(part: PartConfig, tokenizer: Tokenizer) -> list[formats.Block]:
-  if part.source == "stdlib":
-    root = sources.stdlib_root()
-    return [formats.TextFile(name, str(root / name), 0, 1, len(data)) for name, data in sources.stdlib().items()]
-  found = formats.blocks(part, tokenizer.fingerprint)
-  if not found:
-    raise ConfigError(f"the files of {part.source} source {part.paths!r} hold no documents")
-  return found
 
 
 def _task(part: PartConfig, config: DataConfig, tokenizer: Tokenizer) -> Callable[[tuple], Row]:

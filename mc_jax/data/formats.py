@@ -183,17 +183,25 @@ def blocks(source: SourceConfig, fingerprint: str | None = None) -> list[Block]:
   """The blocks of a source's files, in the order of their names; blocks without documents are left out.
 
   Args:
-    source: any but "stdlib" and the tasks.
+    source: any but a task.
     fingerprint: of the tokenizer that source "tokens" must be made with; None: of any.
 
   Raises:
-    ConfigError: naming what is missing, cannot be read, or is of another tokenizer.
+    ConfigError: naming what is missing, cannot be read, or is of another tokenizer; or there is not one document.
   """
+  if source.source == "stdlib":
+    root, texts = sources.stdlib_root(), sources.stdlib()
+    return [TextFile(name, str(root / name), 0, 1, len(texts[name])) for name in sorted(texts)]
   if source.source == "tokens":
-    return _prepared(source, fingerprint)
-  find = {"text": _text, "jsonl": _jsonl, "parquet": _row_groups, "arrayrecord": _text_records}[source.source]
-  found = files.find(source.paths, SUFFIXES[source.source])
-  return [block for name, url in found.items() for block in find(name, url, source.field) if block.count]
+    found = _prepared(source, fingerprint)
+  else:
+    find = {"text": _text, "jsonl": _jsonl, "parquet": _row_groups, "arrayrecord": _text_records}[source.source]
+    urls = files.find(source.paths, SUFFIXES[source.source])
+    found = [block for name, url in urls.items() for block in find(name, url, source.field)]
+  found = [block for block in found if block.count]
+  if not found:
+    raise ConfigError(f"data.paths: the files of {source.paths!r} hold no documents")
+  return found
 
 
 def _text(name: str, url: str, field: str) -> list[Block]:
@@ -260,7 +268,7 @@ def _prepared(source: SourceConfig, fingerprint: str | None) -> list[Block]:
         raise ConfigError(f"{url} has {records} records, its manifest says {shard.documents}: it is torn or replaced")
       name = shard.file
       found.append(TokenRecords(name, url, 0, records, shard.bytes, manifest.dtype, manifest.vocab_size))
-  return [block for block in found if block.count]
+  return found
 
 
 def _array_record(url: str):
