@@ -14,11 +14,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mc_jax.data import ConfigError
-from mc_jax.training import config, distributed, loop, metrics, outputs, profiling
+from mc_jax.training import commandline, config, distributed, loop, metrics, outputs, profiling
 
-CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "the run: a file such as configs/quickstart.py", lock_config=True
-)
+CONFIG = commandline.define_config()
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "folder of everything the run writes, or gs://BUCKET/FOLDER; default: runs/NAME of the config"
 )
@@ -53,26 +51,10 @@ def main(_: list[str]) -> None:
     sys.exit(128 + result.stopped_by)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-  """absl's parsing; a wrong field, value or config file becomes one line."""
-  for argument in argv[1:]:
-    name = argument.lstrip("-").partition("=")[0]
-    if name.startswith("config."):
-      config.require_field(name.removeprefix("config."))
-  rest = app.parse_flags_with_usage(argv)
-  try:
-    CONFIG.value.lock()
-  except OSError as error:  # what absl kept back when it could not load the file
-    raise ConfigError(f"--config: {error}") from error
-  if len(rest) > 1:
-    raise ConfigError(f"not a flag: {' '.join(rest[1:])}; write --config.train.steps=100")
-  return rest
-
-
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
   try:
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=lambda argv: commandline.parse(CONFIG, argv))
   except (ConfigError, metrics.Diverged) as error:  # status 2: the same command would end in the same way
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from mc_jax.data import ConfigError
@@ -25,7 +25,10 @@ def parse(holder: flags.FlagHolder, argv: list[str]) -> list[str]:
     name = argument.lstrip("-").partition("=")[0]
     if name.startswith("config."):
       config.require_field(name.removeprefix("config."))
-  rest = app.parse_flags_with_usage(argv)
+  try:
+    rest = flags.FLAGS(argv)
+  except flags.Error as error:
+    raise ConfigError(str(error)) from error
   try:
     holder.value.lock()
   except OSError as error:  # what absl kept back when it could not load the file
