@@ -1,12 +1,13 @@
 """The Transformer baseline at the paper's 760M size (arXiv:2602.24281, table 6).
 
     python -m mc_jax.plan --config=configs/transformer_760m.py --topology=v5p:4x4x4
-    python -m mc_jax.train --config=configs/transformer_760m.py --workdir=runs/transformer_760m --config.data.paths='corpus/**'
+    python -m mc_jax.train --config=configs/transformer_760m.py --workdir=runs/transformer_760m
 
-PLAN_transformer_760m
+729,884,160 parameters. A sequence's keys and values are 604 MB.
+It is planned on v5p:4x4x4, 64 chips; docs/plan.md has plans of these models.
 
-A longer context goes with fewer rows, and more devices to a row: --config.data.length=32768 --config.data.batch_size=16
---config.mesh.model=4.
+A longer context goes with fewer rows, and more devices to a row: --config.data.length=32768
+--config.data.batch_size=16 --config.mesh.model=4.
 """
 
 from mc_jax.training import config
