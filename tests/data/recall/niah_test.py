@@ -127,6 +127,17 @@ def test_needles_lie_where_they_are_told(task):
     niah.example(NIAHConfig(tasks=("multikey_1",)), 4096, np.random.default_rng(0), depth=0.5)
 
 
+def test_nothing_else_answers(monkeypatch):
+  """Of four names, three are left for the needles that nothing asks for."""
+  monkeypatch.setattr(niah.lexicon, "ADJECTIVES", ("red", "blue"))
+  monkeypatch.setattr(niah.lexicon, "NOUNS", ("owl", "leaf"))
+  for seed in SEEDS:
+    asked = niah.example(NIAHConfig(tasks=("multikey_2",)), LENGTH, np.random.default_rng(seed))
+    keys = [key for _, key, _ in NEEDLE.findall(asked.prompt)]
+    assert len(keys) > 10 and len(set(keys)) == 4
+    assert 1 in (keys.count(key) for key in set(keys))
+
+
 def test_depths_in_prose_are_rulers_forty():
   seen = {
     depth
