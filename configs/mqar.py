@@ -2,12 +2,13 @@
 
     python -m mc_jax.train --config=configs/mqar.py --workdir=runs/mqar
 
-Rows of 64 tokens: 4 or 8 pairs of a key and a value, then the keys again at random places among random tokens; the loss
-counts the values asked for and nothing else (docs/recall.md). A model that knows only which tokens are values is at 8
-bits an answer; one that recalls is at 0. The paper's size (arXiv:2312.04927) is a matter of numbers:
+Rows of 32 tokens: 2 or 4 pairs of a key and a value, then the keys again at random places among random tokens; the
+loss counts the values asked for and nothing else (docs/recall.md). A model that knows only which tokens are values is
+at 7 bits an answer; one that recalls is at 0. The paper's size (arXiv:2312.04927) is a matter of numbers:
 
     --config.data.mqar.vocab_size=8192 --config.model.vocab_size=8192
     --config.data.length=512 --config.data.mqar.pairs=64
+    --config.model.memory.segment_length=64 --config.model.memory.chunk=64
 """
 
 from mc_jax.training import config
@@ -18,27 +19,27 @@ def get_config():
   c = config.default()
 
   c.data.source = "mqar"
-  c.data.mqar.vocab_size = 512  # 255 keys, 256 values
-  c.data.mqar.pairs = (4, 8)  # each row has one of these numbers of pairs
-  c.data.length = 64
-  c.data.batch_size = 32  # rows in a step: 192 answers on average
-  c.data.validation_tokens = 8_192  # 128 rows
+  c.data.mqar.vocab_size = 256  # 127 keys, 128 values
+  c.data.mqar.pairs = (2, 4)  # each row has one of these numbers of pairs
+  c.data.length = 32
+  c.data.batch_size = 64  # rows in a step: 192 answers on average
+  c.data.validation_tokens = 8_192  # 256 rows
 
-  c.model.vocab_size = 512
+  c.model.vocab_size = 256
   c.model.layers = 2
   c.model.d_model = 64
   c.model.heads = 2  # memories per layer
   c.model.remat = "none"  # so small a model has nothing to save memory for
   c.model.memory.rule = "titans"
   c.model.memory.aggregation = "grm"
-  c.model.memory.segment_length = 16  # a row has 4 segments: up to 3 cached memories to read
-  c.model.memory.chunk = 16  # tokens between two writes
+  c.model.memory.segment_length = 8  # a row has 4 segments: up to 3 cached memories to read
+  c.model.memory.chunk = 8  # tokens between two writes
 
   c.optimizer.learning_rate = 5e-3
   c.optimizer.warmup_steps = 30
 
-  c.train.steps = 600
+  c.train.steps = 500
   c.train.eval_every = 100
-  c.train.checkpoint_every = 200
+  c.train.checkpoint_every = 100
   c.train.sample_length = 0  # ids are no text
   return c
