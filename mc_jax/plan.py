@@ -164,7 +164,8 @@ if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "topology"])
   try:
     app.run(main, flags_parser=lambda argv: commandline.parse(CONFIG, argv))
-  except (ConfigError, OSError) as error:
-    sys.exit(f"error: {error}")
+  except (ConfigError, OSError) as error:  # 1 says that it does not fit
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
   except KeyboardInterrupt:
     sys.exit("\nstopped")

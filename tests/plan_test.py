@@ -66,7 +66,7 @@ def test_a_small_plan_end_to_end(tmp_path):
 )
 def test_what_is_mistyped_is_one_line(flag, words):
   result = door(f"--topology={TPU}", flag)
-  assert result.returncode == 1
+  assert result.returncode == 2
   assert words in result.stderr
   assert "Traceback" not in result.stderr
 
