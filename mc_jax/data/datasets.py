@@ -30,10 +30,12 @@ class Validation:
   Attributes:
     batches: of one source.
     count: what the loss is divided by: bytes of the text that is scored, or, of a task, answer tokens.
+    unit: "byte" or "answer".
   """
 
   batches: list[Batch]
   count: float
+  unit: str = "byte"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Dataset:
     vocab_size: ids are below it.
     training: (shard) -> its rows.
     validation: by the name of the source.
-    unit: of Validation.count: "byte", or "answer" if all sources are tasks.
+    unit: that losses are told in: "byte", or "answer" (token) if all sources are tasks.
+    units_per_token: bytes in a token of the validation text; 1 of tasks.
     prompt: tokens int32 [up to 64] of validation text, or the first tokens of a task's row.
     references: bits per byte that counting reaches, {name: bits}, where tokens are bytes and rows windows of all text.
     facts: what it is, for people.
@@ -58,6 +61,7 @@ class Dataset:
   training: Callable[[int], streams.Mixture]
   validation: dict[str, Validation]
   unit: str
+  units_per_token: float
   prompt: np.ndarray
   references: dict[str, float]
   facts: dict[str, str]
@@ -101,9 +105,10 @@ def _windows(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     config=config,
     tokenizer=tokenizer,
     vocab_size=tokenizer.vocab_size,
-    training=functools.partial(_window_rows, rows, config.virtual_shards),
+    training=functools.partial(streams.windows, rows, config.virtual_shards),
     validation={config.source: Validation(batches, float(sum(batch["weights"].sum() for batch in batches)))},
     unit="byte",
+    units_per_token=1.0,
     prompt=corpus.validation[:_PROMPT].astype(np.int32),
     references={
       "byte unigram": ngram.bits_per_byte(ngram.unigram(corpus.training), batches),
@@ -112,11 +117,6 @@ def _windows(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     facts={f"{name} text": f"{len(texts[name]):,} bytes in {len(counted[name]):,} files" for name in texts},
     fingerprint=(corpus.training, corpus.validation),
   )
-
-
-def _window_rows(rows: Sequence[Row], shards: int, shard: int) -> streams.Mixture:
-  counted = streams.Counted(lambda number: rows[number * shards + shard])
-  return streams.Mixture({"windows": (counted, 1.0)}, ())
 
 
 def _trains(part: PartConfig) -> bool:
@@ -142,14 +142,17 @@ def _mixture(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
       batches = windows.batches(rows, config.batch_size)
       text = name in documents
       count = _text_bytes(rows, tokenizer) if text else float(sum(row["weights"].sum() for row in rows))
-      validation[name] = Validation(batches, count)
+      validation[name] = Validation(batches, count, "byte" if text else "answer")
   if not validation:
     raise ConfigError("data.sources: none is for validation: one needs a split of both or validation")
   orders = {name: Order(found.counts, config.seed, found.scattered) for name, found in documents.items()}
   sizes = [tokenizer.vocab_size] * bool(documents) + [
     parts[name].task.vocab_size or tokenizer.vocab_size for name in tasks
   ]
-  first = next(iter(validation.values())).batches[0]["tokens"][0]
+  unit = "byte" if any(part.unit == "byte" for part in validation.values()) else "answer"
+  alike = [part for part in validation.values() if part.unit == unit]
+  scored = sum(float(batch["weights"].sum()) for part in alike for batch in part.batches)
+  first = alike[0].batches[0]
   facts = {"tokenizer": f"{config.tokenizer}, {tokenizer.vocab_size:,} ids"} if documents else {}
   weights = sum(part.weight for part in parts.values() if _trains(part))
   for name, part in parts.items():
@@ -163,8 +166,9 @@ def _mixture(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     vocab_size=max(sizes),
     training=functools.partial(_shard, config, documents, orders, tasks),
     validation=validation,
-    unit="byte" if documents else "answer",
-    prompt=first[:_PROMPT],
+    unit=unit,
+    units_per_token=sum(part.count for part in alike) / scored,
+    prompt=first["tokens"][0, first["segment_ids"][0] == 1][:_PROMPT],
     references={},
     facts=facts,
     fingerprint=(tokenizer.fingerprint.encode(), json.dumps(identity).encode()),

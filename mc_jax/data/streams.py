@@ -5,7 +5,7 @@ A stream is one virtual shard of one source. What it yields after `seek(cursor)`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -179,6 +179,11 @@ class Mixture:
     self.drawn = int(state[0])
     for stream, cursor in zip(self._streams, np.reshape(state[1:], (-1, 3)), strict=True):
       stream.seek(Cursor(*(int(n) for n in cursor)))
+
+
+def windows(rows: Sequence[Row], shards: int, shard: int) -> Mixture:
+  """The rows of a shard, of rows that any number gives; such as those of windows.training."""
+  return Mixture({"windows": (Counted(lambda number: rows[number * shards + shard]), 1.0)}, ())
 
 
 def generator(*key: int | str) -> np.random.Generator:

@@ -7,8 +7,6 @@ apart, `segment_ids` int32, 1, 2, ... from left to right.
 
 from __future__ import annotations
 
-import functools
-
 import grain
 import jax
 import numpy as np
@@ -46,45 +44,6 @@ def training(stream: np.ndarray, config: DataConfig) -> grain.MapDataset:
 
   dataset = grain.MapDataset.range(-(-len(stream) // length))
   return dataset.seed(config.seed).shuffle().repeat(_EPOCHS).random_map(cut)
-
-
-class Batches:
-  """Batches of rows, one after the other, as arrays of the whole job.
-
-  What comes next depends on `position` alone, whatever the batches, devices and processes before. Each process cuts
-  the rows of its own devices, and no others.
-
-  Args:
-    rows: such as those of `training`.
-    shapes: of a batch, with shardings; see `shapes`.
-
-  Attributes:
-    position: rows drawn so far.
-  """
-
-  def __init__(self, rows: grain.MapDataset, shapes: dict[str, jax.ShapeDtypeStruct]):
-    self.position = 0
-    self._rows = rows
-    self._shapes = shapes
-
-  def __iter__(self) -> Batches:
-    return self
-
-  def __next__(self) -> dict[str, jax.Array]:
-    first = self.position
-    row = functools.cache(lambda i: self._rows[first + i])  # of interest to several arrays and devices
-
-    def part(name: str, index: tuple[slice, slice]) -> np.ndarray:
-      rows, columns = index
-      numbers = range(self._shapes[name].shape[0])[rows]
-      return np.stack([row(i)[name][columns] for i in numbers])
-
-    batch = {
-      name: jax.make_array_from_callback(spec.shape, spec.sharding, functools.partial(part, name))
-      for name, spec in self._shapes.items()
-    }
-    self.position += len(batch["tokens"])
-    return batch
 
 
 def place(batch: Batch, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

@@ -7,7 +7,7 @@ import dataclasses
 import orbax.checkpoint as ocp
 from etils import epath
 
-from mc_jax.data import ConfigError, windows
+from mc_jax.data import ConfigError, loader
 from mc_jax.training import config as config_lib
 from mc_jax.training import outputs
 from mc_jax.training.config import Config
@@ -17,7 +17,7 @@ FOLDER = "checkpoints"
 
 
 class Checkpoints:
-  """The checkpoints of a workdir: state, the number of rows read, and the configuration.
+  """The checkpoints of a workdir: state, the position in the data, and the configuration.
 
   None of them depends on the mesh or on the number of processes, all of which save and restore together.
   """
@@ -34,7 +34,7 @@ class Checkpoints:
     """Step of the newest complete checkpoint."""
     return self._manager.latest_step()
 
-  def save(self, step: int, state: TrainState, data: windows.Batches, config: Config) -> None:
+  def save(self, step: int, state: TrainState, data: loader.Batches, config: Config) -> None:
     """Saves step `step`, and returns when the arrays are copied; writing goes on behind."""
     if step == self.latest():
       return
@@ -42,13 +42,13 @@ class Checkpoints:
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state),
-        data=ocp.args.JsonSave({"rows": data.position}),
+        data=ocp.args.JsonSave(data.state()),
         config=ocp.args.JsonSave(dataclasses.asdict(config)),
       ),
       force=True,
     )
 
-  def restore(self, step: int, target: TrainState, data: windows.Batches) -> TrainState:
+  def restore(self, step: int, target: TrainState, data: loader.Batches) -> TrainState:
     """The state of `step`, shaped and placed like the abstract `target`; moves `data` to its position."""
     restored = self._manager.restore(
       step,
@@ -57,7 +57,7 @@ class Checkpoints:
         data=ocp.args.JsonRestore(),
       ),
     )
-    data.position = restored["data"]["rows"]
+    data.restore(restored["data"])
     return restored["state"]
 
   def config(self, step: int) -> dict:

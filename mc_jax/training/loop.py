@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import signal
@@ -9,22 +10,19 @@ import time
 from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 from etils import epath
 
-from mc_jax.data import ngram, sources, tokenizers, windows
+from mc_jax.data import ConfigError, datasets, loader, windows
 from mc_jax.training import config as config_lib
 from mc_jax.training import distributed, flops, metrics, report, sampling, state
 from mc_jax.training.checkpointing import Checkpoints, changed
 from mc_jax.training.config import Config
-from mc_jax.training.evaluate import bits_per_byte
+from mc_jax.training.evaluate import bits
 from mc_jax.training.interrupt import Interrupt, deferred
 from mc_jax.training.outputs import Outputs, outputs
 from mc_jax.training.profiling import Trace
 from mc_jax.training.progress import Progress, duration
 from mc_jax.training.step import eval_step, loss_sum, lower
-
-PROMPT_LENGTH = 64  # bytes of validation text that the final sample continues
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Result:
   """Where a run ended; `stopped_by` is the signal that ended it before its last step, or None."""
 
   step: int
-  validation_bits_per_byte: float | None
+  validation_bits: float | None  # per byte of text, or per answer token where all data are recall tasks
   stopped_by: signal.Signals | None = None
 
 
@@ -44,8 +42,9 @@ class _Run:
   mesh: jax.sharding.Mesh
   workdir: epath.Path
   files: Outputs
-  batches: windows.Batches
-  evaluate: Callable[[state.TrainState], float]  # bits per byte of the validation text
+  data: datasets.Dataset
+  batches: loader.Batches
+  evaluate: Callable[[state.TrainState], dict[str, float]]  # see `_evaluation`
 
 
 def train(
@@ -72,44 +71,64 @@ def train(
   """
   begin = time.monotonic()
   mesh = config.check().make_mesh(devices)
-  corpus = sources.load(config.data)
-  texts = (corpus.training, corpus.validation)
-  distributed.require_equal("the settings or the text", config_lib.to_json(config).encode(), *texts)
-  shapes = windows.shapes(config.data, mesh)
-  validation = windows.validation(corpus.validation, config.data)
-  references = {
-    "byte unigram": ngram.bits_per_byte(ngram.unigram(corpus.training), validation),
-    "byte bigram": ngram.bits_per_byte(ngram.bigram(corpus.training), validation),
-  }
-  jitted = eval_step(config, mesh)
-
-  def evaluate(current: state.TrainState) -> float:
-    with jax.set_mesh(mesh):
-      return bits_per_byte(jitted, current.params, (windows.place(batch, shapes) for batch in validation))
-
+  data = datasets.load(config.data)
+  if config.model.vocab_size < data.vocab_size:
+    raise ConfigError(
+      f"model.vocab_size={config.model.vocab_size} must be at least {data.vocab_size}: so many ids do the data have "
+      f"(data.source={config.data.source}, data.tokenizer={config.data.tokenizer})"
+    )
+  distributed.require_equal("the settings or the data", config_lib.to_json(config).encode(), *data.fingerprint)
   workdir = epath.Path(workdir)
-  with outputs(workdir) as files, Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
-    batches = windows.Batches(windows.training(corpus.training, config.data), shapes)
-    run = _Run(config, mesh, workdir, files, batches, evaluate)
+  with (
+    outputs(workdir) as files,
+    Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints,
+    contextlib.closing(data.batches(mesh)) as batches,
+  ):
+    run = _Run(config, mesh, workdir, files, data, batches, _evaluation(config, mesh, data))
     current = _start(run, checkpoints)
-    print(report.table(_facts(run, corpus, current, references), "run"), flush=True)
-    bits = meter = None
+    print(report.table(_facts(run, current), "run"), flush=True)
+    result = meter = None
     if int(current.step) < config.train.steps:
       with deferred() as interrupt:
-        current, bits, meter = _steps(run, current, checkpoints, interrupt, profile)
+        current, result, meter = _steps(run, current, checkpoints, interrupt, profile)
       if int(current.step) < config.train.steps:
-        return Result(int(current.step), bits, interrupt.signal)
-    if bits is None:  # the run was complete already
-      bits = evaluate(current)
+        return Result(int(current.step), result, interrupt.signal)
+    if result is None:  # the run was complete already
+      result = run.evaluate(current)[f"validation_bits_per_{data.unit}"]
     rows = {"steps": f"{int(current.step):,}", "time of this run": duration(time.monotonic() - begin)}
     if meter is not None:
       rows["time in steps"] = duration(meter.seconds)
       rows["tokens per second"] = f"{meter.tokens_per_second:,.0f}"
-    for name, reference in references.items():
+      if config.data.packing.method != "windows":
+        rows["padding"] = f"{batches.padding:.1%} of the places in this process's rows"
+    for name, reference in data.references.items():
       rows[f"{name}, validation"] = f"{reference:.3f} bits per byte"
-    rows["this model, validation"] = f"{bits:.3f} bits per byte"
-    _finish(run, current.params, corpus.validation[:PROMPT_LENGTH], references, rows)
-  return Result(int(current.step), bits)
+    rows["this model, validation"] = f"{result:.3f} bits per {data.unit}"
+    _finish(run, current.params, rows)
+  return Result(int(current.step), result)
+
+
+def _evaluation(
+  config: Config, mesh: jax.sharding.Mesh, data: datasets.Dataset
+) -> Callable[[state.TrainState], dict[str, float]]:
+  """(state) -> {"validation_bits_per_byte": of all text}; of several sources, also that of each by its name."""
+  jitted, shapes = eval_step(config, mesh), windows.shapes(config.data, mesh)
+
+  def evaluate(current: state.TrainState) -> dict[str, float]:
+    with jax.set_mesh(mesh):
+      sums = {
+        name: bits(jitted, current.params, (windows.place(batch, shapes) for batch in part.batches))
+        for name, part in data.validation.items()
+      }
+    alike = [name for name, part in data.validation.items() if part.unit == data.unit]
+    count = sum(data.validation[name].count for name in alike)
+    record = {f"validation_bits_per_{data.unit}": sum(sums[name] for name in alike) / count}
+    if len(sums) > 1:
+      for name, part in data.validation.items():
+        record[f"validation_bits_per_{part.unit}/{name}"] = sums[name] / part.count
+    return record
+
+  return evaluate
 
 
 def _steps(
@@ -119,13 +138,13 @@ def _steps(
   interrupt: Interrupt,
   profile: range,
 ) -> tuple[state.TrainState, float | None, metrics.Meter]:
-  """The steps that are left; returns the state, the latest validation bits per byte, the meter."""
-  train, bits = run.config.train, None
+  """The steps that are left; returns the state, the latest validation bits, the meter."""
+  train, result = run.config.train, None
   first = int(current.step) + 1
   update, meter = _compile(run.config, run.mesh)
   with (
     metrics.MetricsLog(run.files.folder, first - 1) as log,
-    Progress(first - 1, train.steps) as progress,
+    Progress(first - 1, train.steps, run.data.unit, run.data.units_per_token) as progress,
     Trace(profile, run.files.folder) as trace,
   ):
     meter.restart()
@@ -141,7 +160,8 @@ def _steps(
         continue
       records = meter.collect()
       if evaluates:
-        bits = records[-1]["validation_bits_per_byte"] = run.evaluate(current)
+        records[-1] |= run.evaluate(current)
+        result = records[-1][f"validation_bits_per_{run.data.unit}"]
       log.write(records)
       progress.report(records[-1])
       if saves:
@@ -151,7 +171,7 @@ def _steps(
       if last:
         break
       meter.restart()
-  return current, bits, meter
+  return current, result, meter
 
 
 def _start(run: _Run, checkpoints: Checkpoints) -> state.TrainState:
@@ -186,22 +206,15 @@ def _compile(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Compil
   return update, metrics.Meter(shapes["tokens"].size, useful, mesh.devices.flatten())
 
 
-def _facts(
-  run: _Run,
-  corpus: sources.Corpus,
-  current: state.TrainState,
-  references: dict[str, float],
-) -> dict[str, str]:
+def _facts(run: _Run, current: state.TrainState) -> dict[str, str]:
   """What a run is, for people."""
   model = run.config.model
   memory = model.memory
   mixer = model.mixer if model.mixer == "transformer" else f"{memory.rule} + {memory.aggregation}"
-  files = {"training": corpus.training_files, "validation": corpus.validation_files}
-  streams = {"training": corpus.training, "validation": corpus.validation}
   return {
     "model": f"{mixer}, {model.layers} layers, {state.parameter_count(current):,} parameters",
-    **{f"{name} text": f"{len(streams[name]):,} bytes in {len(files[name]):,} files" for name in streams},
-    **{name: f"{bits:.3f} bits per byte on validation" for name, bits in references.items()},
+    **run.data.facts,
+    **{name: f"{value:.3f} bits per byte on validation" for name, value in run.data.references.items()},
     "devices": _devices(run.mesh),
     "workdir": str(run.workdir),
   }
@@ -214,23 +227,17 @@ def _devices(mesh: jax.sharding.Mesh) -> str:
   return f"{mesh.size} x {kind} ({split})" if split else kind
 
 
-def _finish(
-  run: _Run,
-  params: dict,
-  prompt: np.ndarray,
-  references: dict[str, float],
-  rows: dict[str, str],
-) -> None:
+def _finish(run: _Run, params: dict, rows: dict[str, str]) -> None:
   """Writes and prints the table, the curve and the sample."""
-  train, folder = run.config.train, run.files.folder
-  report.curve(folder / report.CURVE, metrics.read(folder), references)
+  train, folder, data = run.config.train, run.files.folder, run.data
+  report.curve(folder / report.CURVE, metrics.read(folder), data.references, data.unit, data.units_per_token)
   rows |= {"loss curve": str(run.workdir / report.CURVE)}
-  if train.sample_length:
+  if train.sample_length and data.unit == "byte":  # a task's rows are no text
     with jax.set_mesh(run.mesh):
       continuation = sampling.sample(
         state.graph(run.config),
         params,
-        prompt,
+        data.prompt,
         run.mesh,
         length=train.sample_length,
         window=run.config.data.length,
@@ -238,8 +245,8 @@ def _finish(
         seed=train.seed,
       )
     text = (
-      f"prompt, from the validation text:\n{tokenizers.decode(prompt)}\n\n"
-      f"continuation, temperature {train.sample_temperature}:\n{tokenizers.decode(continuation)}\n"
+      f"prompt, from the validation text:\n{data.tokenizer.decode(data.prompt)}\n\n"
+      f"continuation, temperature {train.sample_temperature}:\n{data.tokenizer.decode(continuation)}\n"
     )
     (folder / report.SAMPLE).write_text(text, encoding="utf-8")
     print(text)

@@ -12,9 +12,18 @@ from mc_jax.training import distributed
 
 
 class Progress:
-  """Steps done of steps to do, the latest figures and an estimate of the time left."""
+  """Steps done of steps to do, the latest figures and an estimate of the time left.
 
-  def __init__(self, step: int, steps: int):
+  Args:
+    step: done before.
+    steps: to do, those included.
+    unit: that losses are told in.
+    units_per_token: such as bytes.
+  """
+
+  def __init__(self, step: int, steps: int, unit: str = "byte", units_per_token: float = 1.0):
+    self._unit = unit
+    self._units_per_token = units_per_token
     self._first = step
     self._steps = steps
     self._start = time.monotonic()
@@ -25,17 +34,18 @@ class Progress:
 
   def report(self, record: dict[str, float]) -> None:
     """Shows the record of a step, see metrics.Meter.collect."""
-    step, bits = record["step"], record["loss"] / math.log(2)
-    figures = f"{bits:.3f} bits per byte, {record['tokens_per_second']:,.0f} tokens/s"
+    step, bits = record["step"], record["loss"] / math.log(2) / self._units_per_token
+    figures = f"{bits:.3f} bits per {self._unit}, {record['tokens_per_second']:,.0f} tokens/s"
     if "mfu" in record:
       figures += f", MFU {record['mfu']:.1%}"
-    if "validation_bits_per_byte" in record:
-      self._validation = f", validation {record['validation_bits_per_byte']:.3f}"
+    validation = record.get(f"validation_bits_per_{self._unit}")
+    if validation is not None:
+      self._validation = f", validation {validation:.3f}"
     if self._bar is not None:
       self._bar.set_postfix_str(figures + self._validation, refresh=False)
       self._bar.update(step - self._bar.n)
       return
-    if "validation_bits_per_byte" in record:
+    if validation is not None:
       figures += self._validation
     elapsed = time.monotonic() - self._start
     left = elapsed / (step - self._first) * (self._steps - step)

@@ -24,28 +24,35 @@ def table(rows: dict[str, str], title: str) -> str:
   return "\n".join([title, *lines])
 
 
-def curve(path: pathlib.Path, records: list[dict[str, float]], lines: dict[str, float]) -> None:
-  """Draws training and validation bits per byte against steps.
+def curve(
+  path: pathlib.Path,
+  records: list[dict[str, float]],
+  lines: dict[str, float],
+  unit: str = "byte",
+  units_per_token: float = 1.0,
+) -> None:
+  """Draws training and validation bits per byte, or per other unit, against steps.
 
   Args:
     path: of the PNG.
     records: of metrics.read.
     lines: {name: bits per byte} of what to compare with, drawn across.
+    unit: of the validation's records.
+    units_per_token: by which training's loss, which is per token, becomes comparable.
   """
   steps = np.array([record["step"] for record in records if "loss" in record])
-  bits = np.array([record["loss"] for record in records if "loss" in record]) / math.log(2)
-  validation = [
-    (record["step"], record["validation_bits_per_byte"]) for record in records if "validation_bits_per_byte" in record
-  ]
+  bits = np.array([record["loss"] for record in records if "loss" in record]) / math.log(2) / units_per_token
+  name = f"validation_bits_per_{unit}"
+  validation = [(record["step"], record[name]) for record in records if name in record]
   figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
   axes.plot(steps, bits, color="tab:blue", alpha=0.25, linewidth=0.8)
   axes.plot(*_smooth(steps, bits), color="tab:blue", label="training")
   if validation:
     axes.plot(*zip(*validation, strict=True), "o-", color="tab:orange", label="validation")
-  for (name, value), style in zip(lines.items(), (":", "--", "-."), strict=False):
-    axes.axhline(value, color="tab:gray", linestyle=style, label=f"{name}: {value:.2f}")
+  for (label, value), style in zip(lines.items(), (":", "--", "-."), strict=False):
+    axes.axhline(value, color="tab:gray", linestyle=style, label=f"{label}: {value:.2f}")
   axes.set_xlabel("step")
-  axes.set_ylabel("bits per byte")
+  axes.set_ylabel(f"bits per {unit}")
   axes.legend()
   axes.grid(alpha=0.3)
   figure.savefig(path, dpi=120)

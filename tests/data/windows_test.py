@@ -1,5 +1,6 @@
 """Batches are windows of the text, the same ones for the same seed and step."""
 
+import functools
 import itertools
 
 import chex
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from mc_jax.data import ConfigError, DataConfig, tokenizers, windows
+from mc_jax.data import ConfigError, DataConfig, loader, streams, tokenizers, windows
 from mc_jax.parallel import mesh as meshes
 
 STREAM = np.random.default_rng(0).integers(1, 256, 1000).astype(np.uint8)
@@ -19,7 +20,8 @@ def _config(**fields):
 
 def _batches(stream, config, mesh=None):
   mesh = mesh or meshes.make(meshes.MeshConfig(), jax.devices()[:1])
-  return windows.Batches(windows.training(stream, config), windows.shapes(config, mesh))
+  rows = functools.partial(streams.windows, windows.training(stream, config), config.virtual_shards)
+  return loader.Batches(rows, config.virtual_shards, windows.shapes(config, mesh))
 
 
 def test_targets_are_the_tokens_that_follow():
@@ -51,10 +53,10 @@ def test_a_restored_iterator_goes_on_where_the_saved_one_was(step):
   iterator = _batches(STREAM, _config())
   for _ in range(step):
     next(iterator)
-  saved = iterator.position
+  saved = iterator.state()
   expected = [next(iterator) for _ in range(3)]
   restored = _batches(STREAM, _config())
-  restored.position = saved
+  restored.restore(saved)
   chex.assert_trees_all_equal([next(restored) for _ in range(3)], expected)
 
 

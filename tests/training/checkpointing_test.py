@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mc_jax.data import ConfigError, sources, windows
+from mc_jax.data import ConfigError, datasets
 from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training import config as config_lib
 from mc_jax.training import state
@@ -16,8 +16,7 @@ from mc_jax.training.checkpointing import Checkpoints, changed
 
 
 def _batches(config, mesh):
-  rows = windows.training(sources.load(config.data).training, config.data)
-  return windows.Batches(rows, windows.shapes(config.data, mesh))
+  return datasets.load(config.data).batches(mesh)
 
 
 def test_state_data_and_configuration_come_back(tiny, alone, tmp_path):

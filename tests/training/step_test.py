@@ -37,8 +37,8 @@ def test_the_loss_is_the_mean_over_the_tokens_that_count(setting):
   expected = (nll * batch["weights"]).sum() / batch["weights"].sum()
   _, values = jax.jit(step.train_step(config, mesh))(start, batch)
   assert float(values["loss"]) == pytest.approx(expected, rel=1e-5)
-  bits = evaluate.bits_per_byte(step.eval_step(config, mesh), start.params, [batch])
-  assert bits == pytest.approx(expected / np.log(2), rel=1e-5)
+  bits = evaluate.bits(step.eval_step(config, mesh), start.params, [batch])
+  assert bits == pytest.approx(expected / np.log(2) * batch["weights"].sum(), rel=1e-5)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
