@@ -90,7 +90,7 @@ def _report(plan: Plan) -> str:
       "model FLOPs utilisation": f"{plan.utilisation:.1%}",
     }
     if cost.unknown_loops:
-      rows["loops taken for half the caches"] = f"{len(cost.unknown_loops)}: {', '.join(cost.unknown_loops)}"
+      rows["loops of unknown length"] = f"{len(cost.unknown_loops)}, taken for one round or half the caches"
     if cost.unestimated_kernels:
       rows["kernels of unknown FLOPs"] = ", ".join(cost.unestimated_kernels)
   rows["compiled in"] = duration(plan.compile_seconds)

@@ -124,15 +124,18 @@ def plan(config: Config, name: str, slices: int = 1) -> Plan:
     memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes - sum(held.values())
   )
   held |= {"temporaries": memory.temp_size_in_bytes, "program": memory.generated_code_size_in_bytes}
-  memory_config = config.model.memory
-  cost = hlo_cost.cost(
+  cost_of = functools.partial(
+    hlo_cost.cost,
     compiled,
-    # XLA's cached reads, where no kernel takes them, loop as far as a query has caches: over a sequence, half of them.
-    unknown_trips=(len(memory_config.build_segmentation().lengths(config.data.length)) - 1) / 2,
     devices=list(mesh.devices.flat),
     kernel_flops=attention.kernel_flops,
     kernel_rate=functools.partial(chips.kernel_rate, head_dim=config.model.head_dim),
   )
+  # Of the loops whose trips depend on data, rounds of an exchange between devices are one, if the choices of ssc are
+  # not too uneven; where no kernels run, reads of caches loop as far as a query has any: over a sequence, half of them.
+  cost = cost_of()
+  if cost.unknown_loops and not any("write" in name for name in cost.kernels):
+    cost = cost_of((len(config.model.memory.build_segmentation().lengths(config.data.length)) - 1) / 2)
   fits = sum(held.values()) <= chip.hbm_bytes
   return Plan(**figures, fits=fits, hbm=held, cost=cost, model_flops=model_flops(config, state, cost, len(devices)))
 
