@@ -264,7 +264,7 @@ def _guess(config: Config, sizes: dict[str, int], chip: chips.Chip) -> tuple[flo
     write = 16 * network
     flops += 4 * read * network
   else:
-    flops += 16 * layers * width * tokens * data.length / 2
+    flops += 16 * layers * width * tokens * data.length / 2 * (2 - 1 / sizes["context"])  # the last device's
   # Deep memories that go from segment to segment go from device to device: each waits for those before it.
   ring = memory.carry == "checkpoint" and model.mixer == "memory_caching" and memory.rule in ("dla", "titans")
   write *= (sizes["context"] + rows - 1) / rows if ring else 1
@@ -272,6 +272,8 @@ def _guess(config: Config, sizes: dict[str, int], chip: chips.Chip) -> tuple[flo
   seconds = (flops + write) / chip.flops / 0.5
   seconds += 8 * numbers / sizes["model"] / (chip.axes * links) * (sharded > 1)
   seconds += 12 * layers * config.train.microbatches * residual * (sizes["model"] - 1) / sizes["model"] / links
+  if model.mixer == "transformer":  # keys and values are gathered, forward and twice backward, and scattered
+    seconds += 8 * layers * config.train.microbatches * residual * (sizes["context"] - 1) / sizes["model"] / links
   held = 12 * numbers / sharded / sizes["model"] + (layers + 16) * residual
   held += 10 * residual / width * model.vocab_size / sizes["model"] / 2
   return seconds, held + 3 * cached_memories(config, sizes)
