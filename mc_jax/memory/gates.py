@@ -108,6 +108,7 @@ def select(cached: jax.Array, visible: jax.Array, top_k: int) -> tuple[jax.Array
   ranked = jnp.where(visible, cached, -jnp.inf)
   scores, index = jax.lax.top_k(jax.lax.stop_gradient(ranked), min(top_k, cached.shape[-1]))
   kept = scores > -jnp.inf
-  # Picked by comparing: a gather of single numbers takes a TPU, and its compiler, long.
-  picked = jnp.where(index[..., None] == jnp.arange(ranked.shape[-1]), ranked[..., None, :], 0.0).sum(-1)
+  # Picked by comparing, slot by slot: a gather of single numbers takes a TPU, and its compiler, long.
+  names = jnp.arange(ranked.shape[-1])
+  picked = jnp.stack([jnp.where(i[..., None] == names, ranked, 0.0).sum(-1) for i in jnp.unstack(index, axis=-1)], -1)
   return index, jnp.where(kept, picked, 0.0), kept
