@@ -1,0 +1,164 @@
+"""Speed of the data's path: batches, tokenizing, and what the trainer's steps wait for it.
+
+  python -m mc_jax.bench_data --json=bench_data.json
+
+batches: packed batches from ArrayRecord files of random ids, documents of log-normal lengths, as arrays of a device.
+prepare: text of the standard library of this Python, tokenized by a BPE learned from it, written as ArrayRecord files
+by one process. step: training steps of a small model on such batches, and the same ones on a constant batch, in turns.
+For speed, nothing else should run; a rate per CPU second counts what this process's threads used.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import tempfile
+import time
+
+import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
+import jax
+import numpy as np
+from absl import app, flags
+from array_record.python import array_record_module
+from etils import epath
+
+from mc_jax.data import DataConfig, PackingConfig, datasets, formats, manifests, preparation, tokenizers
+from mc_jax.data.config import SourceConfig
+from mc_jax.models import MemoryConfig, ModelConfig
+from mc_jax.training import state as states
+from mc_jax.training.config import Config
+from mc_jax.training.step import lower
+
+_MEASURE = flags.DEFINE_multi_enum("measure", ["batches", "prepare", "step"], ["batches", "prepare", "step"], "What.")
+_TOKENS = flags.DEFINE_integer("tokens", 20_000_000, "batches, step: ids in the files.", lower_bound=100_000)
+_LENGTH = flags.DEFINE_integer("length", 16_384, "batches: tokens in a row.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 8, "batches: rows.", lower_bound=1)
+_METHODS = flags.DEFINE_list("methods", ["concat", "best_fit"], "batches: of packing.")
+_WORKERS = flags.DEFINE_list("workers", ["0", "1", "2"], "batches: processes.")
+_SECONDS = flags.DEFINE_float("seconds", 5.0, "batches: timed for so long, after a first batch.", lower_bound=0.1)
+_VOCAB = flags.DEFINE_integer("vocab", 32_768, "Ids of the tokenizer.", lower_bound=257)
+_STEPS = flags.DEFINE_integer("steps", 5, "step: in a turn.", lower_bound=1)
+_TURNS = flags.DEFINE_integer("turns", 8, "step: of each kind.", lower_bound=2)
+_STEP_WORKERS = flags.DEFINE_integer("step_workers", 0, "step: processes that prepare rows.", lower_bound=0)
+_REPORT = flags.DEFINE_string("json", None, "Also write the figures to this file.")
+
+_MEAN, _SIGMA = 6.3, 1.0  # of the logarithm of a document's length: 900 tokens on average, half of them below 540
+
+
+def corpus(folder: str) -> None:
+  """Random ids in four files, as data.prepare leaves them."""
+  rng = np.random.default_rng(0)
+  sizes = np.exp(rng.normal(_MEAN, _SIGMA, _TOKENS.value // 900)).astype(int) + 1
+  shards = []
+  for part, own in enumerate(np.array_split(sizes, 4)):
+    name = f"tokens-{part:05d}-of-00004.array_record"
+    writer = array_record_module.ArrayRecordWriter(os.path.join(folder, name), "group_size:1,uncompressed")
+    for size in own:
+      writer.write(rng.integers(1, 256, size, np.uint16).tobytes())
+    writer.close()
+    shards.append(manifests.Shard(name, len(own), int(own.sum()), 0, os.path.getsize(os.path.join(folder, name)), 0))
+  fingerprint = tokenizers.Bytes.fingerprint
+  manifests.write(epath.Path(folder), manifests.Manifest(fingerprint, "", 256, "<u2", (), tuple(shards)))
+
+
+def data(folder: str, **fields) -> DataConfig:
+  """The configuration of the data in `folder`."""
+  return DataConfig(source="tokens", paths=folder, validation_fraction=0.01, **fields)
+
+
+def batches(folder: str) -> list[dict]:
+  """Tokens a second of packed batches, by method and workers."""
+  rows = []
+  for method in _METHODS.value:
+    for workers in map(int, _WORKERS.value):
+      packing = PackingConfig(method=method, align=16)
+      config = data(folder, packing=packing, length=_LENGTH.value, batch_size=_BATCH.value, workers=workers)
+      with contextlib.closing(datasets.load(config).batches(_mesh())) as drawn:
+        jax.block_until_ready(next(drawn))
+        count, begin, cpu = 0, time.perf_counter(), time.process_time()
+        while (seconds := time.perf_counter() - begin) < _SECONDS.value:
+          jax.block_until_ready(next(drawn))
+          count += _BATCH.value * _LENGTH.value
+        figures = {"tokens_per_second": count / seconds, "tokens_per_cpu_second": None}
+        if not workers:
+          figures["tokens_per_cpu_second"] = count / (time.process_time() - cpu)
+        rows.append({"method": method, "workers": workers, **figures, "padding": drawn.padding})
+        print(f"batches  {method:8}  {workers} workers  {count / seconds:13,.0f} tokens/s  {drawn.padding:.2%} padding")
+  return rows
+
+
+def _mesh() -> jax.sharding.Mesh:
+  return Config().make_mesh(jax.devices()[:1])
+
+
+def tokenizing(folder: str) -> dict:
+  """Bytes of text a second that one process tokenizes and writes."""
+  source, path = SourceConfig(source="stdlib"), epath.Path(folder) / "tokenizer.json"
+  preparation.train(source, _VOCAB.value, 10_000_000, path)
+  os.environ["TOKENIZERS_PARALLELISM"] = "false"
+  (part,) = preparation.divide(formats.blocks(source), 1)
+  job = preparation.Job(part, folder, str(path), "", "<u2", "stop")
+  begin, cpu = time.perf_counter(), time.process_time()
+  shard = preparation.write("tokens-00000-of-00001.array_record", job)
+  seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+  rates = {"bytes_per_second": shard.text_bytes / seconds, "bytes_per_cpu_second": shard.text_bytes / cpu}
+  print("prepare  " + "  ".join(f"{rate / 1e6:.2f} MB per {name[10:]}" for name, rate in rates.items()))
+  return {"vocab": tokenizers.load(str(path)).vocab_size, **rates, **dataclasses.asdict(shard)}
+
+
+def steps(folder: str) -> dict:
+  """Seconds of a training step on the loader's batches and on a constant one; medians over turns."""
+  memory = MemoryConfig(rule="linear", segment_length=128, chunk=64)
+  model = ModelConfig(layers=2, d_model=128, heads=4, remat="none", memory=memory)
+  packing = PackingConfig(method="best_fit", align=16)
+  config = Config(
+    data=data(folder, packing=packing, length=1024, batch_size=8, workers=_STEP_WORKERS.value), model=model
+  ).check()
+  mesh = _mesh()
+  update = lower(config, mesh).compile()
+  state = states.create(config, mesh)
+  seconds = {"constant": [], "loader": []}
+  with contextlib.closing(datasets.load(config.data).batches(mesh)) as drawn:
+    constant = next(drawn)
+    state, values = update(state, constant)
+    jax.block_until_ready(values)
+    for turn in range(2 * _TURNS.value):
+      kind = ("constant", "loader", "loader", "constant")[turn % 4]
+      begin = time.perf_counter()
+      for _ in range(_STEPS.value):
+        state, values = update(state, next(drawn) if kind == "loader" else constant)
+      jax.block_until_ready(values)
+      seconds[kind].append((time.perf_counter() - begin) / _STEPS.value)
+    begin = time.perf_counter()
+    for _ in range(_STEPS.value):
+      jax.block_until_ready(next(drawn))
+    alone = (time.perf_counter() - begin) / _STEPS.value
+  medians = {kind: statistics.median(values) for kind, values in seconds.items()}
+  slower = medians["loader"] / medians["constant"] - 1
+  print("step     " + "  ".join(f"{kind} {1e3 * value:.1f} ms" for kind, value in medians.items()), end="")
+  print(f"  {slower:+.1%}; a batch alone {1e3 * alone:.1f} ms")
+  return {"seconds": seconds, "medians": medians, "slower": slower, "batch_alone": alone, "tokens": 8 * 1024}
+
+
+def main(_: list[str]) -> None:
+  """Measures what the flags name."""
+  device = jax.devices()[0]
+  print(f"{device.device_kind} ({device.platform}), {os.cpu_count()} cores, {platform.machine()}", flush=True)
+  report = {"device": device.device_kind, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+  report |= {"command": " ".join(["python -m mc_jax.bench_data", *sys.argv[1:]])}
+  with tempfile.TemporaryDirectory() as folder:
+    corpus(folder)
+    measures = {"batches": batches, "prepare": tokenizing, "step": steps}
+    for name in _MEASURE.value:
+      with tempfile.TemporaryDirectory() as scratch:
+        report[name] = measures[name](scratch if name == "prepare" else folder)
+  if _REPORT.value:
+    pathlib.Path(_REPORT.value).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  app.run(main)
