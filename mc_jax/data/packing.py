@@ -50,8 +50,8 @@ def fill(read: Read, cursor: Cursor, length: int, config: PackingConfig) -> tupl
     cursor: whose `rows` is not looked at.
     length: places in a row.
     config: concat fills one row: each document follows the one before it, and goes on in the next row where it was cut.
-      best_fit takes documents for about `window` rows; one longer than a row is cut into whole rows and a rest, the
-      others stay whole. Longest first, each goes where it leaves the least room.
+      best_fit takes documents for `window` rows, or a few more; one longer than a row is cut into whole rows and a
+      rest, the others stay whole. Longest first, each goes where it leaves the least room.
   """
   if config.method == "concat":
     return _concat(read, cursor, length, config.align)
@@ -76,14 +76,14 @@ def _concat(read: Read, cursor: Cursor, length: int, align: int) -> tuple[list[l
 def _best_fit(read: Read, cursor: Cursor, length: int, align: int, window: int) -> tuple[list[list[Piece]], Cursor]:
   number, start, _ = cursor
   pieces: list[Piece] = []
-  total = 0
-  while total < window * length:
-    if (ids := read(number)) is None:
-      break
+  room = window * length
+  while (ids := read(number)) is not None:
     stop = min(len(ids) - 1, start + length)
     if stop > start:
+      room -= aligned(stop - start, align)
+      if room < 0 and pieces:  # this one would have a row nearly to itself: it opens the next window
+        break
       pieces.append(Piece(ids, start, stop))
-      total += aligned(stop - start, align)
     number, start = (number + 1, 0) if stop >= len(ids) - 1 else (number, stop)
   rows = [[pieces[i] for i in row] for row in best_fit([piece.stop - piece.start for piece in pieces], length, align)]
   return rows, Cursor(number, start, 0)
