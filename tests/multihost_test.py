@@ -20,6 +20,8 @@ FLAGS = [
   "--config.data.source=text",
   "--config.data.validation_fraction=0.3",
   "--config.data.length=32",
+  "--config.data.packing.method=best_fit",  # each process knows the places of its own shards alone
+  "--config.data.packing.window=3",
   "--config.model.layers=1",
   "--config.model.d_model=32",
   "--config.model.mlp_dim=32",
@@ -120,6 +122,8 @@ def test_two_processes_train_as_one_and_go_on_when_one_was_killed(texts, tmp_pat
   np.testing.assert_allclose(
     [losses[step] for step in range(1, 11)], [expected[step] for step in range(1, 11)], rtol=1e-5
   )
+  places = [tmp_path / name / "checkpoints" / "60" / "data" / "metadata" for name in ("alone", "pair")]
+  assert places[0].read_text() == places[1].read_text()  # of all shards, whichever process drew from them
   np.testing.assert_allclose(losses[60], expected[60], rtol=1e-2)  # rounding errors grow as training goes on
 
 
@@ -132,7 +136,7 @@ def test_processes_that_would_train_something_else_are_refused(texts, tmp_path):
   other = _start(texts, tmp_path / "run", port, "--num_processes=2", "--process_id=1", "--config.train.seed=1")
   codes, printed = _finish(pair[0], other)
   assert codes == [2, 2]
-  assert all("the settings or the text are not the same in all processes: process 1" in text for text in printed)
+  assert all("the settings or the data are not the same in all processes: process 1" in text for text in printed)
   assert not (tmp_path / "run").exists()
 
 
