@@ -26,6 +26,7 @@ from mc_jax.data.manifests import Shard
 from mc_jax.data.tokenizers import Tokenizer
 
 PLAN = "plan.json"
+_PARTIAL = ".partial-"  # folders of files that are being written
 _BATCH = 1 << 20  # characters that are tokenized together
 _SHARD = 64 << 20  # bytes of the corpus in a shard, where nothing is said
 
@@ -71,6 +72,8 @@ def prepare(
   blocks = formats.blocks(source)
   parts = divide(blocks, shards or max(8, sum(block.size for block in blocks) // _SHARD))
   folder.mkdir(parents=True, exist_ok=True)
+  for left in folder.glob(f"{_PARTIAL}*"):  # by a kill
+    left.rmtree()
   _settle(folder, loaded, source, [[(b.name, b.first, b.count, b.size) for b in part] for part in parts])
   copy = _keep(folder, tokenizer)
   dtype = "<u2" if loaded.vocab_size <= 1 << 16 else "<u4"
@@ -196,7 +199,7 @@ def write(name: str, job: Job) -> Shard:
   folder = epath.Path(job.out)
   tokenizer = tokenizers.load(job.tokenizer, job.separator)
   documents = tokens = text_bytes = skipped = 0
-  with tempfile.TemporaryDirectory(dir=None if "://" in job.out else job.out, prefix=".") as temporary:
+  with tempfile.TemporaryDirectory(dir=None if "://" in job.out else job.out, prefix=_PARTIAL) as temporary:
     path = os.path.join(temporary, name)
     writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")  # read one by one, at random
     for texts in _batches(_texts(job)):

@@ -84,6 +84,7 @@ def test_killed_anywhere_it_goes_on_without_loss_or_repetition(source, texts, tm
   noted = {name for name in kept if name in ("tokens-00000-of-00005.array_record",)}
   assert all((out / name).stat().st_mtime_ns == kept[name] for name in noted)
   assert len(list(out.glob("*.array_record"))) == 5
+  assert not list(out.glob(".partial-*"))
 
 
 def test_another_corpus_or_tokenizer_is_refused(source, corpora, bpe, tmp_path):
