@@ -5,6 +5,7 @@ A stream is one virtual shard of one source. What it yields after `seek(cursor)`
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -65,11 +66,14 @@ class Packed:
   Args:
     read: (number) -> ids of the stream's document, for every number from 0: see packing.fill.
     config: its length and packing.
+    first: rows that best_fit fills together at the start, instead of packing.window; differs from stream to stream, lest
+      all be filled anew at the same step.
   """
 
-  def __init__(self, read: packing.Read, config: DataConfig):
+  def __init__(self, read: packing.Read, config: DataConfig, first: int | None = None):
     self._read = read
     self._length, self._packing = config.length, config.packing
+    self._first = dataclasses.replace(config.packing, window=first or config.packing.window)
     self.seek(Cursor(0, 0, 0))
 
   @property
@@ -96,7 +100,8 @@ class Packed:
     if self._filled is not None and self._done == len(self._filled):
       self._start, self._done, self._filled = self._behind, 0, None
     if self._filled is None:
-      self._filled, self._behind = packing.fill(self._read, self._start, self._length, self._packing)
+      how = self._first if self._start[:2] == (0, 0) else self._packing
+      self._filled, self._behind = packing.fill(self._read, self._start, self._length, how)
 
 
 def packed(
@@ -131,7 +136,7 @@ def packed(
       )
     return ids
 
-  return Packed(read, config)
+  return Packed(read, config, 1 + shard % config.packing.window)
 
 
 class Mixture:
