@@ -66,8 +66,8 @@ class Packed:
   Args:
     read: (number) -> ids of the stream's document, for every number from 0: see packing.fill.
     config: its length and packing.
-    first: rows that best_fit fills together at the start, instead of packing.window; differs from stream to stream, lest
-      all be filled anew at the same step.
+    first: rows that best_fit fills together at the start, instead of packing.window; differs from stream to stream,
+      lest all be filled anew at the same step.
   """
 
   def __init__(self, read: packing.Read, config: DataConfig, first: int | None = None):
