@@ -130,7 +130,7 @@ def _backward(function, expected, name, interpret, residuals, d_y):
       gate, cotangent = column(gates[0], y.shape[-1]), d_y[...].astype(y.dtype)
       # A transposition and a sum over sublanes, to have a row of them.
       d_gates[0] = jnp.where(gate == 0, 0.0, y[0] * cotangent[0]).T.sum(0, keepdims=True)
-      d_x[...], parts = pull((gate * cotangent).astype(y.dtype))
+      d_x[...], parts = pull(jnp.where(gate == 0, 0.0, gate * cotangent).astype(y.dtype))
       jax.tree.map(lambda d, part: d.__setitem__(..., d[...] + part.astype(d.dtype)), d_states, parts)
 
     @pl.when(mine >= count)

@@ -56,7 +56,8 @@ def _gated_sum_backward(contribution, residuals, cotangent):
     x_total, gate_totals, state_totals = totals
     y, pull = jax.vjp(contribution, x, _at(states, i))
     gate = gates[i]
-    x_part, state_part = pull((gate[..., None] * cotangent).astype(y.dtype))
+    used = (gate != 0)[..., None]
+    x_part, state_part = pull(jnp.where(used, gate[..., None] * cotangent, 0.0).astype(y.dtype))
     gate_part = jnp.where(gate == 0, 0.0, (y * cotangent).sum(-1))
     put = functools.partial(lax.dynamic_update_index_in_dim, index=i, axis=0)
     return x_total + x_part, put(gate_totals, gate_part), jax.tree.map(put, state_totals, state_part)

@@ -77,6 +77,7 @@ class LanguageModel(nnx.Module):
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """tokens [...] to [..., d_model] of unit variance, in the computation's dtype."""
+    # Gathered in float32, unlike other parameters: a token's gradient adds up over all the places where it stands.
     rows = axes.gathered(self.embedding[...], _EMBEDDING)[tokens] * self.config.d_model**0.5
     return rows.astype(self.config.dtype)
 

@@ -64,8 +64,8 @@ class MemoryCaching(nnx.Module):
       self.age_scores = Linear(embed, ages, rngs=rngs)
     if self.rule.learned_init:
       start = self.rule.init(rngs.params(), heads=config.heads, head_dim=config.head_dim)
-      axes = ("heads", "memory_in", "memory_out")
-      self.initial = nnx.Dict({name: parameter(lambda *_, w=w: w, w.shape, axes, rngs) for name, w in start.items()})
+      names = ("heads", "memory_in", "memory_out")
+      self.initial = nnx.Dict({name: parameter(lambda *_, w=w: w, w.shape, names, rngs) for name, w in start.items()})
     self.norm = RMSNorm(heads, rngs=rngs)
     self.output = Linear(heads, embed, dtype=config.dtype, scale=residual_scale(config.layers), rngs=rngs)
 

@@ -110,7 +110,8 @@ def check(
   lengths = segmentation.lengths(length)
   if len(set(lengths)) > 1 or len(lengths) % context:
     raise ValueError(
-      f"length={length} is cut into {len(lengths)} segments of {lengths[0]} to {lengths[-1]} tokens: the mesh's "
+      f"length={length} is cut into {len(lengths)} segments, the first of {lengths[0]} tokens, the last of "
+      f"{lengths[-1]}: the mesh's "
       f"context={context} needs segments of one length, and a multiple of {context} of them"
     )
   if length // context < rule.window:

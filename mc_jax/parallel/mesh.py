@@ -67,7 +67,7 @@ def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax
     if sizes["data"] % slices:
       raise ValueError(f"mesh.data={sizes['data']} must be a multiple of the {slices} slices, which lie along it")
     within = (shape[0] // slices, *shape[1:])
-    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, *(1 for _ in shape[1:])), devices)
+    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
   elif devices[0].platform == "tpu":
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   else:

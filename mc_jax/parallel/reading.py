@@ -1,8 +1,9 @@
 """Reading all cached memories across devices: states go to the queries, or queries to the states.
 
 Both give every device the same work, though the last part of a sequence reads twice the mean: the ends of early and
-late parts change places first (`Parts.mirrored`). Both go in steps, in none of which a device gathers more than
-`Parts.buffer` bytes; a step is done again in the backward pass, so that nothing gathered is kept.
+late parts change places first (`Parts.mirrored`), where tokens, or a part's memories, are an even number. Both go in
+steps, in none of which a device gathers more than `Parts.buffer` bytes; a step is done again in the backward pass, so
+that nothing gathered is kept.
 """
 
 import functools
@@ -66,7 +67,10 @@ def _states_to_queries(parts, local, contribution, x, gamma, memories, lengths, 
   even = x.shape[2] % 2 == 0
   if even:
     x, gamma, counts = parts.mirrored(x, 2), parts.mirrored(gamma, 2), parts.mirrored(counts, 0)
-  one = nbytes([w[0] for w in memories.values()], x.dtype)
+    if len(lengths) % 2:  # query tiles are made of one half or the other
+      lengths = (lengths[0] // 2,) * (2 * len(lengths))
+  dtype, x = x.dtype, x.astype(state_dtype(x.dtype))  # rounded in each step: gradients add up in what is kept here
+  one = nbytes([w[0] for w in memories.values()], dtype)
   together = largest_divisor(n, parts.buffer / (parts.count * one))
   steps = n // together
   # [steps, b, h, length, count * together]: the gates of the memories that a step gathers, in the sequence's order.
@@ -78,11 +82,11 @@ def _states_to_queries(parts, local, contribution, x, gamma, memories, lengths, 
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def step(total, xs):
     i, gamma, memories = xs
-    memories = {name: gather_rounded(w, parts.axis, x.dtype) for name, w in memories.items()}
+    memories = {name: gather_rounded(w, parts.axis, dtype) for name, w in memories.items()}
     memories = {name: w.reshape(-1, *w.shape[2:]) for name, w in memories.items()}
     starts = jnp.arange(parts.count)[:, None] * n + i * together
     read = jnp.clip(counts - starts, 0, together).sum(0)
-    return total + local(contribution, x, gamma, memories, lengths, read), None
+    return total + local(contribution, x.astype(dtype), gamma, memories, lengths, read), None
 
   total = jnp.zeros(out.shape, out.dtype)
   y, _ = lax.scan(step, total, (jnp.arange(steps), gamma, memories))
@@ -97,7 +101,8 @@ def _queries_to_states(parts, local, contribution, x, gamma, memories, lengths, 
   owned = np.arange(parts.count)[:, None]
   if _balanced(leaves):
     pieces, owned = 2, parts.halves()
-    memories = {name: parts.mirrored(w.astype(x.dtype), 0) for name, w in memories.items()}
+    # Sent rounded; kept wide, for their gradients add up over the steps.
+    memories = {name: parts.mirrored(w.astype(x.dtype), 0).astype(wide) for name, w in memories.items()}
   size = n // pieces
   out = _answers(contribution, x, memories)
   token = (nbytes([x], x.dtype) + nbytes([out], wide)) // length + x.shape[0] * x.shape[1] * n * jnp.dtype(

@@ -7,6 +7,7 @@ much again.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -38,6 +39,7 @@ def read_selected(
   """
   n = len(next(iter(states.values())))
   away = jnp.where(gates == 0, 0, parts.index() - index // n)  # how many parts back
+  away = jnp.maximum(away, 0)  # a gate that is no number may be that of a later memory
   here = jnp.where((away == 0) & (gates != 0), gates, 0.0)
   y = local(network, q, jnp.where(away == 0, index % n, 0), here, states)
   return y + _exchange(functools.partial(local, network), parts, q, (away, index % n), gates, states)
@@ -49,7 +51,7 @@ def rooms(parts: Parts, q: jax.Array, k: int) -> tuple[int, ...]:
   wanted = [min(1.0, _SPARE / (by + 1)) for by in range(1, parts.count)]
   most = parts.buffer / (rows * q.shape[-1] * (q.dtype.itemsize + jnp.dtype(state_dtype(q.dtype)).itemsize))
   shrink = min(1.0, most / (sum(wanted) * pairs))
-  return tuple(min(pairs, 8 * -(-int(share * shrink * pairs) // 8) or 8) for share in wanted)
+  return tuple(min(pairs, 8 * max(1, math.ceil(share * shrink * pairs / 8))) for share in wanted)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -76,8 +78,9 @@ def _exchange_backward(read, parts, residuals, cotangent):
 
     return jax.tree.map(jnp.add, totals, jax.vjp(one_round, q, gates, states)[1](cotangent))
 
-  zeros = jax.tree.map(jnp.zeros_like, (q, gates, states))
-  d_q, d_gates, d_states = lax.fori_loop(0, _rounds(parts, q, chosen[0]), add, zeros)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, state_dtype(x.dtype)), (q, gates, states))
+  totals = lax.fori_loop(0, _rounds(parts, q, chosen[0]), add, zeros)
+  d_q, d_gates, d_states = jax.tree.map(lambda d, x: d.astype(x.dtype), totals, (q, gates, states))
   return d_q, None, d_gates, d_states
 
 

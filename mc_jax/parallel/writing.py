@@ -26,7 +26,7 @@ from mc_jax.parallel.parts import Parts, largest_divisor
 
 Pytree = Any
 
-# Groups for each device: the share of idle turns is then below 1 / (1 + this).
+# Groups for each device that is waited for: the share of idle turns is then 1 / (1 + this) at most.
 _GROUPS_PER_PART = 4
 
 
@@ -65,28 +65,34 @@ def _affine_start(parts: Parts, rule: Rule, fresh: Weights, tokens: Tokens, leng
       owner = parts.ahead(jnp.where(valid, number, -1)[..., 1 - rule.window :])
       tail = tuple(jnp.where((owner == before[..., :1])[..., None], x, 0) for x in tail)
   own = start._replace(memory=jax.tree.map(lambda w: jnp.where(first, w, 0.0), start.memory), tail=tail)
-  nothing = functools.partial(_read_nothing)
-  ends = passes.write(rule, fresh, tokens, lengths, read=nothing, carries=True, side_by_side=1, start=own).states.memory
+  ends = passes.write(
+    rule, fresh, tokens, lengths, read=_read_nothing, carries=True, side_by_side=1, start=own
+  ).states.memory
   written = {name: w[-1] for name, w in ends.items()}
   decay = jnp.ones(tokens.k.shape[:2], online.state_dtype(tokens.k.dtype))
   if rule.retention:
-    decay = jnp.exp(jnp.log(tokens.gates["alpha"].astype(decay.dtype)).sum(-1))
+    alpha = tokens.gates["alpha"].astype(decay.dtype)
+    decay = jnp.exp(jnp.log(jnp.maximum(alpha, jnp.finfo(decay.dtype).tiny)).sum(-1))
   if tokens.documents is not None:
     decay = jnp.where(tokens.documents.number[..., -1] == tokens.documents.before[..., 0], decay, 0.0)
 
   step = 1
   while step < parts.count:
-    before_decay, before = parts.ahead(decay, step), jax.tree.map(lambda w: parts.ahead(w, step), written)  # noqa: B023
-    inside = parts.index() >= step
-    written = jax.tree.map(
-      lambda w, b: w + jnp.where(inside, decay[..., None, None] * b, 0.0),  # noqa: B023
-      written,
-      before,
-    )
-    decay = jnp.where(inside, decay * before_decay, decay)
+    earlier = parts.ahead(decay, step), {name: parts.ahead(w, step) for name, w in written.items()}
+    decay, written = _after(earlier, (decay, written))  # zeros come to those that have nobody so far ahead of them
     step *= 2
-  memory = jax.tree.map(lambda w, m: jnp.where(first, m, parts.ahead(w)), written, start.memory)
+  memory = {name: jnp.where(first, m, parts.ahead(written[name])) for name, m in start.memory.items()}
   return start._replace(memory=memory, tail=tail)
+
+
+def _after(earlier: tuple[jax.Array, Weights], later: tuple[jax.Array, Weights]) -> tuple[jax.Array, Weights]:
+  """(decay, written) of two stretches in a row. Selected, not multiplied by 0: what broke off may have overflowed."""
+  kept = later[0][..., None, None]
+  written = {
+    name: w + jnp.where(kept == 0, 0.0, kept * jnp.where(kept == 0, 0.0, earlier[1][name]))
+    for name, w in later[1].items()
+  }
+  return earlier[0] * later[0], written
 
 
 def _read_nothing(_, x: jax.Array) -> jax.Array:
@@ -172,7 +178,7 @@ def _pipeline_backward(run, rule, parts, groups, residuals, cotangent):
 _pipeline.defvjp(_pipeline_forward, _pipeline_backward)
 
 
-def _where(x: jax.Array, groups: tuple[int, int], i: jax.Array, rows: int | None):
+def _corner(x: jax.Array, groups: tuple[int, int], i: jax.Array, rows: int | None):
   """Where a group's rows and heads begin in x, and the shape that they have."""
   heads = 0 if rows is None else rows + 1
   start, shape = [jnp.int32(0)] * x.ndim, list(x.shape)
@@ -185,13 +191,13 @@ def _where(x: jax.Array, groups: tuple[int, int], i: jax.Array, rows: int | None
 
 def _pick(groups: tuple[int, int], i: jax.Array, arrays: Pytree, rows: int | None = 0) -> Pytree:
   """The i-th group's part of arrays whose axes from `rows` on are rows and heads; of [heads, ...] if it is None."""
-  return jax.tree.map(lambda x: lax.dynamic_slice(x, *_where(x, groups, i, rows)), arrays)
+  return jax.tree.map(lambda x: lax.dynamic_slice(x, *_corner(x, groups, i, rows)), arrays)
 
 
 def _put(groups: tuple[int, int], i: jax.Array, arrays: Pytree, part: Pytree, rows: int | None = 0) -> Pytree:
   """Arrays with the i-th group's part replaced."""
 
   def put(x, part):
-    return lax.dynamic_update_slice(x, part, _where(x, groups, i, rows)[0])
+    return lax.dynamic_update_slice(x, part, _corner(x, groups, i, rows)[0])
 
   return jax.tree.map(put, arrays, part)

@@ -76,7 +76,7 @@ class Checkpoints:
 
 
 # How a model is computed, not what it is: these may change when a run goes on.
-_HOW = ("model.remat", "model.memory.implementation", "model.memory.segment_group")
+_HOW = ("model.remat", "model.memory.implementation", "model.memory.segment_group", "model.memory.read_buffer_mib")
 
 
 def changed(stored: dict, config: Config, workdir: epath.Path) -> dict[str, tuple]:

@@ -161,8 +161,10 @@ class Config:
     width = f"model.mlp_dim={model.mlp_dim}" + ("" if model.mlp_dim else f" (a width of {model.hidden_dim})")
     require(model.hidden_dim, width, "model")
     require(model.vocab_size, f"model.vocab_size={model.vocab_size}", "model")
+    memory = model.memory
+    if model.mixer == "memory_caching" and memory.implementation == "reference" and math.prod(sizes.values()) > 1:
+      found.append("model.memory.implementation='reference' runs on one device: use None, xla or pallas on a mesh")
     if sizes["context"] > 1:
-      memory = model.memory
       if model.mixer != "memory_caching":
         require(data.length, f"data.length={data.length}", "context")
       elif memory.segmentation != "constant":
@@ -177,6 +179,11 @@ class Config:
           f"{memory.segment_length}, which do not divide among mesh.context={sizes['context']}: use a data.length that "
           f"is a multiple of {memory.segment_length * sizes['context']}, another model.memory.segment_length"
           + ("" if left else f", or a mesh.context that is one of {divisors(segments)}")
+        )
+      elif memory.rule == "swla" and data.length // sizes["context"] < memory.window:
+        found.append(
+          f"model.memory.window={memory.window} must be at most the tokens of a device, data.length={data.length} / "
+          f"mesh.context={sizes['context']} = {data.length // sizes['context']}"
         )
     return found
 

@@ -189,6 +189,57 @@ def test_kernels_across_devices(rule, aggregation):
   assert_same(actual, run(x, rule, **options), tolerance=2e-5)
 
 
+def test_an_overflow_stays_in_its_document():
+  """Document 1 overflows on the first device, document 2 begins there and goes on over three more."""
+  rule = build("linear")
+  x = jax.tree.map(np.float32, samples.inputs(rule, batch=1, length=16))
+  x.v[:, :3], x.k[:, :3] = 3e38, 1.0
+  ids = np.array([[1] * 5 + [2] * 11])
+  options = dict(segment=2, aggregation="none", segment_ids=ids)
+  one, many = (run(x, rule, axes, **options)[1] for axes in (None, dict(data=1, context=4)))
+  assert not np.isfinite(many[:, :5]).all()
+  assert_same(many[:, 5:], one[:, 5:], tolerance=1e-5)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_memory_may_forget_everything():
+  """A retention of 0, whose logarithm has no gradient."""
+  rule = build("swla")
+  x = samples.inputs(rule, batch=1, length=16)
+  x.gates["alpha"][:, 3] = 0.0
+  options = dict(segment=2, aggregation="none")
+  assert_same(run(x, rule, MESHES[0], **options), run(x, rule, **options))
+
+
+def test_a_token_that_is_no_number_changes_no_other():
+  rule = build("linear")
+  x = samples.inputs(rule, batch=1, heads=1, length=LENGTH)
+  options = dict(aggregation="ssc", top_k=7, carry="independent")
+  before = run(x, rule, dict(data=1, context=8), **options)[1]
+  x.u[:, 11] = np.nan
+  after = run(x, rule, dict(data=1, context=8), **options)[1]
+  assert np.flatnonzero((before != after).any((0, 2, 3))).tolist() == [11]
+
+
+@pytest.mark.parametrize("to_states", [False, True])
+def test_rounded_gradients_of_many_steps(monkeypatch, to_states):
+  """Steps of a read are added up in float32: as far from it as one device's."""
+  monkeypatch.setattr(reading, "traffic", lambda *_: (int(to_states), 0 if to_states else 1))
+  rule = build("linear", chunk=16)
+  x = jax.tree.map(np.float32, samples.inputs(rule, batch=1, heads=1, length=1024, head_dim=8))
+  rounded = samples.map_tokens(lambda a: a.astype(jnp.bfloat16), x)._replace(gates=x.gates)
+  options = dict(segment=16, aggregation="residual")
+  exact, one = run(x, rule, **options)[0], run(rounded, rule, **options)[0]
+  many = run(rounded, rule, dict(data=1, context=4), read_buffer=1, **options)[0]
+
+  def error(x, name):
+    a, b = np.float32(getattr(x, name)), getattr(exact, name)
+    return np.abs(a - b).max() / np.abs(b).max()
+
+  for name in ("q", "k", "v"):
+    assert error(many, name) < 1.5 * error(one, name) + 1e-3, name
+
+
 def kept_bytes(rule, aggregation, carry, count):
   """Bytes that a device keeps for the backward pass, M_0 apart."""
   x = jax.tree.map(np.float32, samples.inputs(rule, batch=1, heads=2, length=256, head_dim=8))
@@ -261,7 +312,7 @@ def test_rounded_inputs():
   [
     (dict(data=8), {}, "batch=4 must be a multiple of the mesh's data x fsdp = 8"),
     (dict(data=1, model=4), {}, "heads=2 must be a multiple of the mesh's model=4"),
-    (dict(data=1, context=4), dict(segment=16), "2 segments of 16 to 16 tokens: the mesh's context=4"),
+    (dict(data=1, context=4), dict(segment=16), "2 segments, the first of 16 tokens, the last of 16: the mesh's cont"),
     (dict(data=1, context=4), dict(segment=5), "context=4 needs segments of one length"),
     (dict(data=2), dict(implementation="reference"), "implementation='reference' runs on one device"),
     (dict(data=2), dict(aggregation="all"), "aggregation must be one of"),
