@@ -127,7 +127,7 @@ def _mixture(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
   """Packed documents and rows of tasks."""
   parts = config.parts
   documents = {
-    name: Documents(formats.blocks(part, tokenizer.fingerprint), tokenizer, config.on_error)
+    name: Documents(_blocks(name, part, config, tokenizer), tokenizer, config.on_error)
     for name, part in parts.items()
     if part.source in FORMATS
   }
@@ -189,6 +189,15 @@ def _shard(config: DataConfig, documents: dict, orders: dict, tasks: dict, shard
       stream = streams.Counted(lambda number, row=row, name=name: row((config.seed, name, shard, number)))
     made[name] = (stream, part.weight)
   return streams.Mixture(made, (config.seed, "mixture", shard))
+
+
+def _blocks(name: str, part: PartConfig, config: DataConfig, tokenizer: Tokenizer) -> list[formats.Block]:
+  try:
+    return formats.blocks(part, tokenizer.fingerprint)
+  except ConfigError as error:
+    if config.source != "mixture":
+      raise
+    raise ConfigError(f"data.sources.{name}: {error}") from error
 
 
 def _task(part: PartConfig, config: DataConfig, tokenizer: Tokenizer) -> Callable[[tuple], Row]:

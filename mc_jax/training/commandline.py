@@ -27,8 +27,8 @@ def parse(holder: flags.FlagHolder, argv: list[str]) -> list[str]:
       config.require_field(name.removeprefix("config."))
   try:
     rest = flags.FLAGS(argv)
-  except flags.Error as error:
-    raise ConfigError(str(error)) from error
+  except (flags.Error, KeyError) as error:  # KeyError: a name in data.sources that the config file does not have
+    raise ConfigError(" ".join(str(error.args[0]).split())) from error
   try:
     holder.value.lock()
   except OSError as error:  # what absl kept back when it could not load the file
