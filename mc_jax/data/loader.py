@@ -8,6 +8,10 @@ of its shards. A process follows the shards of its own rows; together they know 
 from __future__ import annotations
 
 import functools
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import grain
@@ -88,8 +92,21 @@ class Rows:
       options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=_AHEAD)
       # Rows come through a pipe: Grain's shared memory outlives a process that ends with some still to be read.
       through_pipe = grain.experimental.DatasetOptions(min_shm_size=1 << 62)
-      steps = grain.experimental.WithOptionsIterDataset(steps, through_pipe).mp_prefetch(options)
+      steps = grain.experimental.WithOptionsIterDataset(steps, through_pipe).mp_prefetch(options, _own_signals)
     self._steps = iter(steps)
+
+
+def _own_signals(worker: int, workers: int) -> None:
+  """In a worker: stopping is the trainer's to decide, who may draw rows after a signal; and a worker ends with it."""
+  del worker, workers
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+
+  def follow() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=follow, daemon=True).start()
 
 
 class _Steps(grain.IterDataset):
