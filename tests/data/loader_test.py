@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from mc_jax.data import ConfigError, DataConfig, PackingConfig, PartConfig, datasets, loader, windows
+from mc_jax.data import ConfigError, DataConfig, PackingConfig, PartConfig, datasets, loader, streams, windows
 from mc_jax.parallel import mesh as meshes
 from mc_jax.parallel.mesh import MeshConfig
 
@@ -48,8 +48,9 @@ def _take(rows, count):
 
 @pytest.mark.parametrize("method", ["concat", "best_fit"])
 @pytest.mark.parametrize("shards", [0, 3, 8])
-def test_a_killed_run_goes_on_with_the_same_rows_wherever_it_was(dataset, method, shards):
+def test_a_killed_run_goes_on_with_the_same_rows_wherever_it_was(dataset, monkeypatch, method, shards):
   data = dataset(method, shards=shards)
+  monkeypatch.delattr(streams.Packed, "skip")  # it goes there, it does not read all over again
   whole = _take(_rows(data), 12)
   for step in (1, 2, 5, 8):
     first = _rows(data)
