@@ -4,8 +4,8 @@
 
 batches: packed batches from ArrayRecord files of random ids, documents of log-normal lengths, as arrays of a device.
 prepare: text of the standard library of this Python, tokenized by a BPE learned from it, written as ArrayRecord files
-by one process. step: training steps of a small model on such batches, and the same ones on a constant batch, in turns.
-For speed, nothing else should run; a rate per CPU second counts what this process's threads used.
+by one process. step: training steps of a small model on such batches, and on a constant one, in turns. For speed,
+nothing else should run; a rate per CPU second counts what this process's threads used.
 """
 
 import contextlib
@@ -41,11 +41,12 @@ _METHODS = flags.DEFINE_list("methods", ["concat", "best_fit"], "batches: of pac
 _WORKERS = flags.DEFINE_list("workers", ["0", "1", "2"], "batches: processes.")
 _SECONDS = flags.DEFINE_float("seconds", 5.0, "batches: timed for so long, after a first batch.", lower_bound=0.1)
 _VOCAB = flags.DEFINE_integer("vocab", 32_768, "Ids of the tokenizer.", lower_bound=257)
-_STEPS = flags.DEFINE_integer("steps", 5, "step: in a turn.", lower_bound=1)
-_TURNS = flags.DEFINE_integer("turns", 8, "step: of each kind.", lower_bound=2)
+_STEPS = flags.DEFINE_integer("steps", 1, "step: in a turn, after which they are waited for.", lower_bound=1)
+_TURNS = flags.DEFINE_integer("turns", 40, "step: of each kind.", lower_bound=2)
 _STEP_WORKERS = flags.DEFINE_integer("step_workers", 0, "step: processes that prepare rows.", lower_bound=0)
 _REPORT = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
+_DRAWS = 64  # batches by themselves
 _MEAN, _SIGMA = 6.3, 1.0  # of the logarithm of a document's length: 900 tokens on average, half of them below 540
 
 
@@ -111,7 +112,7 @@ def tokenizing(folder: str) -> dict:
 
 
 def steps(folder: str) -> dict:
-  """Seconds of a training step on the loader's batches and on a constant one; medians over turns."""
+  """Seconds of a training step on the loader's batches and on a constant one, turn by turn, and the median ratio."""
   memory = MemoryConfig(rule="linear", segment_length=128, chunk=64)
   model = ModelConfig(layers=2, d_model=128, heads=4, remat="none", memory=memory)
   packing = PackingConfig(method="best_fit", align=16)
@@ -134,11 +135,12 @@ def steps(folder: str) -> dict:
       jax.block_until_ready(values)
       seconds[kind].append((time.perf_counter() - begin) / _STEPS.value)
     begin = time.perf_counter()
-    for _ in range(_STEPS.value):
+    for _ in range(_DRAWS):
       jax.block_until_ready(next(drawn))
-    alone = (time.perf_counter() - begin) / _STEPS.value
+    alone = (time.perf_counter() - begin) / _DRAWS
   medians = {kind: statistics.median(values) for kind, values in seconds.items()}
-  slower = medians["loader"] / medians["constant"] - 1
+  pairs = zip(seconds["loader"], seconds["constant"], strict=True)  # neighbours: whatever else runs is in both
+  slower = statistics.median(loader / constant for loader, constant in pairs) - 1
   print("step     " + "  ".join(f"{kind} {1e3 * value:.1f} ms" for kind, value in medians.items()), end="")
   print(f"  {slower:+.1%}; a batch alone {1e3 * alone:.1f} ms")
   return {"seconds": seconds, "medians": medians, "slower": slower, "batch_alone": alone, "tokens": 8 * 1024}
