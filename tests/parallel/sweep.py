@@ -2,7 +2,7 @@
 
   JAX_PLATFORMS=cpu python tests/parallel/sweep.py --json=docs/parallel/sweep.json
 
-takes half an hour on two cores; the tests beside it run each rule, aggregation and carry on one mesh. 16 virtual
+takes hours on two cores; the tests beside it run each rule, aggregation and carry on one mesh. 16 virtual
 devices, float32, documents that cross devices. Prints the largest error of the loss and of any gradient, each relative
 to the largest number of the array, and exits with 1 if one is above 1e-5.
 """
