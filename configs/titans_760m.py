@@ -30,7 +30,7 @@ def get_config():
   c.model.memory.segment_length = 256
   c.model.memory.chunk = 256
 
-  c.data.source = "text"  # bytes, until there are tokenizers: ids above 255 do not occur
+  c.data.source = "text"  # as bytes: name sources, a tokenizer and packing of your own, see docs/data.md
   c.data.paths = "corpus/**"
   c.data.length = 4096
   c.data.batch_size = 128  # rows of a step: 0.5M tokens

@@ -68,7 +68,7 @@ install() {
   on_all_hosts "set -e; $stop"'; rm -rf mc_jax; mkdir mc_jax; tar -xzf mc_jax.tar.gz -C mc_jax
     python3 -m pip install --quiet --user uv; export PATH="$HOME/.local/bin:$PATH"
     uv venv --quiet --allow-existing --python 3.11 mc_jax_env
-    uv pip install --quiet --python mc_jax_env/bin/python "./mc_jax[tpu,gcs]"'
+    uv pip install --quiet --python mc_jax_env/bin/python "./mc_jax[tpu,gcs,data]"'
 }
 
 train() {
