@@ -37,8 +37,9 @@ def block_size(states: Pytree) -> int | None:
   widths = [shape[-1] for shape in one]
   for tokens in (256, 128):
     # The state and its gradient twice, while the next are on their way; what is added to it; the state as multiplied.
-    # A block's x, cotangent and gradient, twice; three of the widest arrays between the layers.
-    if 5.5 * state + tokens * (16 * min(widths) + 12 * max(widths)) <= vmem.budget():
+    # A block's x, cotangent and gradient, twice; gates in columns, and what they weigh; three of the widest arrays
+    # between the layers.
+    if 5.5 * state + tokens * (24 * min(widths) + 12 * max(widths)) <= vmem.budget():
       return tokens
   return None
 
