@@ -110,5 +110,6 @@ def select(cached: jax.Array, visible: jax.Array, top_k: int) -> tuple[jax.Array
   kept = scores > -jnp.inf
   # Picked by comparing, slot by slot: a gather of single numbers takes a TPU, and its compiler, long.
   names = jnp.arange(ranked.shape[-1])
-  picked = jnp.stack([jnp.where(i[..., None] == names, ranked, 0.0).sum(-1) for i in jnp.unstack(index, axis=-1)], -1)
+  picked = [jnp.where(i[..., None] == names, ranked, 0.0).sum(-1) for i in jnp.unstack(index, axis=-1)]
+  picked = jnp.stack(picked, -1) if picked else scores  # a single segment has no caches
   return index, jnp.where(kept, picked, 0.0), kept

@@ -143,8 +143,8 @@ _RATES = {
   "write_bwd": (0.638, 0.811, 0.338, 0.617),
   "cached_read_fwd": (0.606, 0.814, 0.263, 0.602),  # matrix and deep memories share a name: at 128 the slower
   "cached_read_bwd": (0.610, 0.803, 0.322, 0.697),
-  "selected_read_fwd": (0.496, 0.756, 0.183, 0.453),
-  "selected_read_bwd": (0.577, 0.824, 0.263, 0.594),
+  "selected_read_fwd": (0.488, 0.756, 0.174, 0.453),
+  "selected_read_bwd": (0.525, 0.824, 0.245, 0.594),
   "splash_mha_fwd": (0.392, 0.502, 0.179, 0.325),
   "splash_mha_dkv": (0.609, 0.695, 0.312, 0.543),
   "splash_mha_dq": (0.660, 0.711, 0.294, 0.541),

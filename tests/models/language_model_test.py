@@ -229,7 +229,7 @@ def test_parameters_carry_names_for_their_axes_and_need_no_mesh():
     assert len(leaf.out_sharding) == leaf[...].ndim, path
     assert (leaf.out_sharding[0] == "layers") == (path[0] == "blocks"), path
   names = {path: leaf.out_sharding for path, leaf in nnx.to_flat_state(state)}
-  assert names["blocks", "mixer", "query", "kernel"] == ("layers", "embed", "heads", "head_dim")
+  assert names["blocks", "mixer", "projection", "kernel"] == ("layers", "embed", "projection", "heads", "head_dim")
   assert names["blocks", "mixer", "initial", "w1"][:2] == ("layers", "heads")
   with nnx.logical_axis_rules([("vocab", "model"), ("embed", "fsdp")]):
     spec = nnx.get_partition_spec(state)
