@@ -298,6 +298,7 @@ def _memory_numbers(config: Config) -> int:
 
 
 def cache_bytes(config: Config) -> dict[str, float]:
+  """Bytes, all layers: of one cached memory, of a sequence's cache, of the keys and values of an equal Transformer."""
   model, size = config.model, jnp.dtype(config.model.dtype).itemsize
   keys_and_values = 2 * model.layers * config.data.length * model.d_model * size
   if model.mixer != "memory_caching":
