@@ -204,6 +204,6 @@ def test_two_local_processes_train(tmp_path):
     cwd=ROOT,
     env=os.environ | cache,
   )
-  assert done.returncode == 0, done.stderr
+  assert done.returncode == 0, done.stdout + done.stderr
   assert "4 x cpu (data=2, model=2)" in done.stdout
   assert [record["step"] for record in metrics.read(tmp_path / "run")] == [1, 2, 3]

@@ -30,7 +30,7 @@ def write(rule, head_dim, *, carries=True):
   """The write pass: (function of M_0 and tokens, its arguments)."""
   vector = array(BATCH, HEADS, LENGTH, head_dim, dtype=jnp.bfloat16)
   gates = {name: array(BATCH, HEADS, LENGTH) for name in rule.gates}
-  fresh = jax.eval_shape(functools.partial(rule.init, heads=HEADS, head_dim=head_dim), jax.random.key(0))
+  fresh = jax.eval_shape(lambda: rule.init(jax.random.key(0), heads=HEADS, head_dim=head_dim))
 
   def read(memory, x):
     return rule.network(x, lambda name, z: online.read(memory, name, z, jnp.bfloat16))

@@ -1,6 +1,5 @@
 """The kernels, compiled by the TPUs' own compiler for chips that are not there."""
 
-import functools
 import itertools
 
 import jax
@@ -52,7 +51,7 @@ def layer(rule, head_dim, *, heads=2, length=1024, documents=False, **options):
   """(the gradient of a layer, its arguments): bfloat16 tokens, segments of 256."""
   vector = tpu_cases.array(1, length, heads, head_dim, dtype=jnp.bfloat16)
   gates = {name: tpu_cases.array(1, length, heads) for name in rule.gates}
-  init = jax.eval_shape(functools.partial(rule.init, heads=heads, head_dim=head_dim), jax.random.key(0))
+  init = jax.eval_shape(lambda: rule.init(jax.random.key(0), heads=heads, head_dim=head_dim))
   ids = tpu_cases.array(1, length, dtype=jnp.int32) if documents else None
 
   def loss(args, ids):
@@ -91,7 +90,7 @@ def test_a_layer_compiles_under_vmap(aggregation):
 def test_what_does_not_fit_is_refused_with_the_reason():
   """By the chip of the mesh in context: a v4 has too little VMEM for a network of head_dim 256, a v5p has enough."""
   rule = memory.rules.get("titans", chunk=128)
-  init = jax.eval_shape(functools.partial(rule.init, heads=2, head_dim=256), jax.random.key(0))
+  init = jax.eval_shape(lambda: rule.init(jax.random.key(0), heads=2, head_dim=256))
   q = tpu_cases.array(1, 1024, 2, 256, dtype=jnp.bfloat16)
   fn, args = layer(rule, 256, aggregation="none", implementation="pallas")
   with jax.set_mesh(topology.one_chip(CHIPS["v4"]).mesh):
