@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -15,6 +17,23 @@ def define_config() -> flags.FlagHolder:
   return config_flags.DEFINE_config_file("config", None, text, lock_config=True)
 
 
+def define_overrides() -> flags.FlagHolder:
+  """Defines --config.FIELD=VALUE alone, for doors that take a --workdir: fields that differ from those of its run."""
+
+  def known(argument: str) -> bool:  # absl looks for the others at once, where nobody can answer; `parse` tells of them
+    field = argument.lstrip("-").removeprefix("no").removeprefix("config.").partition("=")[0]
+    return field in tree
+
+  tree = config.fields(config.Config())
+  text = "changes a field of the run's configuration: --config.data.length=2048"
+  return config_flags.DEFINE_config_dict("config", config.default(), text, sys_argv=list(filter(known, sys.argv)))
+
+
+def overrides(holder: flags.FlagHolder) -> dict[str, object]:
+  """The fields that the command line gives, {"data.length": 2048}, for trained.load."""
+  return config_flags.get_override_values(flags.FLAGS[holder.name])
+
+
 def parse(holder: flags.FlagHolder, argv: list[str]) -> list[str]:
   """absl's parsing.
 
@@ -25,6 +44,8 @@ def parse(holder: flags.FlagHolder, argv: list[str]) -> list[str]:
     name = argument.lstrip("-").partition("=")[0]
     if name.startswith("config."):
       config.require_field(name.removeprefix("config."))
+    elif name == "config" and holder.default is not None:
+      raise ConfigError("--config=FILE is for training; here the run's own is read from --workdir=RUN")
   try:
     rest = flags.FLAGS(argv)
   except (flags.Error, KeyError) as error:  # KeyError: a name in data.sources that the config file does not have

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import ml_collections
@@ -238,23 +239,46 @@ def _from_tree(value, kind):
 
 def require_field(name: str) -> None:
   """Raises ConfigError, with the nearest name, if the tree has no field or group `name`."""
-  fields = list(_flatten(dataclasses.asdict(Config())))
+  names = list(fields(Config()))
   if name.startswith("data.sources."):  # names there are the config file's: absl knows them
-    fields += [f"data.sources.{name.split('.')[2]}.{field}" for field in _flatten(dataclasses.asdict(PartConfig()))]
-  groups = {field.rpartition(".")[0] for field in fields}
-  if name not in fields and name not in groups:
-    nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0)[0]
+    names += [f"data.sources.{name.split('.')[2]}.{field}" for field in _flatten(dataclasses.asdict(PartConfig()))]
+  groups = {field.rpartition(".")[0] for field in names}
+  if name not in names and name not in groups:
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
     group = max((g for g in groups if name.startswith(f"{g}.")), key=len, default=None)
-    valid = [field for field in fields if field.rpartition(".")[0] == group] if group else groups
+    valid = [field for field in names if field.rpartition(".")[0] == group] if group else groups
     raise ConfigError(
       f"there is no --config.{name}; the nearest field is {nearest}. "
       f"{group or 'The tree'} has {', '.join(sorted(valid))}"
     )
 
 
+def replace(config: Config, fields: Mapping[str, object]) -> Config:
+  """The configuration with other values of some fields, {"model.layers": 2}.
+
+  Raises:
+    ConfigError: a field that does not exist, or a group of fields.
+  """
+  tree = dataclasses.asdict(config)
+  for name, value in fields.items():
+    require_field(name)
+    *groups, field = name.split(".")
+    group = functools.reduce(lambda part, key: part.get(key, {}), groups, tree)
+    if isinstance(group.get(field, {}), dict):
+      there = ", ".join(group.get(field, {})) or "none here"
+      raise ConfigError(f"--config.{name} is a group; change its fields one by one: {there}")
+    group[field] = value
+  return from_dict(tree)
+
+
+def fields(config: Config) -> dict[str, object]:
+  """Every field's value, by names such as "model.layers"."""
+  return _flatten(dataclasses.asdict(config))
+
+
 def differences(old: Config, new: Config) -> dict[str, tuple]:
   """Fields that differ, as {"model.layers": (old value, new value)}."""
-  olds, news = (_flatten(dataclasses.asdict(config)) for config in (old, new))
+  olds, news = fields(old), fields(new)
   return {field: (olds[field], news[field]) for field in news if olds[field] != news[field]}
 
 

@@ -1,0 +1,138 @@
+"""A trained model of a workdir: its configuration, changed where asked, and its parameters alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from mc_jax.data import ConfigError
+from mc_jax.parallel.mesh import MeshConfig
+from mc_jax.training import config as config_lib
+from mc_jax.training import outputs, state
+from mc_jax.training.checkpointing import FOLDER
+from mc_jax.training.config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """What a checkpoint holds of a model, ready to be evaluated, asked or exported.
+
+  Attributes:
+    config: of the run, with the overrides.
+    params: nested dict of float32 arrays, as TrainState.params; `nnx.merge(state.graph(config), params)` is the model.
+    step: of the checkpoint.
+    mesh: that the parameters lie on.
+  """
+
+  config: Config
+  params: dict
+  step: int
+  mesh: jax.sharding.Mesh
+
+
+def load(
+  workdir: epath.PathLike,
+  overrides: Mapping[str, object] | None = None,
+  *,
+  step: int | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Trained:
+  """The model of a checkpoint; the optimiser's moments are not read.
+
+  The overrides may change all that leaves the parameters as they are: how caches are read, where sequences are cut, the
+  dtype, the data, the mesh. The run's own mesh is not looked at.
+
+  Args:
+    workdir: of the run, on this machine or gs://BUCKET/FOLDER.
+    overrides: {"data.length": 2048}: fields of the configuration that differ from the run's.
+    step: of the checkpoint; None: the newest.
+    mesh: where the parameters go; None: all devices if the overrides say how (mesh.*), else the first one.
+
+  Raises:
+    ConfigError: no such folder, checkpoint or field; settings that do not go together; or overrides under which the
+      parameters would be others.
+  """
+  overrides = dict(overrides or {})
+  with _open(epath.Path(workdir)) as manager:
+    step = _step(manager, workdir, step)
+    args = ocp.args.Composite(config=ocp.args.JsonRestore())
+    stored = config_lib.from_dict(manager.restore(step, args=args)["config"])
+    stored = dataclasses.replace(stored, mesh=MeshConfig())
+    config = config_lib.replace(stored, overrides).check()
+    if mesh is None:
+      everywhere = any(name.startswith("mesh.") for name in overrides)
+      mesh = config.make_mesh(None if everywhere else jax.devices()[:1])
+    target = {"params": state.abstract(config, mesh).params}
+    _require_parameters_of(stored, config, overrides, mesh)
+    args = ocp.args.PyTreeRestore(
+      item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+    )
+    params = manager.restore(step, args=ocp.args.Composite(state=args))["state"]["params"]
+  return Trained(config, params, step, mesh)
+
+
+def _open(workdir: epath.Path) -> ocp.CheckpointManager:
+  """The checkpoints of a workdir, to be read only: a run may still be writing there."""
+  folder = workdir / FOLDER
+  if not workdir.is_dir():
+    raise ConfigError(f"--workdir={workdir} is no folder: it must be that of a run, which mc_jax.train writes")
+  if not folder.is_dir():
+    names = sorted(path.name for path in workdir.iterdir())
+    there = f"it holds {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "it is empty"
+    raise ConfigError(f"--workdir={workdir} has no folder {FOLDER}/, as runs of mc_jax.train have: {there}")
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)  # Orbax warns of what read_only means
+  try:
+    return ocp.CheckpointManager(
+      folder if outputs.in_bucket(folder) else folder.absolute(),
+      options=ocp.CheckpointManagerOptions(read_only=True),
+      item_names=("state", "config"),
+    )
+  finally:
+    logging.set_verbosity(verbosity)
+
+
+def _step(manager: ocp.CheckpointManager, workdir: epath.PathLike, step: int | None) -> int:
+  steps = sorted(manager.all_steps())
+  if not steps:
+    raise ConfigError(f"{epath.Path(workdir) / FOLDER} holds no complete checkpoint: did the run reach its first one?")
+  if step is not None and step not in steps:
+    raise ConfigError(
+      f"{epath.Path(workdir) / FOLDER} has no checkpoint of step {step}: use one of {', '.join(map(str, steps))}"
+    )
+  return steps[-1] if step is None else step
+
+
+def _require_parameters_of(stored: Config, config: Config, overrides: dict, mesh: jax.sharding.Mesh) -> None:
+  """Raises ConfigError, naming the fields, if the overrides change which parameters there are or their shapes."""
+
+  def shapes(config: Config) -> dict:
+    params = state.abstract(config, mesh).params
+    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+  trained, wanted = shapes(stored), shapes(config)
+  if wanted == trained:
+    return
+
+  def alone(name: str) -> bool:  # changes them whatever the others do
+    one = config_lib.replace(stored, {name: overrides[name]})
+    return not one.problems() and shapes(one) != trained
+
+  differences = config_lib.differences(stored, config)
+  changed = {name: differences[name] for name in differences if name.startswith("model.") and name in overrides}
+  lines = [
+    f"  --config.{name}: {then!r} in the checkpoint, {now!r} asked for"
+    for name, (then, now) in ({name: changed[name] for name in changed if alone(name)} or changed).items()
+  ]
+  path = next(path for path in {**trained, **wanted} if trained.get(path) != wanted.get(path))
+  raise ConfigError(
+    "the checkpoint has other parameters than a model with\n"
+    + "\n".join(lines)
+    + f"\nsuch as {path}: {trained.get(path, 'none')} in the checkpoint, {wanted.get(path, 'none')} asked for. "
+    "Only what leaves the parameters as they are can be changed after training"
+  )
