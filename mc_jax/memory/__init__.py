@@ -1,6 +1,6 @@
 """Memory Caching as pure functions over arrays and pytrees (arXiv:2602.24281)."""
 
-from mc_jax.memory import documents, networks, rules, segments
+from mc_jax.memory import documents, gates, networks, rules, segments
 from mc_jax.memory.aggregate import NAMES as AGGREGATIONS
 from mc_jax.memory.arguments import CARRIES, IMPLEMENTATIONS
 from mc_jax.memory.caching import memory_caching
@@ -16,6 +16,7 @@ __all__ = [
   "POOLS",
   "RULES",
   "documents",
+  "gates",
   "memory_caching",
   "networks",
   "rules",

@@ -50,6 +50,18 @@ class Whole(NamedTuple):
     return local
 
 
+class Cached(NamedTuple):
+  """What the write pass leaves behind, for decoding to go on from.
+
+  Attributes:
+    states: at the end of every segment, leaves [segments, b, h, ...].
+    summaries: of every segment, [segments, b, h, d]; None where nothing is scored by them.
+  """
+
+  states: online.State
+  summaries: jax.Array | None
+
+
 _XLA = Passes(passes.write, passes.read_caches, aggregate.read_selected)
 _KERNELS = Passes(fused.write, fused.read_caches, fused.read_selected)
 _INTERPRETED = Passes(*(functools.partial(run, interpret=True) for run in _KERNELS))
@@ -91,7 +103,8 @@ def memory_caching(
     carry: "checkpoint": a segment starts from the last one's state; "independent": from M_0.
     top_k: caches that a token reads under ssc, at most.
     pool: how keys make a segment's summary, "mean" (Eq. 10) or "sum" (Eq. 16).
-    gate: "softmax", "sigmoid", "constant" (1) or "token" (by token_scores, blind to what the segments hold).
+    gate: "softmax", "sigmoid", "constant" (1), "uniform" (equal shares of what is visible) or "token" (by token_scores,
+      blind to what the segments hold).
     gate_scale: multiplies the scores.
     segment_ids: [batch, length] int, packed documents; 0 is padding. None: one document a row.
     token_scores: [batch, length, heads, ages], for gate="token": scores by a memory's age in segments, 0 is online.
@@ -142,10 +155,12 @@ def caching_of_part(
   segment_group: int,
   implementation: str | None,
   parts: Whole = Whole(),  # noqa: B008  (it never changes)
-) -> jax.Array:
+  keep: bool = False,
+) -> jax.Array | tuple[jax.Array, Cached]:
   """`memory_caching` for the part of the sequence that is here, arguments taken to be right.
 
-  Its arguments, but for documents: arrays [batch, length] that documents.index made of the whole sequence.
+  Its arguments, but for documents: arrays [batch, length] that documents.index made of the whole sequence. With `keep`,
+  also what the write pass leaves behind.
   """
   lengths = segmentation.lengths(q.shape[1])
   run = functools.partial(
@@ -160,6 +175,7 @@ def caching_of_part(
     gate=gate,
     gate_scale=gate_scale,
     segment_group=segment_group,
+    keep=keep,
   )
   xla = functools.partial(run, _XLA)
   arrays = q, k, v, u, gates, init, documents, token_scores
@@ -182,7 +198,7 @@ def caching_of_part(
   static_argnums=0,
   static_argnames=(
     *("parts", "rule", "aggregation", "lengths", "carries"),
-    *("top_k", "pool", "gate", "gate_scale", "segment_group"),
+    *("top_k", "pool", "gate", "gate_scale", "segment_group", "keep"),
   ),
 )
 def _memory_caching(
@@ -206,7 +222,8 @@ def _memory_caching(
   gate: str,
   gate_scale: float,
   segment_group: int,
-) -> jax.Array:
+  keep: bool,
+) -> jax.Array | tuple[jax.Array, Cached]:
   """`memory_caching` by the passes given; under jit, so that layers that are alike are traced once."""
   by = parts.passes(by)
   tokens = _heads_first(q, k, v, u, gates, documents)
@@ -218,7 +235,7 @@ def _memory_caching(
   side_by_side = 1 if carries else segment_group
   write = functools.partial(by.write, rule, fresh, lengths=lengths, carries=carries, side_by_side=side_by_side)
   # Only what the aggregation looks at is pooled and scored.
-  by_content = aggregation == "ssc" or (aggregation in ("grm", "soup") and gate != "constant")
+  by_content, summaries = gating.scored(aggregation, gate), None
   if by_content and gate != "token":
     scores, summaries = passes.summarize(rule, tokens, lengths, pool, side_by_side=segment_group)
     scores = scores, gating.cached_scores(tokens.u, parts.gather(summaries)[:-1])
@@ -236,15 +253,19 @@ def _memory_caching(
     # and makes one gated read over all memories. The mixture is never built.
     gamma_online, gamma = gating.weigh(gate, gate_scale, *scores, visible)
 
+    states = []
+
     def linear(name, x):
       x = x.astype(dtype)
       own = write(tokens._replace(q=x), read=functools.partial(_read_layer, name, dtype))
       memories = {name: own.states.memory[name]}
+      states.append(own.states)
       return gamma_online[..., None] * own.y + by.read_caches(
         aggregate.layer(name), x, gamma, memories, lengths, segment
       )
 
     y = rule.network(tokens.q, linear)
+    states = states[0]  # every layer wrote the same
   else:
     y, states, _ = write(tokens, read=functools.partial(_read_network, rule, dtype))
     match aggregation:
@@ -263,7 +284,8 @@ def _memory_caching(
           y += by.read_selected(rule.network, tokens.q, index, gamma, states.memory)
   if tokens.documents is not None:
     y = jnp.where(tokens.documents.valid[..., None], y, 0.0)
-  return jnp.moveaxis(y, 1, 2).astype(dtype)
+  y = jnp.moveaxis(y, 1, 2).astype(dtype)
+  return (y, Cached(states, summaries)) if keep else y
 
 
 def _read_network(rule: Rule, dtype: jnp.dtype, memory: online.Online, x: jax.Array) -> jax.Array:

@@ -12,7 +12,12 @@ from mc_jax.memory.documents import Visible
 from mc_jax.memory.online import product, state_dtype
 
 POOLS = ("mean", "sum")
-NAMES = ("softmax", "sigmoid", "constant", "token")
+NAMES = ("softmax", "sigmoid", "constant", "uniform", "token")
+
+
+def scored(aggregation: str, gate: str) -> bool:
+  """Whether memories are told apart by scores: not where none is read, nor where all weigh the same."""
+  return aggregation == "ssc" or (aggregation in ("grm", "soup") and gate not in ("constant", "uniform"))
 
 
 class Pool(NamedTuple):
@@ -80,7 +85,8 @@ def weigh(
   """gamma from scores (Eq. 10, 17).
 
   Args:
-    kind: "softmax" and "token": over the visible memories and the online one; "sigmoid": each alone; "constant": 1.
+    kind: "softmax" and "token": over the visible memories and the online one; "sigmoid": each alone; "constant": 1;
+      "uniform": equal shares of the visible memories and the online one, whatever the scores.
     scale: multiplies the scores first.
     online: [b, h, length].
     cached: [b, h, length, n].
@@ -93,6 +99,8 @@ def weigh(
     return jnp.ones_like(online), jnp.where(visible, jnp.ones_like(cached), 0.0)
   if kind == "sigmoid":
     return jax.nn.sigmoid(scale * online), jnp.where(visible, jax.nn.sigmoid(scale * cached), 0.0)
+  if kind == "uniform":
+    online, cached = jnp.zeros_like(online), jnp.zeros_like(cached)
   scores = jnp.concatenate([online[..., None], jnp.where(visible, cached, -jnp.inf)], -1)
   gamma = jax.nn.softmax(scale * scores, axis=-1)
   return gamma[..., 0], gamma[..., 1:]

@@ -140,7 +140,15 @@ def start_state(rule: Rule, fresh: Weights, k: jax.Array) -> State:
 
 
 def write(
-  rule: Rule, start: State, fresh: Weights, k: jax.Array, v: jax.Array, gates: Weights, documents: Documents | None
+  rule: Rule,
+  start: State,
+  fresh: Weights,
+  k: jax.Array,
+  v: jax.Array,
+  gates: Weights,
+  documents: Documents | None,
+  *,
+  gradient_at: Weights | None = None,
 ) -> tuple[State, Online]:
   """One chunk step: writes T tokens; returns the state after them and the online memory of each.
 
@@ -151,12 +159,14 @@ def write(
     k, v: [..., T, d], zero at padding.
     gates: {name: [..., T]}, finite and positive at padding.
     documents: arrays [batch, 1, T]; None for one document without padding.
+    gradient_at: where inner gradients are taken, if not at start.memory: of tokens in the middle of a chunk.
   """
   dtype = k.dtype
   seen = visible(documents, k.shape[-2], rule.window)
   if rule.window > 1:
     k, v = (jnp.concatenate([x, tail], -2) for tail, x in zip(start.tail, (k, v), strict=True))
-  inputs, errors = inner_gradients(rule, k, v, _start_read(start, fresh, seen.keys_incoming, dtype), fresh)
+  point = start if gradient_at is None else start._replace(memory=gradient_at)
+  inputs, errors = inner_gradients(rule, k, v, _start_read(point, fresh, seen.keys_incoming, dtype), fresh)
   c = coefficients(rule, gates, seen, dtype)
 
   def came_in(before, otherwise):  # the state before the chunk, if it is the last token's
