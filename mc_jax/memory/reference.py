@@ -182,6 +182,8 @@ def _gamma(gate, scores, visible):
     gamma = jnp.ones_like(scores)
   elif gate == "sigmoid":
     gamma = jax.nn.sigmoid(scores)
+  elif gate == "uniform":
+    gamma = jnp.ones_like(scores) / jnp.sum(visible)
   else:  # softmax, or token: a softmax of other scores
     gamma = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
   return jnp.where(visible, gamma, 0)

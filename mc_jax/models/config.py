@@ -8,6 +8,13 @@ MIXERS = ("memory_caching", "transformer")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("full", "dots", "none")
 
+# Reading caches without parameters, for models trained without any (arXiv:2602.24281, section 4.3): the average
+# of the states' weights, read once; or grm that looks for what it asks (u = q).
+AFTER_TRAINING = {
+  "moving_average": {"aggregation": "soup", "gate": "uniform"},
+  "grm": {"aggregation": "grm", "gate": "softmax", "shared_query": True},
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
@@ -29,16 +36,19 @@ class MemoryConfig:
   carry: str = "checkpoint"  # a segment starts from the last state, or "independent" from M_0
   top_k: int = 2  # ssc: cached memories that a token reads
   pool: str = "mean"  # a segment's summary is the mean or the sum of its keys
-  gate: str = "softmax"  # softmax, sigmoid, constant, or token (scores that ignore the segments)
+  gate: str = (
+    "softmax"  # softmax, sigmoid, constant (1), uniform (equal shares), token (scores that ignore the segments)
+  )
   gate_scale: float = 1.0  # multiplies the scores before the gate's nonlinearity
   shared_query: bool = False  # u = q instead of a projection of its own: an ablation
+  after_training: str | None = None  # moving_average, grm: caches put on a model trained with aggregation="none"
   segment_group: int = 8  # carry="independent": segments that run side by side
   read_buffer_mib: int = 256  # mesh.context > 1: what a device gathers at a time to read the others' caches, MiB
   implementation: str | None = None  # None: the best for the platform; or xla, reference
 
   def problems(self, prefix: str = "memory") -> list[str]:
     """Everything wrong with these values, each line naming the field and the valid values."""
-    return [
+    found = [
       *_choices(
         prefix,
         self,
@@ -48,6 +58,7 @@ class MemoryConfig:
         carry=memory.CARRIES,
         pool=memory.POOLS,
         gate=memory.GATES,
+        after_training=(None, *AFTER_TRAINING),
         implementation=(None, *memory.IMPLEMENTATIONS),
       ),
       *_at_least(
@@ -65,6 +76,18 @@ class MemoryConfig:
       *_positive(prefix, self, "gate_scale", "max_step"),
       *_at_least(prefix, self, max_grad_norm=0),
     ]
+    if self.after_training in AFTER_TRAINING and self.aggregation != "none":
+      found.append(
+        f"{prefix}.after_training={self.after_training!r} is for models trained with {prefix}.aggregation='none', "
+        f"got {self.aggregation!r}: use after_training=None"
+      )
+    return found
+
+  def as_read(self) -> "MemoryConfig":
+    """These values with `after_training` in effect: what a layer does. Itself where there is nothing to do."""
+    if self.after_training is None:
+      return self
+    return dataclasses.replace(self, after_training=None, **AFTER_TRAINING[self.after_training])
 
   def build_rule(self) -> memory.rules.Rule:
     """The rule, made with those of its options that it takes."""
@@ -136,6 +159,8 @@ class ModelConfig:
       *_positive(prefix, self, "rope_theta"),
       *self.memory.problems(f"{prefix}.memory"),
     ]
+    if self.memory.after_training and self.mixer == "transformer":
+      found.append(f"{prefix}.memory.after_training={self.memory.after_training!r} needs {prefix}.mixer=memory_caching")
     if self.heads >= 1 and self.d_model >= 1:
       if self.d_model % self.heads:
         divisors = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]

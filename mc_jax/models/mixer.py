@@ -1,5 +1,6 @@
 """The Memory Caching mixer: projections around `memory.memory_caching` (arXiv:2602.24281)."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -41,6 +42,7 @@ class MemoryCaching(nnx.Module):
   """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    config = dataclasses.replace(config, memory=config.memory.as_read())
     self.config = config
     self.rule = config.memory.build_rule()
     embed = {"embed": config.d_model}
@@ -133,10 +135,8 @@ class MemoryCaching(nnx.Module):
 def has_connector(config: ModelConfig) -> bool:
   """Whether the layer has a W_u: only where scores come from it (gates, or the choice of ssc)."""
   options = config.memory
-  if options.shared_query or options.gate == "token":
-    return False
-  scored = options.aggregation in ("grm", "soup") and options.gate != "constant"
-  return scored or options.aggregation == "ssc"
+  own = not options.shared_query and options.gate != "token"
+  return own and memory.gates.scored(options.aggregation, options.gate)
 
 
 def _longest_segment(config):

@@ -24,7 +24,7 @@ def call(rule=RULE, inputs=(), **options):
     (dict(aggregation="mean"), "aggregation must be one of none, residual, grm, soup, ssc; got 'mean'"),
     (dict(carry="both"), "carry must be one of checkpoint, independent; got 'both'"),
     (dict(pool="max"), "pool must be one of mean, sum; got 'max'"),
-    (dict(gate="tanh"), "gate must be one of softmax, sigmoid, constant, token; got 'tanh'"),
+    (dict(gate="tanh"), "gate must be one of softmax, sigmoid, constant, uniform, token; got 'tanh'"),
     (dict(implementation="pallas_gpu"), "implementation must be one of None, xla, pallas, reference"),
     (dict(top_k=0), "top_k must be at least 1, got 0"),
     (dict(segment_group=0), "segment_group must be at least 1, got 0"),

@@ -21,6 +21,8 @@ SEGMENT_IDS = np.array([[1] * 7 + [0] + [2] * 4, [3] * 12])
     ("token", "ssc", "checkpoint", SEGMENT_IDS),
     ("constant", "ssc", "independent", SEGMENT_IDS),
     ("constant", "soup", "checkpoint", None),
+    ("uniform", "soup", "checkpoint", SEGMENT_IDS),
+    ("uniform", "ssc", "independent", SEGMENT_IDS),
   ],
 )
 def test_every_gate_weighs_as_the_reference_does(gate, aggregation, carry, segment_ids):
@@ -66,6 +68,10 @@ def test_gates_weigh_what_is_visible():
 
   gamma_online, gamma = weigh("constant", 2.0, online, cached, visible)
   chex.assert_trees_all_equal((gamma_online, gamma), (np.ones((2, 3, 5), np.float32), np.float32(everywhere)))
+
+  gamma_online, gamma = weigh("uniform", 2.0, online, cached, visible)
+  chex.assert_trees_all_close(gamma_online, np.float32(1 / (1 + everywhere.sum(-1))), rtol=1e-6)
+  chex.assert_trees_all_close(gamma, np.float32(everywhere * gamma_online[..., None]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])

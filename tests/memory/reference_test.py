@@ -144,6 +144,8 @@ def by_hand(
         memories, scores = [memories[i] for i in kept], scores[kept]
       if gate == "constant" or aggregation in ("none", "residual"):
         gamma = np.ones(len(memories))
+      elif gate == "uniform":
+        gamma = np.full(len(memories), 1 / len(memories))
       elif gate == "sigmoid":
         gamma = 1 / (1 + np.exp(-scores))
       else:
@@ -238,6 +240,7 @@ def test_gated_residual_memory_of_two_segments_in_figures():
     (SWLA, {"aggregation": "grm", "pool": "sum", "gate_scale": 0.7}),
     (SWLA, {"aggregation": "grm", "gate": "sigmoid", "carry": "independent"}),
     (SWLA, {"aggregation": "grm", "gate": "constant"}),
+    (SWLA, {"aggregation": "grm", "gate": "uniform"}),
     (SWLA, {"aggregation": "grm", "gate": "token", "gate_scale": 0.7}),
     (SWLA, {"aggregation": "ssc", "top_k": 1}),
     (SWLA, {"aggregation": "ssc", "top_k": 2, "gate": "sigmoid"}),

@@ -30,8 +30,10 @@ def test_the_defaults_have_no_problems():
     ("memory.segmentation", "fenwick", "constant, logarithmic"),
     ("memory.carry", "reset", "checkpoint, independent"),
     ("memory.pool", "max", "mean, sum"),
-    ("memory.gate", "tanh", "softmax, sigmoid, constant, token"),
+    ("memory.gate", "tanh", "softmax, sigmoid, constant, uniform, token"),
     ("memory.implementation", "cuda", "xla"),
+    ("memory.after_training", "soup", "None, moving_average, grm"),
+    ("memory.after_training", "moving_average", "aggregation='none', got 'grm'"),
     ("memory.chunk", 0, "at least 1"),
     ("memory.segment_length", -256, "at least 1"),
     ("memory.top_k", 0, "at least 1"),
@@ -62,6 +64,12 @@ def test_rotary_positions_need_an_even_head():
   config = ModelConfig(d_model=12, heads=4, mixer="transformer")
   assert "multiple of 2 heads" in config.problems()[0]
   assert dataclasses.replace(config, mixer="memory_caching").problems() == []
+
+
+def test_a_transformer_has_nothing_to_cache_after_training():
+  memory = MemoryConfig(aggregation="none", after_training="grm")
+  assert ModelConfig(memory=memory).problems() == []
+  assert "needs model.mixer=memory_caching" in ModelConfig(mixer="transformer", memory=memory).problems()[0]
 
 
 def test_a_model_refuses_a_config_with_problems():

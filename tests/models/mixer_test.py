@@ -11,6 +11,7 @@ from flax import nnx
 
 from mc_jax import memory
 from mc_jax.models import MemoryConfig, ModelConfig
+from mc_jax.models.config import AFTER_TRAINING
 from mc_jax.models.linear import Linear
 from mc_jax.models.mixer import MemoryCaching, has_connector
 
@@ -89,6 +90,31 @@ def test_every_parameter_learns_with_the_other_gates(options):
 )
 def test_there_is_a_connector_only_where_scores_come_from_it(options, expected):
   assert has_connector(tiny(**options)) == expected
+
+
+@pytest.mark.parametrize("kind", AFTER_TRAINING)
+def test_after_training_a_model_without_caches_reads_them_by_the_parameters_it_has(kind):
+  config = tiny(rule="linear", aggregation="none", after_training=kind)
+  mixer, x = make(config), tokens(config)
+  without = make(tiny(rule="linear", aggregation="none"))
+  chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(mixer)), nnx.to_pure_dict(nnx.state(without)))
+
+  @jit
+  def by_hand(x):
+    inputs = mixer.project(x)
+    u = 0 * inputs.q if kind == "moving_average" else inputs.q  # equal scores are equal shares; for matrices soup = grm
+    y = memory.memory_caching(
+      *(inputs.q, inputs.k, inputs.v, u, {}, mixer.initial_memory()),
+      rule=mixer.rule,
+      aggregation="grm",
+      segmentation=memory.segments.constant(4),
+    )
+    return mixer.read_out(y, inputs.output_gate)
+
+  y, forgetful = jit(mixer)(x), jit(without)(x)
+  chex.assert_trees_all_close(y, by_hand(x), rtol=1e-4, atol=1e-5)
+  chex.assert_trees_all_close(y[:, :4], forgetful[:, :4], rtol=1e-4, atol=1e-5)
+  assert not np.allclose(y[:, 4:], forgetful[:, 4:], rtol=1e-2)
 
 
 def test_the_memories_get_keys_and_queries_of_unit_length_and_gates_in_their_range():
