@@ -2,51 +2,122 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
+import itertools
+import math
+import shutil
+import sys
+from collections.abc import Iterator
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
 
 from mc_jax.data import ConfigError, loader
 from mc_jax.training import config as config_lib
-from mc_jax.training import outputs
+from mc_jax.training import digests, distributed, outputs
 from mc_jax.training.config import Config
 from mc_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
+DAMAGED = "damaged"
 
 
 class Checkpoints:
   """The checkpoints of a workdir: state, the position in the data, and the configuration.
 
-  None of them depends on the mesh or on the number of processes, all of which save and restore together.
+  None of them depends on the mesh or on the number of processes, all of which save and restore together. A checkpoint
+  counts once the digests of its files lie beside them, the last thing that is written. The newest is verified here: if
+  it is damaged, or a kill left it without its digests, it goes to DAMAGED/ and the one before it is the newest.
+
+  Args:
+    workdir: of the run.
+    keep: newest ones kept.
+    every: those of multiples of so many steps are kept as well; 0: none.
+    best: so many of the lowest validation losses are kept as well.
+
+  Raises:
+    ConfigError: there are checkpoints, and not one is intact; nothing was changed.
   """
 
-  def __init__(self, workdir: epath.Path, keep: int):
+  def __init__(self, workdir: epath.Path, keep: int, every: int = 0, best: int = 0):
     folder = workdir / FOLDER
+    self._folder = folder if outputs.in_bucket(folder) else folder.absolute()
+    _put_damaged_aside(self._folder, workdir / DAMAGED)
+    kept = [policies.LatestN(keep)]
+    if every:
+      kept.append(policies.EveryNSteps(every))
+    if best:
+      kept.append(policies.BestN(get_metric_fn=_negative, n=best, keep_checkpoints_without_metrics=False))
     self._manager = ocp.CheckpointManager(
-      folder if outputs.in_bucket(folder) else folder.absolute(),
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+      self._folder,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(kept),
+        best_fn=_negative if best else None,  # without it Orbax does not write down what the policy looks at
+        create=True,
+        cleanup_tmp_directories=True,
+      ),
       item_names=("state", "data", "config"),
     )
+    self._best = best
+    self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="digests")
+    self._completed: concurrent.futures.Future | None = None  # of the last save
 
   def latest(self) -> int | None:
-    """Step of the newest complete checkpoint."""
+    """Step of the newest checkpoint."""
     return self._manager.latest_step()
 
-  def save(self, step: int, state: TrainState, data: loader.Batches, config: Config) -> None:
-    """Saves step `step`, and returns when the arrays are copied; writing goes on behind."""
+  def save(
+    self, step: int, state: TrainState, data: loader.Batches, config: Config, validation: float | None = None
+  ) -> None:
+    """Saves step `step`, and returns when the arrays are copied; writing goes on behind.
+
+    Args:
+      validation: the loss by which the best are kept; None: it is none of them.
+
+    Raises:
+      OSError: no room for it, or the one before could not be written.
+    """
     if step == self.latest():
       return
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
-        data=ocp.args.JsonSave(data.state()),
-        config=ocp.args.JsonSave(dataclasses.asdict(config)),
-      ),
-      force=True,
+    self.wait()
+    self.require_space(state)
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(state),
+      data=ocp.args.JsonSave(data.state()),
+      config=ocp.args.JsonSave(dataclasses.asdict(config)),
     )
+    metrics = {"validation": math.inf if validation is None else validation} if self._best else None
+    with self._failures_told():
+      self._manager.save(step, args=args, metrics=metrics, force=True)
+    self._completed = self._background.submit(self._complete, step)
+
+  def wait(self) -> None:
+    """Returns when all that was saved is complete.
+
+    Raises:
+      OSError: it could not be written; older checkpoints are as they were.
+    """
+    if self._completed is None:
+      return
+    completed, self._completed = self._completed, None
+    with self._failures_told():
+      completed.result()
+
+  def require_space(self, state: TrainState) -> None:
+    """Raises OSError if the workdir's file system has no room for a checkpoint; a bucket always has."""
+    if outputs.in_bucket(self._folder):
+      return
+    needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(self._folder).free
+    if free < needed:
+      room, size = f"{free / 2**20:,.1f} MiB", f"{needed / 2**20:,.1f} MiB"
+      raise OSError(f"{self._folder} has room for {room}, and a checkpoint takes {size}; {self._newest()}")
 
   def restore(self, step: int, target: TrainState, data: loader.Batches) -> TrainState:
     """The state of `step`, shaped and placed like the abstract `target`; moves `data` to its position."""
@@ -65,14 +136,98 @@ class Checkpoints:
     return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
 
   def close(self) -> None:
-    """Waits until everything is written."""
-    self._manager.close()
+    """Waits until everything is complete."""
+    try:
+      self.wait()
+    finally:
+      self._background.shutdown()
+      with contextlib.suppress(OSError, ValueError):  # told already
+        self._manager.close()
 
   def __enter__(self) -> Checkpoints:
     return self
 
   def __exit__(self, *_) -> None:
     self.close()
+
+  @contextlib.contextmanager
+  def _failures_told(self) -> Iterator[None]:
+    try:
+      yield
+    except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+      cause = str(error).strip().partition("\n")[0]
+      raise OSError(f"a checkpoint could not be written to {self._folder}; {self._newest()}. {cause}") from error
+
+  def _newest(self) -> str:
+    newest = max((int(path.name) for path in _steps(self._folder) if digests.complete(path)), default=None)
+    return "there is none yet" if newest is None else f"the newest is that of step {newest}"
+
+  def _complete(self, step: int) -> None:
+    """Writes the digests of a checkpoint that is being written, once it is committed."""
+    self._manager.wait_until_finished()
+    if distributed.is_first():
+      digests.write(self._folder / str(step))
+
+
+def require_intact(checkpoint: epath.Path) -> None:
+  """Raises ConfigError, naming the files, unless those of a checkpoint are what was written."""
+  if found := digests.problems(checkpoint):
+    raise ConfigError(f"the checkpoint {checkpoint} is damaged:\n" + _listed(found))
+
+
+def _put_damaged_aside(folder: epath.Path, aside: epath.Path) -> None:
+  """Moves what is newer than the newest intact checkpoint away; all processes do this together."""
+  damaged: dict[epath.Path, list[str]] = {}
+  for checkpoint in reversed(_steps(folder)):
+    if not digests.complete(checkpoint):
+      found = [f"{checkpoint} was not complete when the run ended: it has no {digests.FILE}"]
+    else:
+      found = digests.problems(checkpoint, jax.process_index(), jax.process_count())
+    if not _in_any_process(bool(found)):
+      break
+    damaged[checkpoint] = found
+  else:
+    if once_complete := [checkpoint for checkpoint in damaged if digests.complete(checkpoint)]:
+      listed = _listed([problem for checkpoint in once_complete for problem in damaged[checkpoint]])
+      raise ConfigError(
+        f"{folder} has no intact checkpoint to go on from:\n{listed}\n"
+        "Put a copy in its place, or use another --workdir; nothing was changed"
+      )
+  for checkpoint, found in damaged.items():
+    if distributed.is_first():
+      names = itertools.chain([checkpoint.name], (f"{checkpoint.name}.{i}" for i in itertools.count(1)))
+      target = next(aside / name for name in names if not (aside / name).exists())
+      aside.mkdir(parents=True, exist_ok=True)
+      checkpoint.rename(target)
+      print(f"the checkpoint of step {checkpoint.name} is not intact, it was moved to {target}", flush=True)
+    if found:
+      print(_listed(found), file=sys.stderr, flush=True)
+  if damaged and jax.process_count() > 1:
+    multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
+
+
+def _steps(folder: epath.Path) -> list[epath.Path]:
+  """The folders of checkpoints, complete or not, oldest first."""
+  if not folder.exists():
+    return []
+  return sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+
+
+def _in_any_process(flag: bool) -> bool:
+  if jax.process_count() == 1:
+    return flag
+  return bool(np.any(multihost_utils.process_allgather(np.int32(flag))))
+
+
+def _listed(problems: list[str]) -> str:
+  shown = problems[:8] + [f"... {len(problems) - 8} more"] * (len(problems) > 8)
+  return "\n".join(f"  {problem}" for problem in shown)
+
+
+def _negative(metrics: dict[str, float]) -> float:
+  """What is best when it is highest; a loss that is not finite is the worst."""
+  loss = metrics["validation"]
+  return -loss if math.isfinite(loss) else -math.inf
 
 
 # How a model is computed, not what it is: these may change when a run goes on.

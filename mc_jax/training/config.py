@@ -36,7 +36,9 @@ class TrainConfig:
   log_every: int = 10  # steps between two reports
   eval_every: int = 100  # steps between two evaluations; the last step is always evaluated
   checkpoint_every: int = 200  # steps between two checkpoints; the last step always leaves one
-  keep_checkpoints: int = 2  # newest ones kept
+  keep_checkpoints: int = 2  # newest ones kept; the one before the newest is there for when that is damaged
+  keep_every: int = 0  # checkpoints of multiples of so many steps are kept as well; 0: none
+  keep_best: int = 0  # so many checkpoints of the lowest validation losses are kept as well
   sample_length: int = 200  # bytes generated at the end; 0: none
   sample_temperature: float = 0.8  # of that sample; 0: always the likeliest byte
 
@@ -48,16 +50,29 @@ class TrainConfig:
       "log_every": 1,
       "eval_every": 1,
       "checkpoint_every": 1,
-      "keep_checkpoints": 1,
+      "keep_checkpoints": 2,
+      "keep_every": 0,
+      "keep_best": 0,
       "sample_length": 0,
       "sample_temperature": 0,
       "seed": 0,
     }
-    return [
+    found = [
       f"{prefix}.{field} must be at least {least}, got {getattr(self, field)!r}"
       for field, least in smallest.items()
       if not getattr(self, field) >= least
     ]
+    if not found and self.keep_every % self.checkpoint_every:
+      found.append(
+        f"{prefix}.keep_every must be a multiple of {prefix}.checkpoint_every={self.checkpoint_every}, "
+        f"got {self.keep_every}"
+      )
+    if not found and self.keep_best and self.checkpoint_every % self.eval_every:
+      found.append(
+        f"{prefix}.checkpoint_every must be a multiple of {prefix}.eval_every={self.eval_every} with "
+        f"{prefix}.keep_best={self.keep_best}, got {self.checkpoint_every}"
+      )
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

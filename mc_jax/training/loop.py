@@ -69,7 +69,7 @@ def train(
     ConfigError: settings, devices, data or a workdir that do not go together.
     Diverged: a loss or gradient that is not finite; the last checkpoint stays.
   """
-  begin = time.monotonic()
+  begin, train = time.monotonic(), config.train
   mesh = config.check().make_mesh(devices)
   data = datasets.load(config.data)
   if config.model.vocab_size < data.vocab_size:
@@ -81,17 +81,18 @@ def train(
   workdir = epath.Path(workdir)
   with (
     outputs(workdir) as files,
-    Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints,
+    Checkpoints(workdir, train.keep_checkpoints, train.keep_every, train.keep_best) as checkpoints,
     contextlib.closing(data.batches(mesh)) as batches,
   ):
     run = _Run(config, mesh, workdir, files, data, batches, _evaluation(config, mesh, data))
     current = _start(run, checkpoints)
     print(report.table(_facts(run, current), "run"), flush=True)
     result = meter = None
-    if int(current.step) < config.train.steps:
+    if int(current.step) < train.steps:
+      checkpoints.require_space(current)
       with deferred() as interrupt:
         current, result, meter = _steps(run, current, checkpoints, interrupt, profile)
-      if int(current.step) < config.train.steps:
+      if int(current.step) < train.steps:
         return Result(int(current.step), result, interrupt.signal)
     if result is None:  # the run was complete already
       result = run.evaluate(current)[f"validation_bits_per_{data.unit}"]
@@ -158,16 +159,16 @@ def _steps(
       saves = last or step % train.checkpoint_every == 0
       if not (evaluates or saves or step % train.log_every == 0):
         continue
-      records = meter.collect()
+      records, evaluated = meter.collect(), None
       if evaluates:
         records[-1] |= run.evaluate(current)
-        result = records[-1][f"validation_bits_per_{run.data.unit}"]
+        result = evaluated = records[-1][f"validation_bits_per_{run.data.unit}"]
       log.write(records)
       progress.report(records[-1])
       if saves:
         metrics.require_finite(step, current.params)
         run.files.send()  # ahead of the checkpoint: whoever goes on from it finds all records up to it
-        checkpoints.save(step, current, run.batches, run.config)
+        checkpoints.save(step, current, run.batches, run.config, evaluated)
       if last:
         break
       meter.restart()
