@@ -36,11 +36,22 @@ def gated_sum(
     states: {name: [n, b, h, in, out]}.
     count: int, may be traced.
   """
-  shape = jax.eval_shape(contribution, x, _at(states, 0))
+  return sum_of_reads(contribution, x, gates, functools.partial(_at, states), count)
+
+
+def sum_of_reads(
+  contribution: Contribution,
+  x: jax.Array,
+  gates: jax.Array,
+  fetch: Callable[[int | jax.Array], Weights],
+  count: int | jax.Array,
+) -> jax.Array:
+  """`gated_sum` of memories that are fetched by their numbers 0, 1, ..., count - 1."""
+  shape = jax.eval_shape(lambda x: contribution(x, fetch(0)), x)
 
   def add(i, total):
     gate = gates[i][..., None]
-    return total + jnp.where(gate == 0, 0.0, gate * contribution(x, _at(states, i)))
+    return total + jnp.where(gate == 0, 0.0, gate * contribution(x, fetch(i)))
 
   return lax.fori_loop(0, count, add, jnp.zeros(shape.shape, shape.dtype))
 
@@ -107,6 +118,22 @@ def read_selected(network: Network, q: jax.Array, index: jax.Array, gates: jax.A
     return gates * jnp.where(gates == 0, 0.0, _read_in_turn(network, x, owner, states))
 
   return select_and_read(read_blocks, 32, q, index, gates, states)
+
+
+def read_few(
+  network: Network, q: jax.Array, index: jax.Array, gates: jax.Array, fetch: Callable[[jax.Array], Weights]
+) -> jax.Array:
+  """`read_selected` for single tokens: fetches each one's memories, slot by slot.
+
+  Args:
+    q, index, gates: as of `read_selected`, length 1.
+    fetch: index [b, h] to those memories, {name: [b, h, in, out]}.
+  """
+  y = 0.0
+  for slot in range(index.shape[-1]):
+    gate = gates[..., slot, None]
+    y += jnp.where(gate == 0, 0.0, gate * _read_block(network, q, fetch(index[:, :, 0, slot])))
+  return y
 
 
 def select_and_read(

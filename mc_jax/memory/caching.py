@@ -226,7 +226,7 @@ def _memory_caching(
 ) -> jax.Array | tuple[jax.Array, Cached]:
   """`memory_caching` by the passes given; under jit, so that layers that are alike are traced once."""
   by = parts.passes(by)
-  tokens = _heads_first(q, k, v, u, gates, documents)
+  tokens = heads_first(q, k, v, u, gates, documents)
   dtype, wide = q.dtype, online.state_dtype(q.dtype)
   fresh = {name: w.astype(wide) for name, w in init.items()}
   caches = parts.count * len(lengths) - 1  # of the whole sequence; no token comes after the last segment
@@ -314,7 +314,7 @@ def _visible(
   return earlier & (documents.number[..., :, None] == owner[..., None, :])
 
 
-def _heads_first(q, k, v, u, gates, documents) -> Tokens:
+def heads_first(q, k, v, u, gates, documents) -> Tokens:
   """[batch, length, heads, ...] to [batch, heads, length, ...]; what padding brings is dropped here, by selects."""
   if documents is not None:
     q, k, v, u = (jnp.where(documents.valid[..., None, None], x, 0) for x in (q, k, v, u))

@@ -1,0 +1,432 @@
+"""Decoding: a prompt at once, then token by token, with the numbers of the whole sequence's forward pass.
+
+A token in the middle of a chunk is a chunk of one token, whose inner gradients are taken where the chunk began: what
+`online.write` does for a chunk it does here for a token, and all scores, gates and reads are training's own.
+
+The finished segments' states lie in slots. A segment's state goes into its slot when the next segment's first token
+comes: until then nobody reads it. When no slot is left it takes the oldest one's place; who wants an error instead asks
+`require_room` before.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mc_jax.memory import aggregate, arguments, caching, online, passes, segments
+from mc_jax.memory import documents as documents_lib
+from mc_jax.memory import gates as gating
+from mc_jax.memory.networks import Weights
+from mc_jax.memory.online import state_dtype
+from mc_jax.memory.rules import Rule
+
+CACHE_DTYPES = ("float32", "bfloat16", "int8")
+
+
+class CacheFull(ValueError):
+  """There is no slot for a segment's state."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What a layer's memories are; fields as `memory_caching` documents them. Static under jit.
+
+  Attributes:
+    segment_length: tokens in a segment. Only constant segments can be decoded: where logarithmic ones are cut depends
+      on the sequence's length.
+    cache_dtype: of the cached states: float32, bfloat16, or int8 with a scale for each matrix. None: what they are
+      multiplied in, q's dtype, which changes no number.
+
+  Raises:
+    ValueError: an unknown name, a size that is not positive.
+  """
+
+  rule: Rule
+  segment_length: int
+  aggregation: str = "grm"
+  carry: str = "checkpoint"
+  top_k: int = 2
+  pool: str = "mean"
+  gate: str = "softmax"
+  gate_scale: float = 1.0
+  segment_group: int = 8
+  implementation: str | None = None
+  cache_dtype: str | None = None
+
+  def __post_init__(self):
+    arguments.check_options(
+      self.aggregation,
+      self.carry,
+      self.top_k,
+      self.pool,
+      self.gate,
+      self.gate_scale,
+      self.segment_group,
+      self.implementation,
+    )
+    arguments.at_least_one("segment_length", self.segment_length)
+    arguments.one_of("cache_dtype", self.cache_dtype, (None, *CACHE_DTYPES))
+
+  @property
+  def caches(self) -> bool:
+    """Whether states are cached at all."""
+    return self.aggregation != "none"
+
+  @property
+  def chunked(self) -> bool:
+    """Whether inner gradients depend on the state, so that where a chunk began must be kept."""
+    return not self.rule.affine
+
+
+class Quantized(NamedTuple):
+  """Matrices as int8 [..., in, out], each with a float32 scale [..., 1, 1]."""
+
+  values: jax.Array
+  scale: jax.Array
+
+
+class Cache(NamedTuple):
+  """What a layer keeps of a batch of sequences, each as long as it is.
+
+  Attributes:
+    position: [b] int32, tokens so far.
+    state: what the memory carries, leaves [b, h, ...], at least float32.
+    chunk_start: the memory before the current chunk, where inner gradients are taken, {name: [b, h, in, out]}; None
+      where they do not depend on it.
+    keys: [b, h, d], the sum of the current segment's keys.
+    summaries: [capacity, b, h, d], of the cached segments.
+    memories: the cached states, {name: [slots, b, h, in, out]} or Quantized; slot first + i is what summaries[i] is of.
+    first: int32, this layer's first slot: layers may share an array of slots, which a loop over them need not copy.
+  """
+
+  position: jax.Array
+  state: online.State
+  chunk_start: Weights | None
+  keys: jax.Array
+  summaries: jax.Array
+  memories: dict[str, jax.Array | Quantized]
+  first: jax.Array
+
+  @property
+  def capacity(self) -> int:
+    """Segments that can be cached."""
+    return len(self.summaries)
+
+  def count(self, options: Options) -> jax.Array:
+    """[b] int32, segments that are cached."""
+    return jnp.minimum(_segment(options, self.position - 1), self.capacity)
+
+
+def capacity_for(options: Options, tokens: int) -> int:
+  """Slots for sequences of so many tokens: one a segment, or none at all."""
+  return len(segments.constant(options.segment_length).lengths(tokens)) if options.caches else 0
+
+
+def require_room(options: Options, capacity: int, tokens: int) -> None:
+  """Raises CacheFull if a sequence of so many tokens drops states from a cache of this capacity."""
+  needed = max(tokens - 1, 0) // options.segment_length
+  if options.caches and needed > capacity:
+    raise CacheFull(
+      f"a cache of {capacity} segments is full after {(capacity + 1) * options.segment_length:,} tokens "
+      f"(segments of {options.segment_length}); {tokens:,} need a capacity of {needed}, or full='drop_oldest'"
+    )
+
+
+def init_cache(options: Options, init: Weights, *, batch: int, head_dim: int, capacity: int, dtype: jnp.dtype) -> Cache:
+  """The cache of sequences that have no token yet.
+
+  Args:
+    options: of the layer.
+    init: M_0, {name: [heads, in, out]}.
+    batch: sequences.
+    head_dim: of the tokens.
+    capacity: segments that can be cached; `capacity_for`.
+    dtype: of the tokens' q, k and v.
+  """
+  heads, wide = len(next(iter(init.values()))), state_dtype(dtype)
+  fresh = {name: w.astype(wide) for name, w in init.items()}
+  state = online.start_state(options.rule, fresh, jnp.zeros((batch, heads, 1, head_dim), dtype))
+  capacity = capacity if options.caches else 0
+  empty = {name: jnp.zeros((capacity, *w.shape), wide) for name, w in state.memory.items()}
+  return Cache(
+    position=jnp.zeros(batch, jnp.int32),
+    state=state,
+    chunk_start=state.memory if options.chunked else None,
+    keys=jnp.zeros((batch, heads, head_dim), wide),
+    summaries=jnp.zeros((capacity, batch, heads, head_dim), wide),
+    memories=_store(options, empty, dtype),
+    first=jnp.zeros((), jnp.int32),
+  )
+
+
+def prefill(
+  options: Options,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  u: jax.Array,
+  gates: dict[str, jax.Array],
+  init: Weights,
+  *,
+  capacity: int,
+  lengths: jax.Array | None = None,
+  token_scores: jax.Array | None = None,
+) -> tuple[jax.Array, Cache]:
+  """`memory_caching` of whole prompts, and the cache from which they go on.
+
+  Args:
+    options: of the layer.
+    q, k, v, u, gates, init, token_scores: as of `memory_caching`.
+    capacity: segments that can be cached.
+    lengths: [batch] int32, tokens of each prompt, at least 1; what follows them is padding. None: all of them.
+
+  Returns:
+    [batch, length, heads, head_dim] in q's dtype, 0 at padding; and the cache.
+  """
+  rule, size = options.rule, options.segment_length
+  batch, length = q.shape[:2]
+  documents = None
+  if lengths is not None:
+    documents = documents_lib.index((jnp.arange(length) < lengths[:, None]).astype(jnp.int32))
+  y, cached = caching.caching_of_part(
+    *(q, k, v, u, gates, init, documents, token_scores),
+    rule=rule,
+    aggregation=options.aggregation,
+    segmentation=segments.constant(size),
+    carry=options.carry,
+    top_k=options.top_k,
+    pool=options.pool,
+    gate=options.gate,
+    gate_scale=options.gate_scale,
+    segment_group=options.segment_group,
+    implementation="xla" if options.implementation == "reference" else options.implementation,
+    keep=True,
+  )
+  position = jnp.full(batch, length, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+  segment = _segment(options, position - 1)  # of the last token
+  start = segment * size
+  tokens = caching.heads_first(q, k, v, u, gates, documents)._replace(q=None, u=None, documents=None)
+
+  # The last segment's tokens once more: what a cache needs of its middle, the pass over the sequence does not keep.
+  place = jnp.minimum(start[:, None] + jnp.arange(size), length - 1)[:, None]
+
+  def of_last_segment(x):
+    return jnp.take_along_axis(x, place.reshape(batch, 1, size, *[1] * (x.ndim - 3)), axis=2)
+
+  tokens = jax.tree.map(of_last_segment, tokens)
+  into = position - start  # tokens in the last segment
+  wide = state_dtype(q.dtype)
+  inside = jnp.arange(size) < into[:, None]
+  keys = jnp.where(inside[:, None, :, None], tokens.k.astype(wide), 0).sum(2)
+  chunk_start = None
+  if options.chunked:
+    fresh = {name: w.astype(wide) for name, w in init.items()}
+    first = online.start_state(rule, fresh, tokens.k)
+    if options.carry == "checkpoint":
+      before = _of_rows(cached.states, jnp.maximum(segment - 1, 0))
+      first = _where(segment > 0, before, first)
+    one = jnp.ones((batch, 1, size), jnp.int32)
+    whole_chunks = jnp.arange(size) < (into // rule.chunk * rule.chunk)[:, None]
+    tokens = tokens._replace(documents=documents_lib.Documents(one, one, whole_chunks[:, None]))
+    tokens = tokens._replace(gates={n: jnp.where(whole_chunks[:, None], g, 1) for n, g in tokens.gates.items()})
+    tokens = tokens._replace(q=tokens.k[..., :0])
+    chunk_start = passes.write(
+      rule, fresh, tokens, (size,), read=lambda _, x: x, carries=True, side_by_side=1, start=first
+    ).end.memory
+
+  held = jnp.maximum(_held(segment, capacity if options.caches else 0), 0)
+
+  def slots(x):  # [segments, b, ...] to [capacity, b, ...]
+    return x[held.T, jnp.arange(batch)]
+
+  heads, head_dim = q.shape[2:]
+  summaries = jnp.zeros((held.shape[1], batch, heads, head_dim), wide)
+  return y, Cache(
+    position=position,
+    state=_of_rows(cached.states, segment),
+    chunk_start=chunk_start,
+    keys=keys,
+    summaries=summaries if cached.summaries is None else slots(cached.summaries),
+    memories=_store(options, {name: slots(w) for name, w in cached.states.memory.items()}, q.dtype),
+    first=jnp.zeros((), jnp.int32),
+  )
+
+
+def step(
+  options: Options,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  u: jax.Array,
+  gates: dict[str, jax.Array],
+  init: Weights,
+  cache: Cache,
+  *,
+  token_scores: jax.Array | None = None,
+  active: jax.Array | None = None,
+) -> tuple[jax.Array, Cache]:
+  """The next token of every sequence, wherever in its chunk and segment it is.
+
+  Reads cost O(cached segments), of ssc O(top_k); everything else is the same for every token.
+
+  Args:
+    options: of the layer.
+    q, k, v, u: [batch, 1, heads, head_dim]; gates {name: [batch, 1, heads]}; init {name: [heads, in, out]}.
+    cache: of the tokens before.
+    token_scores: [batch, 1, heads, ages], for gate="token".
+    active: [batch] bool; what the others bring is not written. None: all are.
+
+  Returns:
+    [batch, 1, heads, head_dim] in q's dtype, without meaning where not active; and the cache.
+  """
+  rule, dtype, before = options.rule, q.dtype, cache
+  fresh = {name: w.astype(state_dtype(dtype)) for name, w in init.items()}
+  x = caching.heads_first(q, k, v, u, gates, None)
+  cache = _enter(options, fresh, cache, x.k, active)
+  state, _ = online.write(rule, cache.state, fresh, x.k, x.v, x.gates, None, gradient_at=cache.chunk_start)
+  cache = cache._replace(state=state, keys=cache.keys + x.k[:, :, 0].astype(cache.keys.dtype))
+  y = _read(options, x, token_scores, cache)
+  cache = cache._replace(position=cache.position + 1)
+  if active is not None:  # what is in slots was written by the active rows alone
+
+    def by_row(cache):
+      return dict(position=cache.position, state=cache.state, chunk_start=cache.chunk_start, keys=cache.keys)
+
+    cache = cache._replace(**_where(active, by_row(cache), by_row(before)))
+  return jnp.moveaxis(y, 1, 2).astype(dtype), cache
+
+
+def _enter(options: Options, fresh: Weights, cache: Cache, k: jax.Array, active: jax.Array | None) -> Cache:
+  """The cache as the next token finds it: at a segment's first token the last segment's state is cached."""
+  inside = cache.position % options.segment_length
+  begins = inside == 0
+  if cache.capacity:
+    finished = begins & (cache.position > 0) & (True if active is None else active)
+    cache = _append(options, cache, finished, k.dtype)
+  state = cache.state
+  if options.carry == "independent":
+    state = _where(begins, online.start_state(options.rule, fresh, k), state)
+  chunk_start = cache.chunk_start
+  if options.chunked:
+    chunk_start = _where(inside % options.rule.chunk == 0, state.memory, chunk_start)
+  keys = jnp.where(_rows(begins, cache.keys.ndim), 0, cache.keys)
+  return cache._replace(state=state, chunk_start=chunk_start, keys=keys)
+
+
+def _append(options: Options, cache: Cache, finished: jax.Array, dtype: jnp.dtype) -> Cache:
+  """Caches the state and the summary of a segment that is finished, where it is."""
+  slot = (_segment(options, cache.position) - 1) % cache.capacity
+  rows = jnp.arange(len(slot))
+  pool = gating.Pool(cache.keys, jnp.asarray(options.segment_length, cache.keys.dtype))
+
+  def put(slots, new, first=0):  # rows that are not finished point behind the end
+    return slots.at[jnp.where(finished, first + slot, len(slots)), rows].set(new, mode="drop")
+
+  new = _store(options, cache.state.memory, dtype)
+  return cache._replace(
+    summaries=put(cache.summaries, gating.summary(pool, options.pool)),
+    memories=jax.tree.map(functools.partial(put, first=cache.first), cache.memories, new),
+  )
+
+
+def _read(options: Options, x: passes.Tokens, token_scores: jax.Array | None, cache: Cache) -> jax.Array:
+  """y [b, h, 1, d], at least float32: the online memory, and the cached ones as the aggregation has it."""
+  network, dtype = options.rule.network, x.q.dtype
+  linear = online.dense(cache.state.memory, dtype)
+  if not cache.capacity:
+    return network(x.q, linear)
+  segment = _segment(options, cache.position)
+  held = _held(segment, cache.capacity)
+  visible = (held >= 0)[:, None, None]
+  count = jnp.minimum(segment.max(), cache.capacity)
+
+  wide = cache.keys.dtype
+  if options.gate == "token" and gating.scored(options.aggregation, options.gate):
+    by_age = jnp.moveaxis(token_scores, 2, 1).astype(wide)
+    ages = jnp.clip(segment[:, None] - held, 0, by_age.shape[-1] - 1)[:, None, None]
+    scores = by_age[..., 0], jnp.take_along_axis(by_age, ages, axis=-1)
+  elif gating.scored(options.aggregation, options.gate):
+    tokens = (cache.position % options.segment_length + 1).astype(wide)
+    own = gating.summary(gating.Pool(cache.keys, _rows(tokens, cache.keys.ndim)), options.pool)
+    scores = gating.online_scores(x.u, own[:, :, None]), gating.cached_scores(x.u, cache.summaries)
+  else:
+    shape = x.q.shape[:3]
+    scores = jnp.zeros(shape, wide), jnp.zeros((*shape, cache.capacity), wide)
+
+  def fetch(i, name=None):
+    memories = cache.memories if name is None else {name: cache.memories[name]}
+    slot = jax.tree.map(
+      functools.partial(jax.lax.dynamic_index_in_dim, index=cache.first + i, keepdims=False), memories
+    )
+    return _load(slot, dtype)
+
+  if options.aggregation == "ssc":
+    index, kept_scores, kept = gating.select(scores[1], visible, options.top_k)
+    gamma_online, gamma = gating.weigh(options.gate, options.gate_scale, scores[0], kept_scores, kept)
+    rows, heads = jnp.arange(len(segment))[:, None], jnp.arange(x.q.shape[1])
+
+    def fetch_selected(index):
+      return _load(jax.tree.map(lambda w: w[cache.first + index, rows, heads], cache.memories), dtype)
+
+    own = gamma_online[..., None] * network(x.q, linear)
+    return own + aggregate.read_few(network, x.q, index, gamma, fetch_selected)
+
+  gate = "constant" if options.aggregation == "residual" else options.gate
+  gamma_online, gamma = gating.weigh(gate, options.gate_scale, *scores, visible)
+  gamma_online, gamma = gamma_online[..., None], jnp.moveaxis(gamma, -1, 0)
+  if options.aggregation == "soup":
+
+    def mixed(name, z):
+      z = z.astype(dtype)
+      cached = aggregate.sum_of_reads(aggregate.layer(name), z, gamma, functools.partial(fetch, name=name), count)
+      return gamma_online * linear(name, z) + cached
+
+    return network(x.q, mixed)
+  own = gamma_online * network(x.q, linear)
+  return own + aggregate.sum_of_reads(aggregate.whole(network), x.q, gamma, fetch, count)
+
+
+def _segment(options: Options, position: jax.Array) -> jax.Array:
+  """Segment of the token at a position."""
+  return jnp.maximum(position, 0) // options.segment_length
+
+
+def _held(segment: jax.Array, capacity: int) -> jax.Array:
+  """Which segment each slot holds while segment `segment` [b] is being written: [b, capacity], negative for none."""
+  last, slot = segment[:, None] - 1, np.arange(capacity)
+  return last - (last - slot) % capacity if capacity else jnp.zeros((len(segment), 0), jnp.int32)
+
+
+def _store(options: Options, weights: Weights, dtype: jnp.dtype) -> dict[str, jax.Array | Quantized]:
+  """Weights [..., in, out] as they are cached."""
+  if options.cache_dtype == "int8":
+    return {name: _quantize(w) for name, w in weights.items()}
+  return {name: w.astype(options.cache_dtype or dtype) for name, w in weights.items()}
+
+
+def _quantize(w: jax.Array) -> Quantized:
+  scale = jnp.maximum(jnp.abs(w).max((-2, -1), keepdims=True), jnp.finfo(w.dtype).tiny) / 127
+  return Quantized(jnp.round(w / scale).astype(jnp.int8), scale.astype(jnp.float32))
+
+
+def _load(memories: dict[str, jax.Array | Quantized], dtype: jnp.dtype) -> Weights:
+  """Cached weights as they are multiplied."""
+  return {name: (w.values * w.scale).astype(dtype) if isinstance(w, Quantized) else w for name, w in memories.items()}
+
+
+def _of_rows(tree, index: jax.Array):
+  """Leaves [n, b, ...] to [b, ...]: of row b, number index[b]."""
+  return jax.tree.map(lambda x: x[index, jnp.arange(len(index))], tree)
+
+
+def _where(rows: jax.Array, a, b):
+  """The tree a in these rows [b] bool, else b."""
+  return jax.tree.map(lambda x, y: jnp.where(_rows(rows, x.ndim), x, y), a, b)
+
+
+def _rows(x: jax.Array, ndim: int) -> jax.Array:
+  """x [b] as an array of so many axes."""
+  return x.reshape(-1, *[1] * (ndim - 1))
