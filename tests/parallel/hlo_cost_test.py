@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from mc_jax.parallel import chips, hlo_cost, topology
+from mc_jax.parallel import chips, hlo, hlo_cost, topology
 
 # What is compiled for a TPU that is not there can be put into the cache, but not taken out of it.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
@@ -280,8 +280,8 @@ def test_what_a_collective_cut_into_pieces_sends_counts_once():
   ],
 )
 def test_groups_of_collectives(groups, first):
-  op = hlo_cost._instruction("x", f"f32[8]{{0}} all-reduce(%y), {groups}, use_global_device_ids=true")
-  assert sorted(hlo_cost._group(op)) == first
+  op = hlo.instruction("x", f"f32[8]{{0}} all-reduce(%y), {groups}, use_global_device_ids=true")
+  assert sorted(hlo.group(op)) == first
 
 
 def test_times_are_the_compilers_and_no_shorter_than_the_peak():
