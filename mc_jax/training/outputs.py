@@ -8,10 +8,11 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 
+import jax
 from etils import epath
 
 from mc_jax.data import ConfigError
-from mc_jax.training import distributed
+from mc_jax.training import distributed, profiling
 
 
 def workdir(text: str) -> epath.Path:
@@ -38,7 +39,8 @@ class Outputs:
 
   Attributes:
     folder: to write them in. The workdir itself, if it is a folder of this machine and this is the job's first
-      process. Else a temporary one: nothing can be appended to in a bucket, and only one process may write.
+      process. Else a temporary one: nothing can be appended to in a bucket, and only one process may write. Of the
+      other processes' files only traces are kept, by the process's number.
   """
 
   def __init__(self, workdir: epath.Path, folder: pathlib.Path):
@@ -48,25 +50,30 @@ class Outputs:
 
   def fetch(self, name: str) -> None:
     """Gets a file that is to be gone on with, if it is there."""
-    if self._sends and (self._workdir / name).exists():
+    if self._staged and distributed.is_first() and (self._workdir / name).exists():
       (self.folder / name).write_bytes((self._workdir / name).read_bytes())
 
   def send(self) -> None:
     """Sends what is new or has changed; without effect if it is in its place already."""
-    if not self._sends:
+    if not self._staged:
       return
-    for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+    first = distributed.is_first()
+    kept = self.folder if first else self.folder / profiling.FOLDER
+    for path in sorted(path for path in kept.rglob("*") if path.is_file()):
       stat = path.stat()
       version = (stat.st_mtime_ns, stat.st_size)
       if self._sent.get(path) != version:
-        target = self._workdir / path.relative_to(self.folder)
+        # Traces have the names of their hosts, on which more than one process may run.
+        name = path.name if first else f"process_{jax.process_index()}_{path.name}"
+        target = self._workdir / path.relative_to(self.folder).with_name(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
         self._sent[path] = version
 
   @property
-  def _sends(self) -> bool:
-    return distributed.is_first() and str(self.folder) != str(self._workdir)
+  def _staged(self) -> bool:
+    """Whether what is in `folder` is to go elsewhere."""
+    return str(self.folder) != str(self._workdir)
 
 
 @contextlib.contextmanager

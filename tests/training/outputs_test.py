@@ -9,7 +9,7 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
 from mc_jax.data import ConfigError
-from mc_jax.training import loop, metrics, outputs
+from mc_jax.training import loop, metrics, outputs, profiling
 from mc_jax.training.checkpointing import Checkpoints
 from mc_jax.training.progress import Progress
 
@@ -60,11 +60,20 @@ def test_a_folder_of_this_machine_is_written_directly(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_a_process_that_is_not_the_first_leaves_nothing(tmp_path, monkeypatch):
+def test_a_process_that_is_not_the_first_leaves_its_traces_and_nothing_else(tmp_path, monkeypatch):
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   with outputs.outputs(epath.Path(tmp_path)) as files:
     (files.folder / "a").write_text("1")
   assert list(tmp_path.iterdir()) == []
+  of_the_first = tmp_path / profiling.FOLDER / "host.xplane.pb"  # of the same host
+  of_the_first.parent.mkdir()
+  of_the_first.write_text("0")
+  with outputs.outputs(epath.Path(tmp_path)) as files:
+    (files.folder / profiling.FOLDER).mkdir()
+    (files.folder / profiling.FOLDER / of_the_first.name).write_text("1")
+  assert of_the_first.read_text() == "0"
+  assert of_the_first.with_name("process_1_host.xplane.pb").read_text() == "1"
+  assert [path.name for path in tmp_path.iterdir()] == [profiling.FOLDER]
 
 
 class Killed(BaseException):
