@@ -120,18 +120,17 @@ class Cache(NamedTuple):
     return jnp.minimum(_segment(options, self.position - 1), self.capacity)
 
 
-def capacity_for(options: Options, tokens: int) -> int:
-  """Slots for sequences of so many tokens: one a segment, or none at all."""
-  return len(segments.constant(options.segment_length).lengths(tokens)) if options.caches else 0
+def capacity_for(segment_length: int, tokens: int) -> int:
+  """Slots for sequences of so many tokens: one a segment."""
+  return len(segments.constant(segment_length).lengths(tokens))
 
 
-def require_room(options: Options, capacity: int, tokens: int) -> None:
-  """Raises CacheFull if a sequence of so many tokens drops states from a cache of this capacity."""
-  needed = max(tokens - 1, 0) // options.segment_length
-  if options.caches and needed > capacity:
+def require_room(segment_length: int, capacity: int, tokens: int) -> None:
+  """Raises CacheFull if sequences of so many tokens drop states from a cache of this capacity."""
+  needed = max(tokens - 1, 0) // segment_length
+  if needed > capacity:
     raise CacheFull(
-      f"a cache of {capacity} segments is full after {(capacity + 1) * options.segment_length:,} tokens "
-      f"(segments of {options.segment_length}); {tokens:,} need a capacity of {needed}, or full='drop_oldest'"
+      f"{tokens:,} tokens in segments of {segment_length} need a capacity of {needed} segments, got {capacity}"
     )
 
 

@@ -4,9 +4,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mc_jax.models.cache import CacheConfig, LayerCache
 from mc_jax.models.config import ModelConfig
 from mc_jax.models.linear import Linear, residual_scale
+from mc_jax.parallel import axes
 from mc_jax.parallel.attention import attention
+
+_SLOTS = (None, "batch", None, "heads", None)
 
 
 class Attention(nnx.Module):
@@ -35,6 +39,40 @@ class Attention(nnx.Module):
       document,
     )
     return self.output(y)
+
+  def init_cache(self, config: CacheConfig, batch: int) -> LayerCache:
+    """The cache of sequences that have no token yet."""
+    shape = 1, batch, config.tokens, *self.key.kernel.shape[1:]
+    slots = {name: axes.constrain(jnp.zeros(shape, self.key.dtype), _SLOTS) for name in ("key", "value")}
+    return LayerCache(slots, jnp.zeros((), jnp.int32), jnp.zeros(batch, jnp.int32))
+
+  def prefill(self, x: jax.Array, lengths: jax.Array | None, config: CacheConfig) -> tuple[jax.Array, LayerCache]:
+    """A call on whole prompts x [batch, length, d_model] of `lengths` [batch] tokens, and the cache after them."""
+    batch, length = x.shape[:2]
+    position = jnp.arange(length)[None]
+    key, value = rotate(self.key(x), position, self.rope_theta), self.value(x)
+    y = attention(rotate(self.query(x), position, self.rope_theta), key, value)
+    room = [(0, 0), (0, max(config.tokens - length, 0)), (0, 0), (0, 0)]  # what padding brings is overwritten
+    slots = {name: jnp.pad(x[:, : config.tokens], room)[None] for name, x in {"key": key, "value": value}.items()}
+    lengths = jnp.full(batch, length, jnp.int32) if lengths is None else lengths
+    return self.output(y), LayerCache(slots, jnp.zeros((), jnp.int32), lengths)
+
+  def step(
+    self, x: jax.Array, cache: LayerCache, active: jax.Array | None, config: CacheConfig
+  ) -> tuple[jax.Array, LayerCache]:
+    """A call on the next token x [batch, 1, d_model] of the sequences that are active [batch] (None: all are)."""
+    position, rows = cache.own, jnp.arange(len(x))
+    turn = position[:, None]
+    new = {"key": rotate(self.key(x), turn, self.rope_theta), "value": self.value(x)}
+    place = position if active is None else jnp.where(active, position, config.tokens)
+    slots = {
+      name: slot.at[cache.first, rows, place].set(new[name][:, 0], mode="drop") for name, slot in cache.slots.items()
+    }
+    key, value = (jax.lax.dynamic_index_in_dim(slots[name], cache.first, keepdims=False) for name in ("key", "value"))
+    query = rotate(self.query(x), turn, self.rope_theta)
+    y = jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=position + 1)
+    position += 1 if active is None else active
+    return self.output(y), LayerCache(slots, cache.first, position)
 
 
 def positions(document: jax.Array) -> jax.Array:

@@ -22,12 +22,15 @@ class CausalConvolution(nnx.Module):
     self.width = width
     self.kernel = parameter(fan_in(1, 0), (width, *channels.values()), ("conv_width", *channels), rngs)
 
-  def __call__(self, x: jax.Array, document: jax.Array | None = None) -> jax.Array:
+  def __call__(self, x: jax.Array, document: jax.Array | None = None, before: jax.Array | None = None) -> jax.Array:
     """Convolves x [batch, length, *channels], in x's dtype.
 
     Args:
       document: [batch, length] int32, number of each token's document; None: a row is one.
+      before: [batch, width - 1, *channels], the tokens before x, of the same document (`tail`); None: there are none.
     """
+    if before is not None:
+      return self(jnp.concatenate([before, x], axis=1))[:, self.width - 1 :]
     kernel = self.kernel[...].astype(x.dtype)
     y = kernel[0] * x
     for distance in range(1, self.width):
@@ -37,6 +40,17 @@ class CausalConvolution(nnx.Module):
         earlier = jnp.where(same.reshape(same.shape + (1,) * (x.ndim - 2)), earlier, 0)
       y += kernel[distance] * earlier
     return y
+
+  def tail(self, x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    """The last width - 1 tokens of x [batch, length, *channels], zeros where there are none.
+
+    Args:
+      lengths: [batch] int, tokens of each row; None: all of them.
+    """
+    lengths = jnp.full(len(x), x.shape[1]) if lengths is None else lengths
+    padded = jnp.pad(x, [(0, 0), (self.width - 1, 0)] + [(0, 0)] * (x.ndim - 2))
+    place = lengths[:, None] + jnp.arange(self.width - 1)
+    return jnp.take_along_axis(padded, place.reshape(*place.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def _shift(x, distance):

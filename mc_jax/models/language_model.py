@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mc_jax import memory
+from mc_jax.models import cache as cache_lib
 from mc_jax.models.block import Block
+from mc_jax.models.cache import Cache, CacheConfig, LayerCache
 from mc_jax.models.config import ModelConfig
 from mc_jax.models.linear import Linear, parameter
 from mc_jax.models.norms import RMSNorm
@@ -74,6 +76,69 @@ class LanguageModel(nnx.Module):
       block = jax.checkpoint(block, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=False)
     x, _ = jax.lax.scan(block, x, layers)
     return axes.constrain(self.logits(x), (*axes.TOKENS, "vocab"))
+
+  def init_cache(self, config: CacheConfig, batch: int) -> Cache:
+    """The cache of `batch` sequences that have no token yet."""
+    graph, layers = nnx.split(self.blocks)
+
+    def block(_, layer):
+      return None, nnx.merge(graph, layer).init_cache(config, batch)
+
+    _, layers = jax.lax.scan(block, None, layers)
+    return cache_lib.stack(jnp.zeros(batch, jnp.int32), layers)
+
+  def prefill(
+    self, tokens: jax.Array, config: CacheConfig, lengths: jax.Array | None = None
+  ) -> tuple[jax.Array, Cache]:
+    """Reads whole prompts.
+
+    Args:
+      tokens: [batch, length] int32.
+      config: of the cache; static under jit.
+      lengths: [batch] int32, tokens of each prompt, at least 1; what follows them is padding. None: all of them.
+
+    Returns:
+      Logits of the token that follows each prompt, [batch, vocab_size] float32, and the cache after the prompts.
+    """
+    batch, length = tokens.shape
+    x = axes.constrain(self.embed(tokens), axes.RESIDUAL)
+    graph, layers = nnx.split(self.blocks)
+
+    def block(x, layer):
+      return nnx.merge(graph, layer).prefill(x, lengths, config)
+
+    x, layers = jax.lax.scan(block, x, layers)
+    position = jnp.full(batch, length, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+    last = jnp.take_along_axis(x, position[:, None, None] - 1, axis=1)[:, 0]
+    return self.logits(last), cache_lib.stack(position, layers)
+
+  def step(
+    self, tokens: jax.Array, cache: Cache, config: CacheConfig, active: jax.Array | None = None
+  ) -> tuple[jax.Array, Cache]:
+    """Reads the next token of each sequence.
+
+    Args:
+      tokens: [batch] int32.
+      cache: of the tokens before; donate it, and it is written in place.
+      config: of the cache; static under jit.
+      active: [batch] bool; the others' tokens are ignored, and their caches stay. None: all are.
+
+    Returns:
+      Logits of the token that follows, [batch, vocab_size] float32 (without meaning where not active), and the cache.
+    """
+    x = axes.constrain(self.embed(tokens)[:, None], axes.RESIDUAL)
+    graph, layers = nnx.split(self.blocks)
+
+    def block(carry, layer):
+      x, slots = carry
+      parameters, first, own = layer
+      x, after = nnx.merge(graph, parameters).step(x, LayerCache(slots, first, own), active, config)
+      return (x, after.slots), after.own
+
+    before = cache.layers
+    (x, slots), own = jax.lax.scan(block, (x, before.slots), (layers, before.first, before.own))
+    position = cache.position + (1 if active is None else active)
+    return self.logits(x[:, 0]), Cache(position, LayerCache(slots, before.first, own))
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """tokens [...] to [..., d_model] of unit variance, in the computation's dtype."""

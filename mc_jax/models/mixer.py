@@ -4,15 +4,18 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from mc_jax import memory
+from mc_jax.memory import decode
+from mc_jax.models.cache import CacheConfig, LayerCache
 from mc_jax.models.config import ModelConfig
 from mc_jax.models.convolution import CausalConvolution
 from mc_jax.models.gates import TokenGates
 from mc_jax.models.linear import Linear, parameter, residual_scale
 from mc_jax.models.norms import RMSNorm, l2_normalize
-from mc_jax.parallel import axes, context
+from mc_jax.parallel import axes, context, decoding
 
 
 class Inputs(NamedTuple):
@@ -23,6 +26,7 @@ class Inputs(NamedTuple):
     output_gate: like q, before its SiLU.
     gates: {name: [batch, length, heads]} float32, the rule's per-token scalars.
     token_scores: [batch, length, heads, ages] float32 with memory.gate="token", else None.
+    convolved: what the convolutions are given, {"query", "key", "value": like q}.
   """
 
   q: jax.Array
@@ -32,6 +36,19 @@ class Inputs(NamedTuple):
   output_gate: jax.Array
   gates: dict[str, jax.Array]
   token_scores: jax.Array | None
+  convolved: dict[str, jax.Array]
+
+
+class Own(NamedTuple):
+  """What a layer keeps of a batch of sequences, but for its slots.
+
+  Attributes:
+    tails: what each convolution has yet to see again, {name: [batch, conv_width - 1, heads, head_dim]}.
+    memory: without its memories, which are the slots.
+  """
+
+  tails: dict[str, jax.Array]
+  memory: decode.Cache
 
 
 class MemoryCaching(nnx.Module):
@@ -103,21 +120,92 @@ class MemoryCaching(nnx.Module):
     )
     return self.read_out(y, inputs.output_gate)
 
-  def project(self, x: jax.Array, document: jax.Array | None = None) -> Inputs:
-    """What the memories are given for the tokens x [batch, length, d_model]."""
+  def init_cache(self, config: CacheConfig, batch: int) -> LayerCache:
+    """The cache of sequences that have no token yet."""
+    heads, head_dim = self.config.heads, self.config.head_dim
+    memory = decoding.init_cache(
+      self.options(config),
+      self.initial_memory(),
+      batch=batch,
+      head_dim=head_dim,
+      capacity=config.segments(self.config),
+      dtype=jnp.dtype(self.config.dtype),
+    )
+    tail = jnp.zeros((batch, self.config.conv_width - 1, heads, head_dim), self.config.dtype)
+    return _layer_cache(dict.fromkeys(("query", "key", "value"), tail), memory)
+
+  def prefill(self, x: jax.Array, lengths: jax.Array | None, config: CacheConfig) -> tuple[jax.Array, LayerCache]:
+    """A call on whole prompts x [batch, length, d_model] of `lengths` [batch] tokens, and the cache after them."""
+    inputs = self.project(x)
+    y, memory = decoding.prefill(
+      self.options(config),
+      *inputs[:4],
+      inputs.gates,
+      self.initial_memory(),
+      capacity=config.segments(self.config),
+      lengths=lengths,
+      token_scores=inputs.token_scores,
+    )
+    tails = {name: self.query_convolution.tail(x, lengths) for name, x in inputs.convolved.items()}
+    return self.read_out(y, inputs.output_gate), _layer_cache(tails, memory)
+
+  def step(
+    self, x: jax.Array, cache: LayerCache, active: jax.Array | None, config: CacheConfig
+  ) -> tuple[jax.Array, LayerCache]:
+    """A call on the next token x [batch, 1, d_model] of the sequences that are active [batch] (None: all are)."""
+    tails = cache.own.tails
+    inputs = self.project(x, tails=tails)
+    y, memory = decoding.step(
+      self.options(config),
+      *inputs[:4],
+      inputs.gates,
+      self.initial_memory(),
+      cache.own.memory._replace(memories=cache.slots, first=cache.first),
+      token_scores=inputs.token_scores,
+      active=active,
+    )
+
+    def moved_on(tail, x):
+      new = jnp.concatenate([tail, x], axis=1)[:, 1:]
+      return new if active is None else jnp.where(active[:, None, None, None], new, tail)
+
+    tails = {name: moved_on(tail, inputs.convolved[name]) for name, tail in tails.items()}
+    return self.read_out(y, inputs.output_gate), _layer_cache(tails, memory)
+
+  def options(self, config: CacheConfig) -> decode.Options:
+    """What the layer's memories are, for decoding."""
+    memory = self.config.memory
+    fields = ("aggregation", "segment_length", "carry", "top_k", "pool", "gate", "gate_scale", "segment_group")
+    values = {name: getattr(memory, name) for name in fields}
+    return decode.Options(self.rule, implementation=memory.implementation, cache_dtype=config.dtype, **values)
+
+  def project(
+    self, x: jax.Array, document: jax.Array | None = None, tails: dict[str, jax.Array] | None = None
+  ) -> Inputs:
+    """What the memories are given for the tokens x [batch, length, d_model].
+
+    Args:
+      document: as of a call.
+      tails: of the tokens before x, see `Own`; None: there are none.
+    """
     projected = axes.constrain(self.projection(x), (*axes.TOKENS, None, "heads", None))
     query, key, value, output_gate, *connector = (projected[:, :, i] for i in range(projected.shape[2]))
-    q = l2_normalize(jax.nn.silu(self.query_convolution(query, document)))
-    k = l2_normalize(jax.nn.silu(self.key_convolution(key, document)))
-    v = jax.nn.silu(self.value_convolution(value, document))
+    convolved = {"query": query, "key": key, "value": value}
+
+    def convolve(name):
+      convolution = getattr(self, f"{name}_convolution")
+      return jax.nn.silu(convolution(convolved[name], document, tails and tails[name]))
+
+    q = l2_normalize(convolve("query"))
     return Inputs(
       q=q,
-      k=k,
-      v=v,
+      k=l2_normalize(convolve("key")),
+      v=convolve("value"),
       u=connector[0] if connector else q,
       output_gate=output_gate,
       gates=self.token_gates(x) if self.rule.gates else {},
       token_scores=self.age_scores(x) if self.config.memory.gate == "token" else None,
+      convolved=convolved,
     )
 
   def initial_memory(self) -> memory.networks.Weights:
@@ -130,6 +218,10 @@ class MemoryCaching(nnx.Module):
   def read_out(self, y: jax.Array, output_gate: jax.Array) -> jax.Array:
     """(RMSNorm(y) * SiLU(x W_g)) W_o: the memories' answers y, normed by head, back to d_model."""
     return self.output(self.norm(y) * jax.nn.silu(output_gate))
+
+
+def _layer_cache(tails: dict[str, jax.Array], memory: decode.Cache) -> LayerCache:
+  return LayerCache(memory.memories, memory.first, Own(tails, memory._replace(memories=None, first=None)))
 
 
 def has_connector(config: ModelConfig) -> bool:

@@ -69,7 +69,7 @@ def check(options, tolerance, dtype, ages=None, length=samples.LENGTH):
   x = samples.inputs(options.rule, batch=1, length=length, ages=ages)
   x = jax.tree.map(lambda a: a.astype(dtype), x)
   expected = samples.numpy(samples.jit(functools.partial(forward, options)))(x)
-  run = samples.jit(functools.partial(continued, options, capacity=decode.capacity_for(options, length)))
+  run = samples.jit(functools.partial(continued, options, capacity=decode.capacity_for(options.segment_length, length)))
   found, cache = samples.numpy(run)(rows_alike(x, length), np.arange(1, length + 1))
   assert found.dtype == dtype
   np.testing.assert_allclose(found, np.repeat(expected, length, 0), rtol=tolerance, atol=tolerance)

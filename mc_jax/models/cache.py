@@ -1,0 +1,98 @@
+"""What a model keeps of the tokens so far, to go on from them one by one."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mc_jax.memory import decode
+from mc_jax.models.config import ModelConfig
+
+FULL = ("error", "drop_oldest")
+
+Pytree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+  """What a cache is made for. Static under jit."""
+
+  tokens: int  # of a sequence, prompt and continuation, at most
+  capacity: int | None = None  # segments whose states are kept; None: as many as `tokens` make
+  full: str = "error"  # when more are to be kept: an error, or drop_oldest
+  dtype: str | None = None  # of cached states: float32, bfloat16, int8; None: the model's, which changes no number
+
+  def segments(self, model: ModelConfig) -> int:
+    """Slots of a layer."""
+    memory = model.memory.as_read()
+    if model.mixer != "memory_caching" or memory.aggregation == "none":
+      return 0
+    return decode.capacity_for(memory.segment_length, self.tokens) if self.capacity is None else self.capacity
+
+  def problems(self, model: ModelConfig, prefix: str = "cache") -> list[str]:
+    """Everything that cannot be, each line naming the field and the valid values."""
+    found = []
+    if self.full not in FULL:
+      found.append(f"{prefix}.full={self.full!r} is not one of {', '.join(FULL)}")
+    if self.dtype not in (None, *decode.CACHE_DTYPES):
+      found.append(f"{prefix}.dtype={self.dtype!r} is not one of {', '.join(decode.CACHE_DTYPES)}")
+    if self.tokens < 1:
+      found.append(f"{prefix}.tokens={self.tokens} must be at least 1")
+    if self.capacity is not None and self.capacity < 1:
+      found.append(f"{prefix}.capacity={self.capacity} must be at least 1 segment")
+    memory = model.memory.as_read()
+    if model.mixer == "memory_caching" and memory.segmentation != "constant":
+      found.append(
+        f"model.memory.segmentation={memory.segmentation!r} cannot be decoded: where segments are cut depends on the "
+        "length of the sequence; use segmentation='constant'"
+      )
+    elif not found and self.full == "error" and self.segments(model):
+      try:
+        decode.require_room(memory.segment_length, self.segments(model), self.tokens)
+      except decode.CacheFull as error:
+        found.append(f"{prefix}.capacity={self.capacity} is too small: {error}, or {prefix}.full='drop_oldest'")
+    return found
+
+
+class LayerCache(NamedTuple):
+  """One layer's cache.
+
+  Attributes:
+    slots: what grows with the sequence, leaves [slots, batch, ...]: cached memories, or keys and values.
+    first: int32, the layer's first slot in `slots`.
+    own: everything else, of a size that does not depend on the sequence.
+  """
+
+  slots: Pytree
+  first: jax.Array
+  own: Pytree
+
+
+class Cache(NamedTuple):
+  """All layers' caches.
+
+  The layers' slots lie in one array, which the loop over layers carries along and writes in place: were it cut up and
+  put together again, every token would cost a copy of the whole cache.
+
+  Attributes:
+    position: [batch] int32, tokens so far.
+    layers: a LayerCache; leaves of slots are [layers * slots, batch, ...], of the rest [layers, ...].
+  """
+
+  position: jax.Array
+  layers: LayerCache
+
+
+def stack(position: jax.Array, layers: LayerCache) -> Cache:
+  """The cache of layers whose leaves, those of slots too, are stacked on a leading axis."""
+  count = len(layers.first)
+  each = {leaf.shape[1] for leaf in jax.tree.leaves(layers.slots)}
+  first = jnp.arange(count, dtype=jnp.int32) * (each.pop() if each else 0)
+  slots = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), layers.slots)
+  return Cache(position, LayerCache(slots, first, layers.own))
+
+
+def nbytes(tree: Pytree) -> int:
+  """Bytes of a tree's arrays, real or abstract."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

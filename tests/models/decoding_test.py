@@ -1,0 +1,108 @@
+"""A model's prefill and steps against its forward pass."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mc_jax.models import CacheConfig, LanguageModel, MemoryConfig, ModelConfig
+from mc_jax.parallel import mesh as meshes
+from mc_jax.parallel.mesh import MeshConfig
+
+# See language_model_test.py.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+LENGTH, LENGTHS = 18, np.array([1, 4, 9, 13])
+
+
+def tiny(**options):
+  memory = MemoryConfig(**({"chunk": 2, "segment_length": 4, "expansion": 2} | options.pop("memory", {})))
+  sizes = {"vocab_size": 16, "layers": 2, "d_model": 16, "heads": 2, "mlp_dim": 16, "conv_width": 3, "max_length": 24}
+  return ModelConfig(**(sizes | options), memory=memory)
+
+
+def model_of(config):
+  return nnx.split(LanguageModel(config, nnx.Rngs(0)))
+
+
+def tokens_of(config, batch=4):
+  return np.random.default_rng(0).integers(0, config.vocab_size, (batch, LENGTH)).astype(np.int32)
+
+
+def continued(graph, params, tokens, lengths, cache_config):
+  """Prompts of `lengths` [b], then steps to the end: logits [b, length, vocab] from the prompt's last token on."""
+  model = nnx.merge(graph, params)
+  rows = jnp.arange(len(tokens))
+  first, cache = model.prefill(tokens, cache_config, lengths)
+  logits = jnp.zeros((*tokens.shape, first.shape[-1])).at[rows, lengths - 1].set(first)
+
+  def body(_, carry):
+    logits, cache = carry
+    active = cache.position < LENGTH
+    at = jnp.where(active, cache.position, LENGTH)
+    new, cache = model.step(tokens[rows, jnp.minimum(at, LENGTH - 1)], cache, cache_config, active)
+    return logits.at[rows, at].set(new, mode="drop"), cache
+
+  return jax.lax.fori_loop(0, LENGTH - lengths.min(), body, (logits, cache))
+
+
+def check(config, *, tolerance=1e-4, mesh=None):
+  graph, params = model_of(config)
+  tokens = tokens_of(config)
+  expected = jit(lambda params, tokens: nnx.merge(graph, params)(tokens))(params, tokens)
+  run = jit(functools.partial(continued, graph, cache_config=CacheConfig(LENGTH)))
+  with jax.set_mesh(mesh) if mesh is not None else jax.default_matmul_precision("highest"):
+    found, cache = run(params, tokens, LENGTHS)
+  for row, length in enumerate(LENGTHS):
+    chex.assert_trees_all_close(found[row, length - 1 :], expected[row, length - 1 :], rtol=tolerance, atol=tolerance)
+  np.testing.assert_array_equal(cache.position, LENGTH)
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"rule": "titans", "aggregation": "grm"},
+    {"rule": "swla", "aggregation": "ssc", "carry": "independent"},
+    {"rule": "dla", "aggregation": "soup", "gate": "token"},
+    {"rule": "linear", "aggregation": "none"},
+    {"rule": "titans", "aggregation": "none", "after_training": "moving_average"},
+  ],
+  ids=str,
+)
+def test_a_model_decodes_what_it_computes(options):
+  check(tiny(memory=options))
+
+
+def test_the_transformer_decodes_what_it_computes():
+  check(tiny(mixer="transformer"))
+
+
+@pytest.mark.parametrize("options", [{"mixer": "transformer"}, {"memory": {"aggregation": "ssc"}}], ids=str)
+def test_decoding_on_a_mesh(options):
+  mesh = meshes.make(MeshConfig(data=2, fsdp=2, model=2), jax.devices())
+  check(tiny(**options), mesh=mesh)
+
+
+def test_an_empty_cache_is_that_of_no_prompt():
+  config, cache_config = tiny(), CacheConfig(LENGTH)
+  graph, params = model_of(config)
+  tokens = tokens_of(config)
+
+  @jit
+  def by_steps(params, tokens):
+    model = nnx.merge(graph, params)
+    cache, logits = model.init_cache(cache_config, len(tokens)), None
+    for i in range(3):
+      logits, cache = model.step(tokens[:, i], cache, cache_config)
+    return logits, cache
+
+  logits, cache = by_steps(params, tokens)
+  expected, prefilled = jit(lambda params, tokens: nnx.merge(graph, params).prefill(tokens, cache_config))(
+    params, tokens[:, :3]
+  )
+  chex.assert_trees_all_close(logits, expected, rtol=1e-4, atol=1e-5)
+  chex.assert_trees_all_equal_shapes_and_dtypes(cache, prefilled)
