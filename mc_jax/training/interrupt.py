@@ -1,4 +1,9 @@
-"""Stopping between two steps on Ctrl-C or a scheduler's SIGTERM, so that nothing is lost."""
+"""Stopping between two steps on Ctrl-C or a scheduler's SIGTERM, so that nothing is lost.
+
+A run that was stopped ends with the status 128 + the signal's number, 143 after SIGTERM, like a process that a signal
+ends at once: that is what SIGTERM does before the first step and after the last checkpoint, when there is nothing to
+lose.
+"""
 
 from __future__ import annotations
 

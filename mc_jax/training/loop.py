@@ -13,16 +13,16 @@ import jax
 from etils import epath
 
 from mc_jax.data import ConfigError, datasets, loader, windows
+from mc_jax.evaluation import scoring
 from mc_jax.training import config as config_lib
 from mc_jax.training import distributed, flops, metrics, report, sampling, state
 from mc_jax.training.checkpointing import Checkpoints, changed
 from mc_jax.training.config import Config
-from mc_jax.training.evaluate import bits
 from mc_jax.training.interrupt import Interrupt, deferred
 from mc_jax.training.outputs import Outputs, outputs
 from mc_jax.training.profiling import Trace
 from mc_jax.training.progress import Progress, duration
-from mc_jax.training.step import eval_step, loss_sum, lower
+from mc_jax.training.step import loss_sum, lower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +90,10 @@ def train(
     result = meter = None
     if int(current.step) < train.steps:
       checkpoints.require_space(current)
+      update, meter = _compile(config, mesh)
       with deferred() as interrupt:
-        current, result, meter = _steps(run, current, checkpoints, interrupt, profile)
+        current, result = _steps(run, current, update, meter, checkpoints, interrupt, profile)
+        checkpoints.wait()
       if int(current.step) < train.steps:
         return Result(int(current.step), result, interrupt.signal)
     if result is None:  # the run was complete already
@@ -113,14 +115,10 @@ def _evaluation(
   config: Config, mesh: jax.sharding.Mesh, data: datasets.Dataset
 ) -> Callable[[state.TrainState], dict[str, float]]:
   """(state) -> {"validation_bits_per_byte": of all text}; of several sources, also that of each by its name."""
-  jitted, shapes = eval_step(config, mesh), windows.shapes(config.data, mesh)
+  score = scoring.scorer(state.graph(config), config.data, mesh)
 
   def evaluate(current: state.TrainState) -> dict[str, float]:
-    with jax.set_mesh(mesh):
-      sums = {
-        name: bits(jitted, current.params, (windows.place(batch, shapes) for batch in part.batches))
-        for name, part in data.validation.items()
-      }
+    sums = {name: scoring.bits(score(current.params, part.batches)) for name, part in data.validation.items()}
     alike = [name for name, part in data.validation.items() if part.unit == data.unit]
     count = sum(data.validation[name].count for name in alike)
     record = {f"validation_bits_per_{data.unit}": sum(sums[name] for name in alike) / count}
@@ -135,14 +133,15 @@ def _evaluation(
 def _steps(
   run: _Run,
   current: state.TrainState,
+  update: jax.stages.Compiled,
+  meter: metrics.Meter,
   checkpoints: Checkpoints,
   interrupt: Interrupt,
   profile: range,
-) -> tuple[state.TrainState, float | None, metrics.Meter]:
-  """The steps that are left; returns the state, the latest validation bits, the meter."""
+) -> tuple[state.TrainState, float | None]:
+  """The steps that are left; returns the state and the latest validation bits."""
   train, result = run.config.train, None
   first = int(current.step) + 1
-  update, meter = _compile(run.config, run.mesh)
   with (
     metrics.MetricsLog(run.files.folder, first - 1) as log,
     Progress(first - 1, train.steps, run.data.unit, run.data.units_per_token) as progress,
@@ -155,7 +154,8 @@ def _steps(
       trace.after(step, values)
       meter.add(step, values)
       last = interrupt.stops_after(step) or step == train.steps
-      evaluates = step == train.steps or step % train.eval_every == 0
+      # Who is told to stop has seconds left for the checkpoint.
+      evaluates = step == train.steps or (step % train.eval_every == 0 and not last)
       saves = last or step % train.checkpoint_every == 0
       if not (evaluates or saves or step % train.log_every == 0):
         continue
@@ -172,7 +172,7 @@ def _steps(
       if last:
         break
       meter.restart()
-  return current, result, meter
+  return current, result
 
 
 def _start(run: _Run, checkpoints: Checkpoints) -> state.TrainState:
