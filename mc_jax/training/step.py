@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 
 from mc_jax.data import windows
+from mc_jax.evaluation import scoring
 from mc_jax.parallel import axes
 from mc_jax.training import state as states
 from mc_jax.training.config import Config
@@ -28,9 +29,8 @@ def loss_sum(graph: nnx.GraphDef, params: dict, batch: Batch) -> jax.Array:
     batch: [batch, length] arrays, see data/windows.py.
   """
   model = nnx.merge(graph, params)
-  logits = model(batch["tokens"], batch.get("segment_ids")).astype(jnp.float32)
-  loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-  return jnp.sum(loss * batch["weights"])
+  logits = model(batch["tokens"], batch.get("segment_ids"))
+  return jnp.sum(scoring.losses(logits, batch["targets"]) * batch["weights"])
 
 
 def train_step(config: Config, mesh: jax.sharding.Mesh) -> Callable:
@@ -90,13 +90,3 @@ def lower(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
   update = jax.jit(train_step(config, mesh), donate_argnums=0, out_shardings=out_shardings)
   with jax.set_mesh(mesh):
     return update.lower(state, windows.shapes(config.data, mesh))
-
-
-def eval_step(config: Config, mesh: jax.sharding.Mesh) -> Callable:
-  """(params, batch) -> (sum of the loss in nats, sum of the weights), jitted."""
-  graph = states.graph(config)
-
-  def step(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    return loss_sum(graph, params, batch), batch["weights"].sum()
-
-  return jax.jit(step, out_shardings=axes.sharding(mesh, ()))

@@ -45,7 +45,8 @@ def load(
   """The model of a checkpoint; the optimiser's moments are not read.
 
   The overrides may change all that leaves the parameters as they are: how caches are read, where sequences are cut, the
-  dtype, the data, the mesh. The run's own mesh is not looked at.
+  dtype, the data, the mesh. The run's own mesh is not looked at. With model.memory.after_training, a state is cached each
+  training length if model.memory.segment_length is not given.
 
   Args:
     workdir: of the run, on this machine or gs://BUCKET/FOLDER.
@@ -63,7 +64,9 @@ def load(
     args = ocp.args.Composite(config=ocp.args.JsonRestore())
     stored = config_lib.from_dict(manager.restore(step, args=args)["config"])
     stored = dataclasses.replace(stored, mesh=MeshConfig())
-    config = config_lib.replace(stored, overrides).check()
+    config = config_lib.replace(stored, _defaults(stored, overrides) | overrides)
+    if new := [problem for problem in config.problems() if problem not in stored.problems()]:
+      raise ConfigError("\n".join(new))  # what the run itself did is not questioned again
     if mesh is None:
       everywhere = any(name.startswith("mesh.") for name in overrides)
       mesh = config.make_mesh(None if everywhere else jax.devices()[:1])
@@ -106,6 +109,13 @@ def _step(manager: ocp.CheckpointManager, workdir: epath.PathLike, step: int | N
       f"{epath.Path(workdir) / FOLDER} has no checkpoint of step {step}: use one of {', '.join(map(str, steps))}"
     )
   return steps[-1] if step is None else step
+
+
+def _defaults(stored: Config, overrides: dict) -> dict[str, object]:
+  """What follows from the overrides where they do not say otherwise."""
+  if overrides.get("model.memory.after_training") is None:
+    return {}
+  return {"model.memory.segment_length": stored.data.length}
 
 
 def _require_parameters_of(stored: Config, config: Config, overrides: dict, mesh: jax.sharding.Mesh) -> None:

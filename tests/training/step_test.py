@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mc_jax.training import evaluate, state, step
+from mc_jax.evaluation import scoring
+from mc_jax.training import state, step
 
 
 def _batch(seed, rows=4, length=16):
@@ -37,8 +38,10 @@ def test_the_loss_is_the_mean_over_the_tokens_that_count(setting):
   expected = (nll * batch["weights"]).sum() / batch["weights"].sum()
   _, values = jax.jit(step.train_step(config, mesh))(start, batch)
   assert float(values["loss"]) == pytest.approx(expected, rel=1e-5)
-  bits = evaluate.bits(step.eval_step(config, mesh), start.params, [batch])
-  assert bits == pytest.approx(expected / np.log(2) * batch["weights"].sum(), rel=1e-5)
+  score = scoring.scorer(graph, config.data, mesh)
+  assert scoring.bits(score(start.params, [batch])) == pytest.approx(
+    expected / np.log(2) * batch["weights"].sum(), rel=1e-5
+  )
 
 
 @pytest.mark.parametrize("parts", [2, 4])

@@ -1,0 +1,101 @@
+"""Evaluates a trained model: `python -m mc_jax.evaluate --workdir=RUN --tasks=perplexity,mqar --lengths=512,1024`.
+
+Any field of the run's configuration that leaves the parameters as they are can be changed, such as
+--config.model.memory.after_training=moving_average. Tables, JSON, CSV and plots go to RUN/evaluation.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+import time
+
+import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
+from absl import app, flags, logging
+
+from mc_jax.data import ConfigError
+from mc_jax.evaluation import Options, Subject, report, tasks
+from mc_jax.training import commandline, config, outputs, state, trained
+
+CONFIG = commandline.define_overrides()
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run of mc_jax.train, or gs://BUCKET/FOLDER")
+TASKS = flags.DEFINE_list("tasks", None, f"one or more of {', '.join(tasks.TASKS)}")
+LENGTHS = flags.DEFINE_list("lengths", [], "of rows, in tokens; default: the run's")
+PAIRS = flags.DEFINE_list("pairs", [], "mqar: numbers of key-value pairs; default: data.mqar.pairs")
+ROWS = flags.DEFINE_integer("rows", 256, "rows of each setting of a recall task")
+STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default: the newest")
+NAME = flags.DEFINE_string("name", None, "of the files in RUN/evaluation; default: tasks and fields that were changed")
+
+
+def main(_: list[str]) -> None:
+  """Evaluates as the flags say."""
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
+  begin = time.monotonic()
+  names = tasks.check(TASKS.value)
+  options = Options(_numbers(LENGTHS), _numbers(PAIRS), ROWS.value).check()
+  workdir, changes = outputs.workdir(WORKDIR.value), commandline.overrides(CONFIG)
+  model = trained.load(workdir, changes, step=STEP.value)
+  _require_lengths(model.config, options.lengths, model.mesh.size)
+  changed = "".join(f", {field}={value}" for field, value in changes.items())
+  print(f"{workdir}, step {model.step:,}{changed}", flush=True)
+  subject = Subject(
+    state.graph(model.config), model.params, model.config.model.vocab_size, model.config.data, model.mesh
+  )
+  results = []
+  for result in tasks.run(names, subject, options):
+    results.append(result)
+    print(f"[{time.monotonic() - begin:6.1f} s] {report.line(result)}", flush=True)
+  print(f"\n{report.table(results)}\n")
+  record = {
+    "workdir": str(workdir),
+    "step": model.step,
+    "command": " ".join(["python -m mc_jax.evaluate", *sys.argv[1:]]),
+    "changed": changes,
+    "config": dataclasses.asdict(model.config),
+    "results": report.to_json(results),
+  }
+  name = NAME.value or _name(names, changes)
+  with outputs.outputs(workdir) as files:
+    folder = files.folder / "evaluation"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.csv").write_text(report.to_csv(results), encoding="utf-8")
+    plotted = report.plot(folder / f"{name}.png", {name: results})
+  endings = "json, csv and png" if plotted else "json and csv"
+  print(f"written to {workdir / 'evaluation' / name}: {endings}")
+
+
+def _numbers(flag: flags.FlagHolder) -> tuple[int, ...]:
+  try:
+    return tuple(int(text) for text in flag.value)
+  except ValueError as error:
+    raise ConfigError(f"--{flag.name} must be numbers separated by commas, got {','.join(flag.value)}") from error
+
+
+def _require_lengths(run: config.Config, lengths: tuple[int, ...], devices: int) -> None:
+  """Raises ConfigError where the model or its mesh cannot take rows of these lengths."""
+  for length in lengths:
+    longer = config.replace(run, {"data.length": length})
+    data = longer.data.problems("data")  # tasks have data of their own, and check them
+    found = [problem for problem in longer.problems() if problem not in data and problem not in run.problems()]
+    if found:
+      raise ConfigError("\n".join(found))
+    longer.check_devices(devices)
+
+
+def _name(names: tuple[str, ...], changes: dict[str, object]) -> str:
+  """Such as perplexity_after_training=grm: fit for a file."""
+  parts = [*names, *(f"{field.rpartition('.')[2]}={value}" for field, value in changes.items())]
+  return re.sub(r"[^\w.=-]+", "-", "_".join(parts))[:120]
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["workdir", "tasks"])
+  try:
+    app.run(main, flags_parser=lambda argv: commandline.parse(CONFIG, argv))
+  except ConfigError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except OSError as error:
+    sys.exit(f"error: {error}")

@@ -1,0 +1,94 @@
+"""Loss, perplexity and bits per byte on the validation text of a run, also by position and at other lengths."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from mc_jax.data import ConfigError
+from mc_jax.data.windows import Batch
+from mc_jax.evaluation import scoring
+from mc_jax.evaluation.scoring import Scored
+from mc_jax.evaluation.subject import Options, Result, Subject
+
+
+def run(subject: Subject, options: Options) -> Iterator[Result]:
+  """A result for each length and each source of text; of several, also one of all text.
+
+  The rows are the longest ones, cut: at every length the same targets are scored, with less or more before them.
+
+  Raises:
+    ConfigError: the lengths do not divide the longest, or the run has no text.
+  """
+  lengths = sorted(set(options.lengths)) or [subject.data.length]
+  longest = lengths[-1]
+  if odd := [length for length in lengths if longest % length]:
+    raise ConfigError(
+      f"--lengths of perplexity must divide the longest, {longest}, so that all score the same text; "
+      f"got {', '.join(map(str, odd))}"
+    )
+  data = subject.rows_of(longest)
+  dataset = subject.load(data, "perplexity")
+  texts = {name: part for name, part in dataset.validation.items() if part.unit == "byte"}
+  if not texts:
+    raise ConfigError("perplexity is of text; the data of this run are recall tasks alone")
+  for length in lengths:
+    parts = longest // length
+    shorter = dataclasses.replace(data, length=length, batch_size=data.batch_size * parts)
+    scored = {name: subject.score(shorter, [cut(b, length) for b in part.batches]) for name, part in texts.items()}
+    for name in texts:
+      yield _result({"length": length, "source": name}, scored[name], texts[name].count)
+    if len(texts) > 1:
+      every = [batch for part in scored.values() for batch in part]
+      yield _result({"length": length, "source": "all"}, every, sum(part.count for part in texts.values()))
+
+
+def cut(batch: Batch, length: int) -> Batch:
+  """Rows cut into as many of `length`, which divides theirs: [b, l] arrays to [b l / length, length]."""
+  return {name: array.reshape(-1, length) for name, array in batch.items()}
+
+
+def positions(batch: Batch) -> np.ndarray:
+  """How many tokens of its document, or of its row, come before each token in the row: int [batch, length]."""
+  place = np.broadcast_to(np.arange(batch["tokens"].shape[1]), batch["tokens"].shape)
+  if "segment_ids" not in batch:
+    return place
+  ids = batch["segment_ids"]
+  starts = np.concatenate([np.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
+  return place - np.maximum.accumulate(np.where(starts, place, 0), axis=1)
+
+
+def edges(length: int) -> list[int]:
+  """Bounds of positions, [first, end) of each bucket: 0, 16, 24, 32, 48, 64, ... up to `length`."""
+  bounds = [0]
+  step = 16
+  while step < length:
+    bounds += [step, step + step // 2]
+    step *= 2
+  return [bound for bound in bounds if bound < length] + [length]
+
+
+def by_position(scored: Iterable[Scored], length: int) -> tuple[dict[str, float], ...]:
+  """Mean loss in nats of the targets in each bucket of positions, without empty ones."""
+  bounds = edges(length)
+  losses, counts = np.zeros((2, len(bounds) - 1))
+  for s in scored:
+    bucket = np.searchsorted(bounds, positions(s.batch), side="right") - 1
+    losses += np.bincount(bucket.ravel(), (s.loss * s.batch["weights"]).ravel(), len(losses))
+    counts += np.bincount(bucket.ravel(), s.batch["weights"].ravel(), len(losses))
+  return tuple(
+    {"from": first, "to": end, "tokens": int(count), "loss": float(loss / count)}
+    for first, end, count, loss in zip(bounds, bounds[1:], counts, losses, strict=False)
+    if count
+  )
+
+
+def _result(settings: dict, scored: list[Scored], count: float) -> Result:
+  bits = scoring.bits(scored)
+  tokens = sum(float(s.batch["weights"].sum()) for s in scored)
+  loss = bits * math.log(2) / tokens
+  values = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits / count, "tokens": int(tokens)}
+  return Result("perplexity", settings, values, by_position(scored, settings["length"]))

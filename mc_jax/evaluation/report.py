@@ -1,0 +1,144 @@
+"""Results as a table, JSON, CSV and plots."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import matplotlib
+
+from mc_jax.evaluation.subject import Result
+
+matplotlib.use("Agg")  # files only: no display is needed
+
+from matplotlib import pyplot
+
+
+def line(result: Result) -> str:
+  """One result: "mqar, length 64, pairs 8: accuracy 0.9310, stderr 0.0052"."""
+  settings = ", ".join([result.task, *(f"{name} {value}" for name, value in result.settings.items())])
+  return f"{settings}: {', '.join(f'{name} {_text(value)}' for name, value in result.values.items())}"
+
+
+def table(results: Sequence[Result]) -> str:
+  """The results, task by task, settings and values in columns."""
+  blocks = []
+  for task, group in _by_task(results).items():
+    names = list(dict.fromkeys(name for result in group for name in (*result.settings, *result.values)))
+    rows = [names, *([_text((r.settings | r.values).get(name, "")) for name in names] for r in group)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    blocks.append("\n".join([task, *(f"  {line}" for line in lines)]))
+  return "\n\n".join(blocks)
+
+
+def to_csv(results: Sequence[Result]) -> str:
+  """A line for each result, without curves; columns that a task does not have are empty."""
+  columns = dict.fromkeys(["task"])
+  columns |= dict.fromkeys(name for result in results for name in result.settings)
+  columns |= dict.fromkeys(name for result in results for name in result.values)
+  file = io.StringIO()
+  writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+  writer.writeheader()
+  writer.writerows({"task": result.task, **result.settings, **result.values} for result in results)
+  return file.getvalue()
+
+
+def to_json(results: Sequence[Result]) -> list[dict]:
+  """What `json.dump` takes and `from_json` gives back."""
+  return [dataclasses.asdict(result) for result in results]
+
+
+def from_json(results: Sequence[dict]) -> list[Result]:
+  """The results of `to_json`."""
+  return [Result(**{**result, "curve": tuple(result["curve"])}) for result in results]
+
+
+def plot(path: pathlib.Path, series: Mapping[str, Sequence[Result]]) -> bool:
+  """Draws what has several lengths or numbers of pairs, {label: results}; False, and no file, where nothing has.
+
+  Of perplexity there are two panels: by position in rows of the greatest length (of a single series: of every length),
+  and at each length. Of recall tasks, accuracy with its standard error.
+  """
+  panels = list(_panels(series))
+  if not panels:
+    return False
+  figure, every = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), layout="constrained", squeeze=False)
+  for axes, (title, x, y, lines) in zip(every[0], panels, strict=True):
+    for label, points in lines.items():
+      xs, ys, errors = zip(*points, strict=True)
+      axes.errorbar(xs, ys, [error or 0 for error in errors], marker="o", markersize=3, linewidth=1.2, label=label)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+  figure.savefig(path, dpi=110)
+  pyplot.close(figure)
+  return True
+
+
+Panel = tuple[str, str, str, dict[str, list[tuple[float, float, float | None]]]]  # title, x, y, {label: points}
+
+
+def _panels(series: Mapping[str, Sequence[Result]]) -> Iterator[Panel]:
+  tasks = {label: _by_task(results) for label, results in series.items()}
+  for task in dict.fromkeys(task for groups in tasks.values() for task in groups):
+    results = {label: groups[task] for label, groups in tasks.items() if task in groups}
+    draw = _perplexity if task == "perplexity" else _recall
+    yield from (panel for panel in draw(task, results) if any(len(points) > 1 for points in panel[3].values()))
+
+
+def _perplexity(task: str, series: Mapping[str, Sequence[Result]]) -> Iterator[Panel]:
+  every = [result for results in series.values() for result in results]
+  if len({result.settings["length"] for result in every}) < 2:
+    return
+  longest = max(result.settings["length"] for result in every)
+  curves, lengths = {}, {}
+  for label, results in series.items():
+    for result in results:
+      name = _label(label, result, "source", series, results)
+      lengths.setdefault(name, []).append((result.settings["length"], result.values["bits_per_byte"], None))
+      if len(series) > 1 and result.settings["length"] < longest:
+        continue
+      name = _label(name, result, "length", series, results) if len(series) == 1 else name
+      bits = result.values["bits_per_byte"] / result.values["loss"]
+      curves[name] = [(math.sqrt(max(c["from"], 1) * c["to"]), bits * c["loss"], None) for c in result.curve]
+  yield "by position", "bytes or tokens before, in the row", "bits per byte", curves
+  yield "on average", "length of rows", "bits per byte", {name: sorted(points) for name, points in lengths.items()}
+
+
+def _recall(task: str, series: Mapping[str, Sequence[Result]]) -> Iterator[Panel]:
+  every = [result for results in series.values() for result in results]
+  x = "pairs" if len({result.settings.get("pairs") for result in every}) > 1 else "length"
+  other = "length" if x == "pairs" else "pairs"
+  lines = {}
+  for label, results in series.items():
+    for result in results:
+      name = _label(label, result, other, series, results)
+      point = (result.settings[x], result.values["accuracy"], result.values["stderr"])
+      lines.setdefault(name, []).append(point)
+  yield task, x, "accuracy", {name: sorted(points) for name, points in lines.items()}
+
+
+def _label(label: str, result: Result, setting: str, series: Mapping, results: Sequence[Result]) -> str:
+  """The series' label, and the setting where the series has several of it."""
+  if len({r.settings.get(setting) for r in results}) < 2:
+    return label
+  own = f"{setting} {result.settings[setting]}"
+  return f"{label}, {own}" if len(series) > 1 else own
+
+
+def _by_task(results: Sequence[Result]) -> dict[str, list[Result]]:
+  groups: dict[str, list[Result]] = {}
+  for result in results:
+    groups.setdefault(result.task, []).append(result)
+  return groups
+
+
+def _text(value: float | str) -> str:
+  return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value

@@ -1,0 +1,105 @@
+"""What tasks are given, and what they give back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+
+from mc_jax.data import ConfigError, DataConfig, datasets
+from mc_jax.data.windows import Batch
+from mc_jax.evaluation import scoring
+from mc_jax.evaluation.scoring import Scored
+from mc_jax.parallel import axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """What is evaluated.
+
+  Attributes:
+    graph, params: `nnx.merge(graph, params)` is the model.
+    vocab_size: of the model.
+    data: of its run: tasks take their settings, and the size of a batch, from it.
+    mesh: that the parameters lie on.
+  """
+
+  graph: nnx.GraphDef
+  params: dict
+  vocab_size: int
+  data: DataConfig
+  mesh: jax.sharding.Mesh
+  _scorers: dict = dataclasses.field(default_factory=dict, init=False, repr=False)  # compiled, by shape
+
+  def rows_of(self, length: int) -> DataConfig:
+    """`data` with rows of another length, about as many tokens in a batch as before."""
+    together = math.prod(self.mesh.shape[axis] for axis in axes.RULES["batch"])  # each has as many of them
+    rows = max(1, self.data.batch_size * self.data.length // length // together) * together
+    return dataclasses.replace(self.data, length=length, batch_size=rows)
+
+  def load(self, data: DataConfig, what: str) -> datasets.Dataset:
+    """The data of a task.
+
+    Raises:
+      ConfigError: `data` has problems, or ids that the model does not know.
+    """
+    if found := data.problems():
+      raise ConfigError("\n".join(f"{what}: {problem}" for problem in found))
+    dataset = datasets.load(data)
+    if dataset.vocab_size > self.vocab_size:
+      raise ConfigError(
+        f"{what} needs a model.vocab_size of at least {dataset.vocab_size}, the number of its ids; the run has "
+        f"{self.vocab_size}"
+      )
+    return dataset
+
+  def score(self, data: DataConfig, batches: Sequence[Batch]) -> list[Scored]:
+    """The batches that `data` describes, scored."""
+    shape = data.batch_size, data.length, data.segments
+    if shape not in self._scorers:
+      self._scorers[shape] = scoring.scorer(self.graph, data, self.mesh)
+    return self._scorers[shape](self.params, batches)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What the tasks can be told.
+
+  Attributes:
+    lengths: of rows, in tokens; empty: the run's.
+    pairs: mqar: numbers of key-value pairs; empty: those of data.mqar.pairs.
+    rows: of each setting of a recall task.
+  """
+
+  lengths: tuple[int, ...] = ()
+  pairs: tuple[int, ...] = ()
+  rows: int = 256
+
+  def check(self) -> Options:
+    """Returns self, or raises ConfigError."""
+    for name in ("lengths", "pairs"):
+      if any(value < 1 for value in getattr(self, name)):
+        raise ConfigError(f"--{name} must be numbers of at least 1, got {', '.join(map(str, getattr(self, name)))}")
+    if self.rows < 1:
+      raise ConfigError(f"--rows must be at least 1, got {self.rows}")
+    return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What came out in one setting.
+
+  Attributes:
+    task: its name.
+    settings: what it was, such as {"length": 512, "pairs": 8}.
+    values: what came out, such as {"accuracy": 0.9, "stderr": 0.01}.
+    curve: values by position, {"from", "to", "tokens", "loss"} each; empty where there are none.
+  """
+
+  task: str
+  settings: dict[str, int | str]
+  values: dict[str, float]
+  curve: tuple[dict[str, float], ...] = ()
