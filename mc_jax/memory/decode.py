@@ -37,6 +37,7 @@ class Options:
   Attributes:
     segment_length: tokens in a segment. Only constant segments can be decoded: where logarithmic ones are cut depends
       on the sequence's length.
+    capacity: segments whose states can be cached; see `capacity_for`.
     cache_dtype: of the cached states: float32, bfloat16, or int8 with a scale for each matrix. None: what they are
       multiplied in, q's dtype, which changes no number.
 
@@ -46,6 +47,7 @@ class Options:
 
   rule: Rule
   segment_length: int
+  capacity: int
   aggregation: str = "grm"
   carry: str = "checkpoint"
   top_k: int = 2
@@ -68,12 +70,13 @@ class Options:
       self.implementation,
     )
     arguments.at_least_one("segment_length", self.segment_length)
+    arguments.at_least_one("capacity", self.capacity)
     arguments.one_of("cache_dtype", self.cache_dtype, (None, *CACHE_DTYPES))
 
   @property
-  def caches(self) -> bool:
-    """Whether states are cached at all."""
-    return self.aggregation != "none"
+  def slots(self) -> int:
+    """Slots of a layer: none where nothing is read from them."""
+    return 0 if self.aggregation == "none" else self.capacity
 
   @property
   def chunked(self) -> bool:
@@ -97,27 +100,23 @@ class Cache(NamedTuple):
     chunk_start: the memory before the current chunk, where inner gradients are taken, {name: [b, h, in, out]}; None
       where they do not depend on it.
     keys: [b, h, d], the sum of the current segment's keys.
-    summaries: [capacity, b, h, d], of the cached segments.
-    memories: the cached states, {name: [slots, b, h, in, out]} or Quantized; slot first + i is what summaries[i] is of.
-    first: int32, this layer's first slot: layers may share an array of slots, which a loop over them need not copy.
+    memories: the cached states, {name: [slots, b, h, in, out]} or Quantized.
+    summaries: of the cached segments, [slots, b, h, d].
+    first: int32, this layer's first slot: layers may share arrays of slots, which a loop over them need not copy.
   """
 
   position: jax.Array
   state: online.State
   chunk_start: Weights | None
   keys: jax.Array
-  summaries: jax.Array
   memories: dict[str, jax.Array | Quantized]
+  summaries: jax.Array
   first: jax.Array
 
-  @property
-  def capacity(self) -> int:
-    """Segments that can be cached."""
-    return len(self.summaries)
 
-  def count(self, options: Options) -> jax.Array:
-    """[b] int32, segments that are cached."""
-    return jnp.minimum(_segment(options, self.position - 1), self.capacity)
+def count(options: Options, position: jax.Array) -> jax.Array:
+  """Segments that are cached after so many tokens."""
+  return jnp.minimum(_segment(options, position - 1), options.slots)
 
 
 def capacity_for(segment_length: int, tokens: int) -> int:
@@ -134,7 +133,7 @@ def require_room(segment_length: int, capacity: int, tokens: int) -> None:
     )
 
 
-def init_cache(options: Options, init: Weights, *, batch: int, head_dim: int, capacity: int, dtype: jnp.dtype) -> Cache:
+def init_cache(options: Options, init: Weights, *, batch: int, head_dim: int, dtype: jnp.dtype) -> Cache:
   """The cache of sequences that have no token yet.
 
   Args:
@@ -142,21 +141,19 @@ def init_cache(options: Options, init: Weights, *, batch: int, head_dim: int, ca
     init: M_0, {name: [heads, in, out]}.
     batch: sequences.
     head_dim: of the tokens.
-    capacity: segments that can be cached; `capacity_for`.
     dtype: of the tokens' q, k and v.
   """
   heads, wide = len(next(iter(init.values()))), state_dtype(dtype)
   fresh = {name: w.astype(wide) for name, w in init.items()}
   state = online.start_state(options.rule, fresh, jnp.zeros((batch, heads, 1, head_dim), dtype))
-  capacity = capacity if options.caches else 0
-  empty = {name: jnp.zeros((capacity, *w.shape), wide) for name, w in state.memory.items()}
+  empty = {name: jnp.zeros((options.slots, *w.shape), wide) for name, w in state.memory.items()}
   return Cache(
     position=jnp.zeros(batch, jnp.int32),
     state=state,
     chunk_start=state.memory if options.chunked else None,
     keys=jnp.zeros((batch, heads, head_dim), wide),
-    summaries=jnp.zeros((capacity, batch, heads, head_dim), wide),
     memories=_store(options, empty, dtype),
+    summaries=jnp.zeros((options.slots, batch, heads, head_dim), wide),
     first=jnp.zeros((), jnp.int32),
   )
 
@@ -170,7 +167,6 @@ def prefill(
   gates: dict[str, jax.Array],
   init: Weights,
   *,
-  capacity: int,
   lengths: jax.Array | None = None,
   token_scores: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
@@ -179,7 +175,6 @@ def prefill(
   Args:
     options: of the layer.
     q, k, v, u, gates, init, token_scores: as of `memory_caching`.
-    capacity: segments that can be cached.
     lengths: [batch] int32, tokens of each prompt, at least 1; what follows them is padding. None: all of them.
 
   Returns:
@@ -236,7 +231,7 @@ def prefill(
       rule, fresh, tokens, (size,), read=lambda _, x: x, carries=True, side_by_side=1, start=first
     ).end.memory
 
-  held = jnp.maximum(_held(segment, capacity if options.caches else 0), 0)
+  held = jnp.maximum(_held(segment, options.slots), 0)
 
   def slots(x):  # [segments, b, ...] to [capacity, b, ...]
     return x[held.T, jnp.arange(batch)]
@@ -248,8 +243,8 @@ def prefill(
     state=_of_rows(cached.states, segment),
     chunk_start=chunk_start,
     keys=keys,
-    summaries=summaries if cached.summaries is None else slots(cached.summaries),
     memories=_store(options, {name: slots(w) for name, w in cached.states.memory.items()}, q.dtype),
+    summaries=summaries if cached.summaries is None else slots(cached.summaries),
     first=jnp.zeros((), jnp.int32),
   )
 
@@ -302,7 +297,7 @@ def _enter(options: Options, fresh: Weights, cache: Cache, k: jax.Array, active:
   """The cache as the next token finds it: at a segment's first token the last segment's state is cached."""
   inside = cache.position % options.segment_length
   begins = inside == 0
-  if cache.capacity:
+  if options.slots:
     finished = begins & (cache.position > 0) & (True if active is None else active)
     cache = _append(options, cache, finished, k.dtype)
   state = cache.state
@@ -317,17 +312,17 @@ def _enter(options: Options, fresh: Weights, cache: Cache, k: jax.Array, active:
 
 def _append(options: Options, cache: Cache, finished: jax.Array, dtype: jnp.dtype) -> Cache:
   """Caches the state and the summary of a segment that is finished, where it is."""
-  slot = (_segment(options, cache.position) - 1) % cache.capacity
+  slot = (_segment(options, cache.position) - 1) % options.slots
   rows = jnp.arange(len(slot))
   pool = gating.Pool(cache.keys, jnp.asarray(options.segment_length, cache.keys.dtype))
 
-  def put(slots, new, first=0):  # rows that are not finished point behind the end
-    return slots.at[jnp.where(finished, first + slot, len(slots)), rows].set(new, mode="drop")
+  def put(slots, new):  # rows that are not finished point behind the end
+    return slots.at[jnp.where(finished, cache.first + slot, len(slots)), rows].set(new, mode="drop")
 
   new = _store(options, cache.state.memory, dtype)
   return cache._replace(
     summaries=put(cache.summaries, gating.summary(pool, options.pool)),
-    memories=jax.tree.map(functools.partial(put, first=cache.first), cache.memories, new),
+    memories=jax.tree.map(put, cache.memories, new),
   )
 
 
@@ -335,12 +330,12 @@ def _read(options: Options, x: passes.Tokens, token_scores: jax.Array | None, ca
   """y [b, h, 1, d], at least float32: the online memory, and the cached ones as the aggregation has it."""
   network, dtype = options.rule.network, x.q.dtype
   linear = online.dense(cache.state.memory, dtype)
-  if not cache.capacity:
+  if not options.slots:
     return network(x.q, linear)
   segment = _segment(options, cache.position)
-  held = _held(segment, cache.capacity)
+  held = _held(segment, options.slots)
   visible = (held >= 0)[:, None, None]
-  count = jnp.minimum(segment.max(), cache.capacity)
+  count = jnp.minimum(segment.max(), options.slots)
 
   wide = cache.keys.dtype
   if options.gate == "token" and gating.scored(options.aggregation, options.gate):
@@ -350,10 +345,11 @@ def _read(options: Options, x: passes.Tokens, token_scores: jax.Array | None, ca
   elif gating.scored(options.aggregation, options.gate):
     tokens = (cache.position % options.segment_length + 1).astype(wide)
     own = gating.summary(gating.Pool(cache.keys, _rows(tokens, cache.keys.ndim)), options.pool)
-    scores = gating.online_scores(x.u, own[:, :, None]), gating.cached_scores(x.u, cache.summaries)
+    summaries = jax.lax.dynamic_slice_in_dim(cache.summaries, cache.first, options.slots)
+    scores = gating.online_scores(x.u, own[:, :, None]), gating.cached_scores(x.u, summaries)
   else:
     shape = x.q.shape[:3]
-    scores = jnp.zeros(shape, wide), jnp.zeros((*shape, cache.capacity), wide)
+    scores = jnp.zeros(shape, wide), jnp.zeros((*shape, options.slots), wide)
 
   def fetch(i, name=None):
     memories = cache.memories if name is None else {name: cache.memories[name]}

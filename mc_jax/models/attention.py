@@ -10,7 +10,7 @@ from mc_jax.models.linear import Linear, residual_scale
 from mc_jax.parallel import axes
 from mc_jax.parallel.attention import attention
 
-_SLOTS = (None, "batch", None, "heads", None)
+_SLOTS = (None, "batch", "heads", None, None)
 
 
 class Attention(nnx.Module):
@@ -42,7 +42,8 @@ class Attention(nnx.Module):
 
   def init_cache(self, config: CacheConfig, batch: int) -> LayerCache:
     """The cache of sequences that have no token yet."""
-    shape = 1, batch, config.tokens, *self.key.kernel.shape[1:]
+    heads, head_dim = self.key.kernel.shape[1:]
+    shape = 1, batch, heads, config.tokens, head_dim
     slots = {name: axes.constrain(jnp.zeros(shape, self.key.dtype), _SLOTS) for name in ("key", "value")}
     return LayerCache(slots, jnp.zeros((), jnp.int32), jnp.zeros(batch, jnp.int32))
 
@@ -52,8 +53,11 @@ class Attention(nnx.Module):
     position = jnp.arange(length)[None]
     key, value = rotate(self.key(x), position, self.rope_theta), self.value(x)
     y = attention(rotate(self.query(x), position, self.rope_theta), key, value)
-    room = [(0, 0), (0, max(config.tokens - length, 0)), (0, 0), (0, 0)]  # what padding brings is overwritten
-    slots = {name: jnp.pad(x[:, : config.tokens], room)[None] for name, x in {"key": key, "value": value}.items()}
+    room = [(0, 0), (0, 0), (0, max(config.tokens - length, 0)), (0, 0)]  # what padding brings is overwritten
+    slots = {
+      name: jnp.pad(jnp.moveaxis(x, 2, 1)[:, :, : config.tokens], room)[None]
+      for name, x in {"key": key, "value": value}.items()
+    }
     lengths = jnp.full(batch, length, jnp.int32) if lengths is None else lengths
     return self.output(y), LayerCache(slots, jnp.zeros((), jnp.int32), lengths)
 
@@ -66,11 +70,14 @@ class Attention(nnx.Module):
     new = {"key": rotate(self.key(x), turn, self.rope_theta), "value": self.value(x)}
     place = position if active is None else jnp.where(active, position, config.tokens)
     slots = {
-      name: slot.at[cache.first, rows, place].set(new[name][:, 0], mode="drop") for name, slot in cache.slots.items()
+      name: slot.at[cache.first, rows, :, place].set(new[name][:, 0], mode="drop") for name, slot in cache.slots.items()
     }
     key, value = (jax.lax.dynamic_index_in_dim(slots[name], cache.first, keepdims=False) for name in ("key", "value"))
-    query = rotate(self.query(x), turn, self.rope_theta)
-    y = jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=position + 1)
+    query = rotate(self.query(x), turn, self.rope_theta)[:, 0] * self.key.kernel.shape[-1] ** -0.5
+    scores = jnp.einsum("bhd,bhtd->bht", query, key, preferred_element_type=jnp.float32)
+    seen = jnp.arange(config.tokens) <= turn[:, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)).astype(value.dtype)
+    y = jnp.einsum("bht,bhtd->bhd", weights, value)[:, None]
     position += 1 if active is None else active
     return self.output(y), LayerCache(slots, cache.first, position)
 

@@ -24,11 +24,9 @@ class CacheConfig:
   dtype: str | None = None  # of cached states: float32, bfloat16, int8; None: the model's, which changes no number
 
   def segments(self, model: ModelConfig) -> int:
-    """Slots of a layer."""
-    memory = model.memory.as_read()
-    if model.mixer != "memory_caching" or memory.aggregation == "none":
-      return 0
-    return decode.capacity_for(memory.segment_length, self.tokens) if self.capacity is None else self.capacity
+    """Segments whose states a layer can keep."""
+    length = model.memory.as_read().segment_length
+    return decode.capacity_for(length, self.tokens) if self.capacity is None else self.capacity
 
   def problems(self, model: ModelConfig, prefix: str = "cache") -> list[str]:
     """Everything that cannot be, each line naming the field and the valid values."""
@@ -47,7 +45,7 @@ class CacheConfig:
         f"model.memory.segmentation={memory.segmentation!r} cannot be decoded: where segments are cut depends on the "
         "length of the sequence; use segmentation='constant'"
       )
-    elif not found and self.full == "error" and self.segments(model):
+    elif not found and self.full == "error" and model.mixer == "memory_caching" and memory.aggregation != "none":
       try:
         decode.require_room(memory.segment_length, self.segments(model), self.tokens)
       except decode.CacheFull as error:
@@ -87,10 +85,16 @@ class Cache(NamedTuple):
 def stack(position: jax.Array, layers: LayerCache) -> Cache:
   """The cache of layers whose leaves, those of slots too, are stacked on a leading axis."""
   count = len(layers.first)
-  each = {leaf.shape[1] for leaf in jax.tree.leaves(layers.slots)}
-  first = jnp.arange(count, dtype=jnp.int32) * (each.pop() if each else 0)
+  first = jnp.arange(count, dtype=jnp.int32) * jax.tree.leaves(layers.slots)[0].shape[1]
   slots = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), layers.slots)
   return Cache(position, LayerCache(slots, first, layers.own))
+
+
+def repeat(cache: Cache, times: int) -> Cache:
+  """A cache whose rows are each repeated so many times."""
+  layers = cache.layers
+  slots, own = jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), (layers.slots, layers.own))
+  return Cache(jnp.repeat(cache.position, times), LayerCache(slots, layers.first, own))
 
 
 def nbytes(tree: Pytree) -> int:

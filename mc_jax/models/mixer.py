@@ -44,7 +44,7 @@ class Own(NamedTuple):
 
   Attributes:
     tails: what each convolution has yet to see again, {name: [batch, conv_width - 1, heads, head_dim]}.
-    memory: without its memories, which are the slots.
+    memory: without its memories and summaries, which are the slots.
   """
 
   tails: dict[str, jax.Array]
@@ -128,7 +128,6 @@ class MemoryCaching(nnx.Module):
       self.initial_memory(),
       batch=batch,
       head_dim=head_dim,
-      capacity=config.segments(self.config),
       dtype=jnp.dtype(self.config.dtype),
     )
     tail = jnp.zeros((batch, self.config.conv_width - 1, heads, head_dim), self.config.dtype)
@@ -142,7 +141,6 @@ class MemoryCaching(nnx.Module):
       *inputs[:4],
       inputs.gates,
       self.initial_memory(),
-      capacity=config.segments(self.config),
       lengths=lengths,
       token_scores=inputs.token_scores,
     )
@@ -160,7 +158,7 @@ class MemoryCaching(nnx.Module):
       *inputs[:4],
       inputs.gates,
       self.initial_memory(),
-      cache.own.memory._replace(memories=cache.slots, first=cache.first),
+      cache.own.memory._replace(**cache.slots, first=cache.first),
       token_scores=inputs.token_scores,
       active=active,
     )
@@ -177,7 +175,8 @@ class MemoryCaching(nnx.Module):
     memory = self.config.memory
     fields = ("aggregation", "segment_length", "carry", "top_k", "pool", "gate", "gate_scale", "segment_group")
     values = {name: getattr(memory, name) for name in fields}
-    return decode.Options(self.rule, implementation=memory.implementation, cache_dtype=config.dtype, **values)
+    values |= {"capacity": config.segments(self.config), "cache_dtype": config.dtype}
+    return decode.Options(self.rule, implementation=memory.implementation, **values)
 
   def project(
     self, x: jax.Array, document: jax.Array | None = None, tails: dict[str, jax.Array] | None = None
@@ -221,7 +220,8 @@ class MemoryCaching(nnx.Module):
 
 
 def _layer_cache(tails: dict[str, jax.Array], memory: decode.Cache) -> LayerCache:
-  return LayerCache(memory.memories, memory.first, Own(tails, memory._replace(memories=None, first=None)))
+  slots = {"memories": memory.memories, "summaries": memory.summaries}
+  return LayerCache(slots, memory.first, Own(tails, memory._replace(memories=None, summaries=None, first=None)))
 
 
 def has_connector(config: ModelConfig) -> bool:

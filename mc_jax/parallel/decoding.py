@@ -18,13 +18,13 @@ def init_cache(options: decode.Options, init: memory.networks.Weights, **sizes) 
   return jax.tree.map(axes.constrain, cache, _names(cache))
 
 
-def prefill(options, q, k, v, u, gates, init, *, capacity, lengths=None, token_scores=None):
+def prefill(options, q, k, v, u, gates, init, *, lengths=None, token_scores=None):
   """`memory.decode.prefill` on the mesh that is set.
 
   Raises:
     ValueError: the mesh splits sequences.
   """
-  run = functools.partial(_prefill, options, capacity)
+  run = functools.partial(_prefill, options)
   return _sharded(run, dict(q=q, k=k, v=v, u=u, token_scores=token_scores), gates, init, None, lengths)
 
 
@@ -38,8 +38,8 @@ def step(options, q, k, v, u, gates, init, cache, *, token_scores=None, active=N
   return _sharded(run, dict(q=q, k=k, v=v, u=u, token_scores=token_scores), gates, init, cache, active)
 
 
-def _prefill(options, capacity, tokens, gates, init, _, lengths):
-  return decode.prefill(options, **tokens, gates=gates, init=init, capacity=capacity, lengths=lengths)
+def _prefill(options, tokens, gates, init, _, lengths):
+  return decode.prefill(options, **tokens, gates=gates, init=init, lengths=lengths)
 
 
 def _step(options, tokens, gates, init, cache, active):
@@ -86,7 +86,7 @@ def _names(cache: decode.Cache) -> decode.Cache:
     state=like(cache.state, rows),
     chunk_start=like(cache.chunk_start, rows),
     keys=rows,
-    summaries=slots,
     memories=like(cache.memories, slots),
+    summaries=slots,
     first=(),
   )

@@ -16,7 +16,7 @@ COMBINATIONS = list(itertools.product(memory.RULES, memory.AGGREGATIONS, memory.
 
 
 def options_of(rule, aggregation, carry, **changes):
-  options = dict(segment_length=samples.SEGMENT, aggregation=aggregation, carry=carry) | changes
+  options = dict(segment_length=samples.SEGMENT, capacity=5, aggregation=aggregation, carry=carry) | changes
   return decode.Options(memory.rules.get(rule, chunk=samples.CHUNK), **options)
 
 
@@ -44,10 +44,10 @@ def tokens_at(x, position):
   return samples.map_tokens(lambda a: a[rows, jnp.minimum(position, length - 1)][:, None], x)
 
 
-def continued(options, x, lengths, *, capacity):
+def continued(options, x, lengths):
   """Prompts of `lengths` [b], then steps to the end: the answers of all tokens, and the cache."""
   length = x.q.shape[1]
-  y, cache = decode.prefill(options, *x[:6], capacity=capacity, lengths=lengths, token_scores=x.token_scores)
+  y, cache = decode.prefill(options, *x[:6], lengths=lengths, token_scores=x.token_scores)
 
   def body(_, carry):
     y, cache = carry
@@ -69,7 +69,7 @@ def check(options, tolerance, dtype, ages=None, length=samples.LENGTH):
   x = samples.inputs(options.rule, batch=1, length=length, ages=ages)
   x = jax.tree.map(lambda a: a.astype(dtype), x)
   expected = samples.numpy(samples.jit(functools.partial(forward, options)))(x)
-  run = samples.jit(functools.partial(continued, options, capacity=decode.capacity_for(options.segment_length, length)))
+  run = samples.jit(functools.partial(continued, options))
   found, cache = samples.numpy(run)(rows_alike(x, length), np.arange(1, length + 1))
   assert found.dtype == dtype
   np.testing.assert_allclose(found, np.repeat(expected, length, 0), rtol=tolerance, atol=tolerance)
