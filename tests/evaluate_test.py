@@ -1,0 +1,73 @@
+"""The door: `python -m mc_jax.evaluate` as its user meets it."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+
+from mc_jax.data import datasets
+from mc_jax.models import MemoryConfig
+from mc_jax.training import state
+from mc_jax.training.checkpointing import Checkpoints
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def _evaluate(*flags):
+  command = [sys.executable, "-m", "mc_jax.evaluate", *flags]
+  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def run(tiny, alone, tmp_path_factory):
+  """A workdir with a checkpoint of a model that never saw anything."""
+  workdir = epath.Path(tmp_path_factory.mktemp("run"))
+  config = tiny(memory=MemoryConfig(rule="linear", aggregation="none", chunk=4, segment_length=8))
+  start, batches = state.create(config, alone), datasets.load(config.data).batches(alone)
+  with Checkpoints(workdir, keep=2) as checkpoints:
+    checkpoints.save(3, start, batches, config)
+  return workdir
+
+
+def test_results_are_printed_and_written(run):
+  done = _evaluate(
+    f"--workdir={run}",
+    "--tasks=perplexity,mqar",
+    "--lengths=16,32",
+    "--pairs=2,4",
+    "--rows=4",
+    "--config.data.mqar.vocab_size=256",
+    "--config.model.memory.after_training=moving_average",
+    "--name=both",
+  )
+  assert done.returncode == 0, done.stderr
+  record = json.loads((run / "evaluation" / "both.json").read_text())
+  assert record["step"] == 3
+  assert record["changed"] == {"data.mqar.vocab_size": 256, "model.memory.after_training": "moving_average"}
+  assert record["config"]["model"]["memory"]["segment_length"] == 16  # the training length
+  settings = [(result["task"], result["settings"]["length"]) for result in record["results"]]
+  assert settings == [("perplexity", n) for n in (16, 32)] + [("mqar", n) for n in (16, 16, 32, 32)]
+  for result in record["results"]:
+    if result["task"] == "perplexity":
+      assert f"{result['values']['loss']:.4f}" in done.stdout
+  assert (run / "evaluation" / "both.csv").read_text().count("\n") == 7
+  assert (run / "evaluation" / "both.png").exists()
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--tasks=perplexitty"], "--tasks must be one or more of perplexity, mqar, niah1, niah2, niah3; got perplexitty"),
+    (["--tasks=perplexity", "--lengths=16,long"], "--lengths must be numbers separated by commas, got 16,long"),
+    (["--tasks=perplexity", "--config.model.layers=2"], "--config.model.layers: 1 in the checkpoint, 2 asked for"),
+  ],
+  ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_mistakes_end_with_a_clean_message(run, flags, message):
+  done = _evaluate(f"--workdir={run}", *flags)
+  assert done.returncode == 2
+  assert message in done.stderr
+  assert "Traceback" not in done.stderr

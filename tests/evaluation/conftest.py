@@ -1,0 +1,26 @@
+"""Subjects that need no model: what they answer is known."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mc_jax.evaluation import Subject
+from mc_jax.evaluation.scoring import Scored
+
+
+@pytest.fixture
+def oracle(tiny, alone):
+  """Makes a Subject: oracle(answer, **fields) answer(batch) -> (loss, right), [batch, length], scores."""
+
+  class Oracle(Subject):
+    def score(self, data, batches):
+      for batch in batches:
+        assert batch["tokens"].shape == (data.batch_size, data.length)
+      return [Scored(batch, *map(np.asarray, self.graph(batch))) for batch in batches]
+
+  def make(answer, vocab_size=256, **fields):
+    data = fields.pop("data", None) or tiny().data
+    return Oracle(answer, {}, vocab_size, dataclasses.replace(data, **fields), alone)
+
+  return make
