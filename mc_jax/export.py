@@ -1,0 +1,45 @@
+"""Writes a run's model as safetensors: `python -m mc_jax.export --workdir=RUN --to=FOLDER --dtype=bfloat16`.
+
+docs/export.md has the tensors' names, and how to read them. Fields of the configuration that leave the parameters as
+they are can be changed on the way, such as --config.model.memory.after_training=moving_average.
+"""
+
+import sys
+
+import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
+from absl import app, flags, logging
+
+from mc_jax.data import ConfigError
+from mc_jax.inference import export
+from mc_jax.training import commandline, outputs, trained
+
+CONFIG = commandline.define_overrides()
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run of mc_jax.train, or gs://BUCKET/FOLDER")
+TO = flags.DEFINE_string("to", None, "folder to write to, new or empty")
+DTYPE = flags.DEFINE_enum("dtype", "float32", export.DTYPES, "of the tensors")
+STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default: the newest")
+
+
+def main(_: list[str]) -> None:
+  """Exports as the flags say."""
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
+  export.require_empty(TO.value)  # before the checkpoint is read
+  workdir = outputs.workdir(WORKDIR.value)
+  model = trained.load(workdir, commandline.overrides(CONFIG), step=STEP.value)
+  files = export.save(TO.value, model.config.model, model.params, dtype=DTYPE.value)
+  names = files[0].name if len(files) == 1 else f"{len(files)} files and {export.INDEX}"
+  size = sum(file.stat().st_size for file in files)
+  print(f"{workdir}, step {model.step:,}: {size / 1e6:,.2f} MB of {DTYPE.value} in {TO.value}")
+  print(f"{names}, {export.CONFIG}")
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["workdir", "to"])
+  try:
+    app.run(main, flags_parser=lambda argv: commandline.parse(CONFIG, argv))
+  except ConfigError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except OSError as error:
+    sys.exit(f"error: {error}")
