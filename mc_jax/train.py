@@ -14,13 +14,16 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mc_jax.data import ConfigError
-from mc_jax.training import commandline, config, distributed, loop, metrics, outputs, profiling
+from mc_jax.training import commandline, config, distributed, loop, metrics, outputs, profiling, replay
 
 CONFIG = commandline.define_config()
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "folder of everything the run writes, or gs://BUCKET/FOLDER; default: runs/NAME of the config"
 )
 PROFILE = flags.DEFINE_string("profile", None, "steps to trace with jax.profiler, such as 10-12, into the workdir")
+REPLAY = flags.DEFINE_integer(
+  "replay", None, "step that ended the run and lies in WORKDIR/replay: runs it again, and tells what is not finite"
+)
 COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "HOST:PORT of process 0, where the environment (Cloud TPU, GKE, Slurm) does not tell it"
 )
@@ -45,6 +48,9 @@ def main(_: list[str]) -> None:
   distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, HEARTBEAT.value)
   if not distributed.is_first():
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one process speaks for all
+  if REPLAY.value is not None:
+    print(replay.replay(run, workdir, REPLAY.value))
+    return
   result = loop.train(run, workdir, profile)
   if result.stopped_by:
     print(f"stopped at step {result.step}; the same command goes on from there", file=sys.stderr)

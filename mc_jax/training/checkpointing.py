@@ -24,6 +24,9 @@ from mc_jax.training import digests, distributed, outputs
 from mc_jax.training.config import Config
 from mc_jax.training.state import TrainState
 
+# Folders are made before the arrays are handed over: where they cannot be, nobody waits for them.
+ASYNC = ocp.AsyncOptions(create_directories_asynchronously=False)
+
 FOLDER = "checkpoints"
 DAMAGED = "damaged"
 
@@ -61,6 +64,7 @@ class Checkpoints:
         best_fn=_negative if best else None,  # without it Orbax does not write down what the policy looks at
         create=True,
         cleanup_tmp_directories=True,
+        async_options=ASYNC,
       ),
       item_names=("state", "data", "config"),
     )

@@ -33,6 +33,7 @@ class TrainConfig:
   steps: int = 1000  # optimiser steps
   microbatches: int = 1  # gradients are accumulated over this many parts of a batch
   seed: int = 0  # of the parameters' starting values and of the sample
+  max_skipped: int = 5  # updates in a row, skipped as their loss or gradient is not finite, that end the run
   log_every: int = 10  # steps between two reports
   eval_every: int = 100  # steps between two evaluations; the last step is always evaluated
   checkpoint_every: int = 200  # steps between two checkpoints; the last step always leaves one
@@ -47,6 +48,7 @@ class TrainConfig:
     smallest = {
       "steps": 1,
       "microbatches": 1,
+      "max_skipped": 1,
       "log_every": 1,
       "eval_every": 1,
       "checkpoint_every": 1,

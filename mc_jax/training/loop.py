@@ -18,6 +18,7 @@ from mc_jax.training import config as config_lib
 from mc_jax.training import distributed, flops, metrics, report, sampling, state
 from mc_jax.training.checkpointing import Checkpoints, changed
 from mc_jax.training.config import Config
+from mc_jax.training.faulty import Faulty
 from mc_jax.training.interrupt import Interrupt, deferred
 from mc_jax.training.outputs import Outputs, outputs
 from mc_jax.training.profiling import Trace
@@ -67,7 +68,8 @@ def train(
 
   Raises:
     ConfigError: settings, devices, data or a workdir that do not go together.
-    Diverged: a loss or gradient that is not finite; the last checkpoint stays.
+    Diverged: losses or gradients that are not finite, see Faulty; older checkpoints stay.
+    OSError: something could not be written; older checkpoints stay.
   """
   begin, train = time.monotonic(), config.train
   mesh = config.check().make_mesh(devices)
@@ -140,35 +142,45 @@ def _steps(
   profile: range,
 ) -> tuple[state.TrainState, float | None]:
   """The steps that are left; returns the state and the latest validation bits."""
-  train, result = run.config.train, None
+  train, result, due = run.config.train, None, False
   first = int(current.step) + 1
   with (
     metrics.MetricsLog(run.files.folder, first - 1) as log,
     Progress(first - 1, train.steps, run.data.unit, run.data.units_per_token) as progress,
     Trace(profile, run.files.folder) as trace,
   ):
+    faulty = Faulty(run.config, run.workdir, metrics.read(run.files.folder))
     meter.restart()
     for step in range(first, train.steps + 1):
       trace.before(step)
-      current, values = update(current, next(run.batches))
+      begin, batch = run.batches.position, next(run.batches)
+      faulty.keep(step, batch, range(begin, run.batches.position))
+      current, values = update(current, batch)
       trace.after(step, values)
       meter.add(step, values)
       last = interrupt.stops_after(step) or step == train.steps
       # Who is told to stop has seconds left for the checkpoint.
       evaluates = step == train.steps or (step % train.eval_every == 0 and not last)
-      saves = last or step % train.checkpoint_every == 0
-      if not (evaluates or saves or step % train.log_every == 0):
+      due |= last or step % train.checkpoint_every == 0
+      if not (evaluates or due or step % train.log_every == 0):
         continue
       records, evaluated = meter.collect(), None
+      try:
+        faulty.look(records, current)
+      except metrics.Diverged:
+        log.write(records)
+        raise
       if evaluates:
         records[-1] |= run.evaluate(current)
         result = evaluated = records[-1][f"validation_bits_per_{run.data.unit}"]
       log.write(records)
       progress.report(records[-1])
-      if saves:
+      # A state whose next update failed may be to blame: it does not take an older one's place.
+      if due and (last or "skipped" not in records[-1]):
         metrics.require_finite(step, current.params)
         run.files.send()  # ahead of the checkpoint: whoever goes on from it finds all records up to it
         checkpoints.save(step, current, run.batches, run.config, evaluated)
+        due = False
       if last:
         break
       meter.restart()

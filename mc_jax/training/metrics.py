@@ -52,7 +52,7 @@ def device_memory(device: jax.Device) -> dict[str, float]:
 
 
 class Diverged(RuntimeError):
-  """The loss or its gradient is not a finite number; the message names the step."""
+  """The loss, its gradient or a parameter is not a finite number; the message names the step."""
 
 
 def require_finite(step: int, params: object) -> None:
@@ -134,8 +134,7 @@ class Meter:
   def collect(self) -> list[Record]:
     """Waits for the steps added since the last call; one record each, the last with the speed.
 
-    Raises:
-      Diverged: at the first step whose loss or gradient is not finite.
+    Only the records of skipped updates have "skipped", and no value that is not finite.
     """
     steps, values = zip(*self._pending, strict=True)
     values = jax.device_get(values)
@@ -146,13 +145,9 @@ class Meter:
     records = []
     for step, scalars in zip(steps, values, strict=True):
       record = {"step": step, **{name: float(value) for name, value in scalars.items()}}
-      for name in ("loss", "grad_norm"):
-        if not math.isfinite(record[name]):
-          raise Diverged(
-            f"step {step}: {name} is {record[name]}. No checkpoint of it was made, older ones are kept; "
-            "a lower optimizer.learning_rate or optimizer.clip_norm may get past it"
-          )
-      records.append(record)
+      if not record["skipped"]:
+        del record["skipped"]
+      records.append({name: value for name, value in record.items() if math.isfinite(value)})
     step_time = seconds / len(steps)
     records[-1] |= {"step_time": step_time, "tokens_per_second": self._tokens / step_time}
     if self._flops:

@@ -34,7 +34,8 @@ class Progress:
 
   def report(self, record: dict[str, float]) -> None:
     """Shows the record of a step, see metrics.Meter.collect."""
-    step, bits = record["step"], record["loss"] / math.log(2) / self._units_per_token
+    step, loss = record["step"], record.get("loss", math.nan)  # nan where the update was skipped
+    bits = loss / math.log(2) / self._units_per_token
     figures = f"{bits:.3f} bits per {self._unit}, {record['tokens_per_second']:,.0f} tokens/s"
     if "mfu" in record:
       figures += f", MFU {record['mfu']:.1%}"

@@ -22,7 +22,8 @@ class TrainState:
 
   params: dict  # nested dict of float32 arrays
   opt_state: optax.OptState
-  step: jax.Array  # int32 scalar: updates made
+  step: jax.Array  # int32 scalar: steps done
+  skipped: jax.Array  # int32 scalar: of the last ones, in a row, how many were not finite and updated nothing
 
 
 def graph(config: Config) -> nnx.GraphDef:
@@ -36,7 +37,7 @@ def create(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
   def init() -> TrainState:
     params = nnx.to_pure_dict(nnx.state(_model(config), nnx.Param))
     optimizer = adamw(config.optimizer, config.train.steps)
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
   init = jax.jit(init, out_shardings=shardings(abstract(config, mesh)))
   with jax.set_mesh(mesh):
@@ -66,7 +67,8 @@ def abstract(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     params,
     transform_non_params=lambda x: placed(x, everywhere),
   )
-  return TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere))
+  count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+  return TrainState(params, opt_state, count, count)
 
 
 def shardings(tree):

@@ -20,8 +20,8 @@ from mc_jax.training.state import TrainState
 Batch = dict[str, jax.Array]
 
 
-def loss_sum(graph: nnx.GraphDef, params: dict, batch: Batch) -> jax.Array:
-  """Sum over the batch of weight * -log p(target), in nats, float32 scalar.
+def token_losses(graph: nnx.GraphDef, params: dict, batch: Batch) -> jax.Array:
+  """weight * -log p(target) of every token, in nats, [batch, length] float32.
 
   Args:
     graph: of the model, see state.graph.
@@ -30,15 +30,24 @@ def loss_sum(graph: nnx.GraphDef, params: dict, batch: Batch) -> jax.Array:
   """
   model = nnx.merge(graph, params)
   logits = model(batch["tokens"], batch.get("segment_ids"))
-  return jnp.sum(scoring.losses(logits, batch["targets"]) * batch["weights"])
+  return scoring.losses(logits, batch["targets"]) * batch["weights"]
+
+
+def loss_sum(graph: nnx.GraphDef, params: dict, batch: Batch) -> jax.Array:
+  """Sum of `token_losses`, float32 scalar."""
+  return jnp.sum(token_losses(graph, params, batch))
 
 
 def train_step(config: Config, mesh: jax.sharding.Mesh) -> Callable:
-  """(state, batch) -> (new state, {"loss", "grad_norm", "learning_rate"}), to be jitted; see `lower`.
+  """(state, batch) -> (new state, {"loss", "grad_norm", "learning_rate", "skipped"}), to be jitted; see `lower`.
 
   The loss is the mean over the tokens that count, before the update, in nats. With
   train.microbatches = k the batch is worked through in k parts; the gradient is that of the
   whole batch, whatever the parts' shares of the weights.
+
+  Where the loss or the gradient is not finite the update is skipped: parameters and moments stay, the schedule goes on.
+  "skipped" counts how many were in a row; from train.max_skipped on nothing is updated any more, so that the loop,
+  which looks at this later, has the state that they met.
   """
   graph = states.graph(config)
   lies = states.shardings(states.abstract(config, mesh).params)
@@ -68,14 +77,19 @@ def train_step(config: Config, mesh: jax.sharding.Mesh) -> Callable:
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
     loss, grads = gradient(state.params, batch)
+    norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics = {
-      "loss": loss,
-      "grad_norm": optax.tree.norm(grads),
-      "learning_rate": learning_rate(state.step),
-    }
     params = optax.apply_updates(state.params, updates)
-    return TrainState(params, opt_state, state.step + 1), metrics
+    good = jnp.isfinite(loss) & jnp.isfinite(norm) & (state.skipped < config.train.max_skipped)
+
+    def taken(new: jax.Array, old: jax.Array) -> jax.Array:
+      counts = jnp.issubdtype(new.dtype, jnp.integer)  # updates, by which the schedule goes
+      return new if counts else jnp.where(good, new, old)
+
+    params, opt_state = jax.tree.map(taken, (params, opt_state), (state.params, state.opt_state))
+    skipped = jnp.where(good, 0, state.skipped + 1)
+    metrics = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate(state.step), "skipped": skipped}
+    return TrainState(params, opt_state, state.step + 1, skipped), metrics
 
   return step
 

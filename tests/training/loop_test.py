@@ -88,12 +88,12 @@ def test_a_run_leaves_everything_in_its_workdir_and_can_be_prolonged(tiny, tmp_p
   assert [step for step, *_ in _losses(tmp_path)] == list(range(1, 9))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tiny, tmp_path):
-  config = tiny(mixer="transformer", steps=3)
+def test_losses_that_are_not_finite_end_the_run_and_keep_the_checkpoint(tiny, tmp_path):
+  config = tiny(mixer="transformer", steps=3, max_skipped=2)
   _train(config, tmp_path)
   optimizer = dataclasses.replace(config.optimizer, learning_rate=1e30, warmup_steps=0)
   train = dataclasses.replace(config.train, steps=9)
-  with pytest.raises(metrics.Diverged, match=r"step [4-9]: (loss|grad_norm) is (nan|inf)"):
+  with pytest.raises(metrics.Diverged, match=r"step [5-9]: the loss or its gradient is not finite"):
     _train(dataclasses.replace(config, optimizer=optimizer, train=train), tmp_path)
   assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] == ["3"]
 

@@ -1,0 +1,117 @@
+"""A step that ended a run, written down with all that it needs, and run again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from mc_jax.data import ConfigError, windows
+from mc_jax.parallel import axes
+from mc_jax.training import config as config_lib
+from mc_jax.training import digests, distributed, outputs, report, state
+from mc_jax.training.checkpointing import changed, require_intact
+from mc_jax.training.config import Config
+from mc_jax.training.state import TrainState
+from mc_jax.training.step import Batch, token_losses
+
+FOLDER = "replay"
+_CONFIG = "config.json"
+_SHOWN = 8  # names in a line
+
+
+def dump(workdir: epath.Path, step: int, current: TrainState, batch: Batch, config: Config) -> str:
+  """Writes what `step` needs to `workdir`/replay/STEP; all processes together.
+
+  Returns:
+    In words, where it is; or, as the step is what matters, why it could not be written.
+  """
+  folder = _folder(workdir, step)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+      checkpointer.save(folder / "arrays", args=ocp.args.StandardSave({"state": current, "batch": batch}), force=True)
+    if distributed.is_first():
+      (folder / _CONFIG).write_text(config_lib.to_json(config))
+      digests.write(folder)
+  except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+    return f"Its state and batch could not be written to {folder}: {str(error).strip().splitlines()[0]}"
+  return f"Its state and batch are in {folder}: the same command with --replay={step} tells where it comes from"
+
+
+def replay(config: Config, workdir: epath.PathLike, step: int, devices: Sequence[jax.Device] | None = None) -> str:
+  """Runs a dumped step again, but for its update.
+
+  Args:
+    config: of the run; may differ from the dump's where a resumed run's may. Data are those of the dump.
+    workdir: of the run.
+    step: that was dumped there.
+    devices: that config.mesh is made of; None: all of the job's.
+
+  Returns:
+    A table of what is not finite: parameters, losses of the batch's rows, gradients.
+
+  Raises:
+    ConfigError: there is no intact dump of the step, or it is of another model.
+  """
+  folder = _folder(epath.Path(workdir), step)
+  if not digests.complete(folder):
+    there = sorted(path.name for path in folder.parent.iterdir()) if folder.parent.exists() else []
+    raise ConfigError(f"--replay={step}: {folder} holds no dump of a step; there are {', '.join(there) or 'none'}")
+  require_intact(folder)
+  stored = json.loads((folder / _CONFIG).read_text())
+  changed(stored, config, folder)
+  config = dataclasses.replace(config, data=config_lib.from_dict(stored).data)
+  mesh = config.check().make_mesh(devices)
+  target = {"state": state.abstract(config, mesh), "batch": windows.shapes(config.data, mesh)}
+  with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+    restored = checkpointer.restore(folder / "arrays", args=ocp.args.StandardRestore(target))
+  params, batch = restored["state"].params, restored["batch"]
+  graph = state.graph(config)
+
+  def examine(params: dict, batch: Batch) -> dict:
+    def loss(params: dict) -> tuple[jax.Array, jax.Array]:
+      losses = token_losses(graph, params, batch)
+      return losses.sum() / jnp.maximum(batch["weights"].sum(), 1.0), losses.sum(axis=1)
+
+    (mean, rows), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g)), grads)
+    finite = jax.tree.map(lambda p: jnp.isfinite(p).all(), params)
+    return {"loss": mean, "rows": rows, "squares": squares, "finite": finite}
+
+  with jax.set_mesh(mesh):
+    found = jax.device_get(jax.jit(examine, out_shardings=axes.sharding(mesh, ()))(params, batch))
+  squares, finite = _by_name(found["squares"]), _by_name(found["finite"])
+  rows = [f"row {i} of {len(found['rows'])}" for i in np.flatnonzero(~np.isfinite(found["rows"]))]
+  return report.table(
+    {
+      "loss": f"{found['loss']:.6g} nats",
+      "gradient's norm": f"{np.sqrt(sum(squares.values())):.6g}",
+      "losses not finite": _named(rows),
+      "parameters not finite": _named([name for name, good in finite.items() if not good]),
+      "gradients not finite": _named([name for name, square in squares.items() if not np.isfinite(square)]),
+    },
+    f"step {step}, again",
+  )
+
+
+def _folder(workdir: epath.Path, step: int) -> epath.Path:
+  folder = workdir / FOLDER / str(step)
+  return folder if outputs.in_bucket(folder) else folder.absolute()
+
+
+def _by_name(tree: dict) -> dict[str, np.ndarray]:
+  """{"blocks.mixer.norm.scale": leaf} of a nested dict."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _named(names: list[str]) -> str:
+  shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+  return shown or "none"
