@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -112,21 +113,26 @@ class Decoder:
     if found:
       raise ConfigError("\n".join(found))
 
-  @property
-  def rows(self) -> int:
-    """Batches must be a multiple of it."""
-    return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-
   def prefill(self, prompts: Sequence[np.ndarray]) -> tuple[jax.Array, Cache]:
     """Reads prompts, each int [tokens]; logits of what follows each [b, vocab_size], and their cache.
+
+    On a mesh whose devices the batch does not fill evenly, the first prompt is read more often, in rows at the end.
 
     Raises:
       ConfigError: an empty prompt, an id that the model does not have, more tokens than the cache is for.
     """
     self._check(prompts, np.zeros(len(prompts), int), least=1)
-    tokens, lengths = _padded(prompts)
+    rows = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+    tokens, lengths = _padded([*prompts, *[prompts[0]] * (-len(prompts) % rows)])
     with self._context():
       return _prefill(self.graph, self.params, tokens, lengths, self.cache)
+
+  def empty(self, rows: int) -> dict[str, jax.Array | Cache]:
+    """{"logits", "cache"} of so many sequences without tokens: the shapes of what `prefill` gives."""
+    model = nnx.merge(self.graph, self.params)
+    logits = jnp.zeros((rows, self.config.vocab_size), jnp.float32)
+    with self._context():
+      return {"logits": logits, "cache": model.init_cache(self.cache, rows)}
 
   def extend(self, cache: Cache, prompts: Sequence[np.ndarray], logits: jax.Array) -> tuple[jax.Array, Cache]:
     """Reads more tokens of each sequence, one by one; the cache is given away.
@@ -161,12 +167,17 @@ class Decoder:
     found = [f"request {i}: {problem}" for i, request in enumerate(requests) for problem in request.problems()]
     if found:
       raise ConfigError("\n".join(found))
-    count = len(requests)
-    requests = [*requests, *[requests[0]] * (-count % self.rows)]
-    prompts = [request.prompt for request in requests]
-    before = np.zeros(len(requests), int) if start is None else np.asarray(start[1].position)
+    prompts, before = [request.prompt for request in requests], np.zeros(len(requests), int)
+    if start is not None:
+      before = np.asarray(start[1].position)[: len(requests)]
     self._check(prompts, before, least=start is None, room=[request.max_tokens for request in requests])
-    logits, cache = self.prefill(prompts) if start is None else self.extend(start[1], prompts, start[0])
+    count = len(requests)
+    if start is None:
+      start = self.prefill(prompts)
+    elif any(len(prompt) for prompt in prompts):
+      start = self.extend(start[1], [*prompts, *[prompts[0]] * (len(start[0]) - count)], start[0])
+    logits, cache = start
+    requests = [*requests, *[requests[0]] * (len(logits) - count)]
     asked = _arrays(requests)
     with self._context():
       going, tokens = _begin(asked, logits, cache)
@@ -204,8 +215,8 @@ class Decoder:
       endless = self.cache.full == "drop_oldest" and self.config.mixer == "memory_caching"
       if total + more > self.cache.tokens and not endless:
         found.append(
-          f"prompt {i}: {total:,} tokens and {more:,} to come are more than the {self.cache.tokens:,} that the cache is "
-          "for (cache.tokens)"
+          f"prompt {i}: {total:,} tokens and {more:,} to come are more than the {self.cache.tokens:,} that the cache "
+          "is for (cache.tokens)"
         )
     if found:
       raise ConfigError("\n".join(found))
@@ -215,7 +226,7 @@ def _padded(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
   """Tokens [b, length] int32 and lengths [b] int32; few lengths, because each compiles a program."""
   lengths = np.array([len(prompt) for prompt in prompts], np.int32)
   longest = max(int(lengths.max()), 1)
-  unit = max(16, 1 << max(longest - 1, 1).bit_length() - 3)
+  unit = max(16, (1 << (longest - 1).bit_length()) // 8)
   tokens = np.zeros((len(prompts), -(-longest // unit) * unit), np.int32)
   for row, prompt in zip(tokens, prompts, strict=True):
     row[: len(prompt)] = prompt
@@ -291,6 +302,34 @@ def _made(asked: Asked, going: Going, logits: jax.Array) -> Going:
   alike = (recent[:, None] == asked.stop) | (asked.stop == NOTHING)
   stopped = (alike.all(-1) & (asked.stop != NOTHING).any(-1)).any(-1)
   return Going(going.cache, token, made, going.done | stopped | (made >= asked.limits), recent)
+
+
+def repeat(logits: jax.Array, cache: Cache, times: int) -> tuple[jax.Array, Cache]:
+  """What `prefill` gave for a prompt, for so many continuations of it."""
+  return jnp.repeat(logits, times, axis=0), cache_lib.repeat(cache, times)
+
+
+class Stopwatch:
+  """Seconds inside a `with`: `seconds` without those in which JAX traced and compiled, which are `compilation`."""
+
+  def __enter__(self) -> Stopwatch:
+    self._spans: list[tuple[float, float]] = []
+    self._begin = time.monotonic()
+    jax.monitoring.register_event_duration_secs_listener(self._listen)
+    return self
+
+  def __exit__(self, *_) -> None:
+    jax.monitoring.unregister_event_duration_listener(self._listen)
+    self.compilation, until = 0.0, self._begin
+    for start, end in sorted(self._spans):  # what is traced inside another trace is not counted twice
+      self.compilation += max(end - max(start, until), 0.0)
+      until = max(until, end)
+    self.seconds = time.monotonic() - self._begin - self.compilation
+
+  def _listen(self, event: str, seconds: float, **_) -> None:
+    if event.startswith("/jax/core/compile/"):
+      now = time.monotonic()
+      self._spans.append((now - seconds, now))
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -1,0 +1,120 @@
+"""Prompts that are read once and continued many times: a cache, saved with Orbax and loaded again."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+from mc_jax.data import ConfigError
+from mc_jax.inference.generation import Decoder
+from mc_jax.models import Cache, CacheConfig
+from mc_jax.parallel import axes
+
+# How a model is computed, not what it is.
+_HOW = ("remat", "memory.implementation", "memory.segment_group", "memory.read_buffer_mib")
+
+
+def save(folder: epath.PathLike, decoder: Decoder, logits: jax.Array, cache: Cache) -> None:
+  """Saves what `decoder.prefill` gave, with the model's and the cache's settings and a checksum of the parameters.
+
+  Raises:
+    ConfigError: the folder is there already.
+  """
+  folder = epath.Path(folder)
+  if folder.exists():
+    raise ConfigError(f"{folder} is there already: a saved prompt needs a folder of its own")
+  told = {
+    "model": dataclasses.asdict(decoder.config),
+    "cache": dataclasses.asdict(decoder.cache),
+    "params": checksum(decoder.params),
+    "rows": len(logits),
+  }
+  with _checkpointer() as checkpointer:
+    arrays = ocp.args.StandardSave({"logits": logits, "cache": cache})
+    checkpointer.save(_absolute(folder), ocp.args.Composite(prompt=arrays, told=ocp.args.JsonSave(told)))
+
+
+def cache_config(folder: epath.PathLike) -> CacheConfig:
+  """What a saved cache was made for: what the decoder that loads it must have.
+
+  Raises:
+    ConfigError: nothing was saved there.
+  """
+  return CacheConfig(**_told(folder)["cache"])
+
+
+def load(folder: epath.PathLike, decoder: Decoder) -> tuple[jax.Array, Cache]:
+  """(logits, cache), to go on from with `decoder.generate`; on the decoder's mesh.
+
+  Raises:
+    ConfigError: nothing was saved there, or by another model, with other parameters or for another cache.
+  """
+  told = _told(folder)
+  saved, here = _flatten(told["model"]), _flatten(dataclasses.asdict(decoder.config))
+  found = [
+    f"  model.{field}: {saved.get(field)!r} then, {value!r} now"
+    for field, value in here.items()
+    if field not in _HOW and saved.get(field) != value
+  ]
+  if not found and told["params"] != checksum(decoder.params):
+    found.append("  the parameters: their checksums differ (another checkpoint?)")
+  if CacheConfig(**told["cache"]) != decoder.cache:
+    found.append(f"  the cache: {told['cache']} then, {dataclasses.asdict(decoder.cache)} now")
+  if found:
+    raise ConfigError(f"{folder} was saved by another model than this one:\n" + "\n".join(found))
+  target = jax.eval_shape(lambda: decoder.empty(told["rows"]))
+  with _checkpointer() as checkpointer:
+    restored = checkpointer.restore(
+      _absolute(folder), ocp.args.Composite(prompt=ocp.args.StandardRestore(_placed(target, decoder.mesh)))
+    )
+  return restored["prompt"]["logits"], restored["prompt"]["cache"]
+
+
+def checksum(params: dict) -> int:
+  """Of all bits of all parameters: the same on every mesh."""
+
+  @jax.jit
+  def of_leaf(x):
+    bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
+    place = jax.lax.iota(jnp.uint32, bits.size).reshape(bits.shape)
+    return ((bits ^ place) * (2 * place + 1)).sum(dtype=jnp.uint32)  # wraps around, in whatever order it is added up
+
+  total = 0
+  for leaf in jax.tree.leaves(params):
+    total = (total * 1_000_003 + int(of_leaf(leaf))) % 2**64
+  return total
+
+
+def _placed(target, mesh: jax.sharding.Mesh | None):
+  """Abstract arrays with the place where they go: on a mesh whole on every device, until the first step moves them."""
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if mesh is None else axes.sharding(mesh, ())
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), target)
+
+
+def _told(folder: epath.PathLike) -> dict:
+  folder = epath.Path(folder)
+  if not (folder / "told").exists():
+    what = "has no saved prompt in it" if folder.exists() else "is not there"
+    raise ConfigError(f"{folder} {what}: mc_jax.generate saves one with --save_prompt={folder}")
+  with _checkpointer() as checkpointer:
+    return checkpointer.restore(_absolute(folder), ocp.args.Composite(told=ocp.args.JsonRestore()))["told"]
+
+
+def _checkpointer() -> ocp.Checkpointer:
+  return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+
+
+def _absolute(folder: epath.PathLike) -> epath.Path:
+  folder = epath.Path(folder)
+  return folder if "://" in str(folder) else folder.absolute()
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+  flat = {}
+  for name, value in tree.items():
+    flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+  return flat
