@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -104,6 +105,7 @@ def save(
 
   Raises:
     ConfigError: the folder is not empty, or another dtype.
+    OSError: no room, or no right to write.
   """
   if dtype not in DTYPES:
     raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
@@ -114,11 +116,17 @@ def save(
   files = _files(sizes, file_bytes)
   for file, names in files.items():
     # Contiguous: safetensors writes the memory as it lies, whatever the strides are.
-    save_file({name: np.ascontiguousarray(_value(flat, places[name]), kind) for name in names}, folder / file)
+    values = {name: np.ascontiguousarray(_value(flat, places[name]), kind) for name in names}
+    try:
+      save_file(values, folder / file)
+    except SafetensorError as error:  # which hides what the operating system says
+      raise OSError(f"{folder / file} cannot be written: {error}") from error
   if len(files) > 1:
     where = {name: file for file, names in files.items() for name in names}
     _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
   _write_json(folder / CONFIG, dataclasses.asdict(config))
+  for file in files:  # safetensors makes files for their owner alone, whatever the umask says
+    shutil.copymode(folder / CONFIG, folder / file)
   return [folder / file for file in files]
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from mc_jax.data import ConfigError
@@ -148,6 +148,22 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path, exported):
     export.require_empty(tmp_path / "mine.txt")
   with pytest.raises(ConfigError, match="must be a folder of this machine"):
     export.require_empty("gs://bucket/model")
+
+
+def test_whoever_may_read_the_config_may_read_the_tensors(exported):
+  modes = {path.stat().st_mode for path in exported[0].iterdir()}
+  assert len(modes) == 1
+
+
+def test_what_cannot_be_written_is_an_error_of_the_system(tmp_path, exported, monkeypatch):
+  def full(*_):
+    raise SafetensorError("No space left on device")
+
+  monkeypatch.setattr(export, "save_file", full)
+  with pytest.raises(OSError, match=r"model\.safetensors cannot be written: No space left"):
+    export.save(tmp_path / "new", VARIANTS["titans"], exported[1])
+  with pytest.raises(ConfigError, match=r"has no config\.json"):
+    export.load(tmp_path / "new")
 
 
 def test_another_dtype_is_refused_before_anything_is_written(tmp_path, exported):
