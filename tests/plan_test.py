@@ -91,6 +91,7 @@ def test_parameters_and_caches_are_what_a_chip_holds():
   assert planning.cache_bytes(SMALL) == {
     "checkpoint": 2 * 2 * 32 * 32,
     "sequence": 4 * 2 * 2 * 32 * 32,
+    "summaries": 4 * 64 * 4,
     "kv_cache": 2 * 2 * 128 * 64,
   }
 

@@ -39,8 +39,7 @@ class Plan:
     hbm: {class of arrays: bytes}: what lies in a chip's memory, together what it needs.
     cached_memories: bytes of one layer's cached states, which are among the temporaries: with model.remat=full a layer
       has them only while it is computed.
-    bytes_of: {"checkpoint", "sequence", "kv_cache"}: of one cached memory of all layers, of a sequence's, and of the
-      keys and values of a Transformer of this size, in the computation's dtype.
+    bytes_of: of a sequence's cache in decoding, see `cache_bytes`.
     compile_seconds: on the machine that compiled.
     refusal: the compiler's own words if it does not fit.
     cost: what the compiled step does; None if it does not fit.
@@ -298,14 +297,28 @@ def _memory_numbers(config: Config) -> int:
 
 
 def cache_bytes(config: Config) -> dict[str, float]:
-  """Bytes, all layers: of one cached memory, of a sequence's cache, of the keys and values of an equal Transformer."""
+  """Bytes, all layers, of a sequence's cache in decoding (data.length tokens), and of an equal Transformer's.
+
+  Returns:
+    checkpoint: of one cached memory, in the computation's dtype.
+    sequence: of all of them, one a segment; none where aggregation="none".
+    summaries: of the pooled keys beside them, float32.
+    kv_cache: of a Transformer's keys and values, in the computation's dtype; of a Transformer, nothing else.
+  """
   model, size = config.model, jnp.dtype(config.model.dtype).itemsize
   keys_and_values = 2 * model.layers * config.data.length * model.d_model * size
   if model.mixer != "memory_caching":
     return {"kv_cache": keys_and_values}
+  memory = model.memory.as_read()
+  caches = 0 if memory.aggregation == "none" else len(memory.build_segmentation().lengths(config.data.length))
   checkpoint = model.layers * model.heads * _memory_numbers(config) * size
-  caches = len(model.memory.build_segmentation().lengths(config.data.length))
-  return {"checkpoint": checkpoint, "sequence": caches * checkpoint, "kv_cache": keys_and_values}
+  summaries = caches * model.layers * model.d_model * 4
+  return {
+    "checkpoint": checkpoint,
+    "sequence": caches * checkpoint,
+    "summaries": summaries,
+    "kv_cache": keys_and_values,
+  }
 
 
 def bytes_here(tree) -> float:

@@ -1,0 +1,241 @@
+"""Decoding's speed and bytes at contexts up to 256k: steps of one model under several ways to read its cache.
+
+  python -m mc_jax.bench_decode --config=configs/quickstart.py --contexts=4096,65536 --models=none,ssc,grm,transformer
+
+Nothing is prefilled: the cache holds noise and its position is set (mc_jax/inference/speed.py). In every round each
+model takes its last steps at each context, so that what else the machine does falls on all of them alike; the fastest
+round counts. `grows` is the share of a step that it would not take at that model's shortest context.
+
+  python -m mc_jax.bench_decode --config=configs/titans_1b.py --config.mesh.fsdp=4 --topology=v5p:2x2x1 --batch=4
+
+does not run anything: it compiles one step for chips of a TPU topology, on a machine that need not have one, and prints
+what the step moves and how long the compiler thinks it takes (mc_jax/parallel/hlo_cost.py).
+"""
+
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import os
+import pathlib
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+
+import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
+import jax
+import matplotlib
+from absl import app, flags
+
+from mc_jax import memory
+from mc_jax.data import ConfigError
+from mc_jax.inference import Decoder, speed
+from mc_jax.models import CacheConfig
+from mc_jax.parallel import chips, hlo_cost
+from mc_jax.training import commandline, config, planning, state
+
+matplotlib.use("Agg")  # files only: no display is needed
+
+from matplotlib import pyplot
+
+MODELS = (*memory.AGGREGATIONS, "transformer")
+
+CONFIG = commandline.define_config()
+_CONTEXTS = flags.DEFINE_list("contexts", [str(2**n) for n in range(10, 19)], "Tokens of a sequence.")
+_MODELS = flags.DEFINE_list("models", ["none", "ssc", "grm", "transformer"], f"Of {', '.join(MODELS)}.")
+_BATCH = flags.DEFINE_integer("batch", 1, "Sequences.", lower_bound=1)
+_CACHE_DTYPE = flags.DEFINE_string(
+  "cache_dtype", None, "Of cached states: float32, bfloat16, int8; default: the model's."
+)
+_LIMIT = flags.DEFINE_float("limit_gib", None, "Leave out what would need a larger cache.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Of which the fastest counts.", lower_bound=1)
+_SECONDS = flags.DEFINE_float("seconds", 0.5, "About how long a timed loop takes.", lower_bound=0.0)
+_BETWEEN = flags.DEFINE_list("between", ["4096", "65536"], "Two contexts between which growth is told.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Compile for this TPU (v5e:2x2, v5p:2x2x1, ...) instead of timing.")
+_JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
+_PLOT = flags.DEFINE_string("plot", None, "Also draw them, in this PNG.")
+
+
+def main(_: list[str]) -> None:
+  """Measures what the flags name, prints a table, and writes JSON and a plot if asked."""
+  contexts = _whole_numbers("contexts", _CONTEXTS.value)
+  between = _whole_numbers("between", _BETWEEN.value)
+  if unknown := [name for name in _MODELS.value if name not in MODELS]:
+    raise ConfigError(f"--models={','.join(unknown)} must be of {', '.join(MODELS)}")
+  if _TOPOLOGY.value:
+    jax.config.update("jax_platforms", "cpu")  # nothing runs: the machine's own accelerators are left alone
+  run = config.from_config_dict(CONFIG.value).check()
+  runs = {name: dataclasses.replace(run, model=_model(run.model, name)) for name in _MODELS.value}
+  devices = planning.topology_devices(_TOPOLOGY.value, 1) if _TOPOLOGY.value else jax.devices()
+  machine = {"device": devices[0].device_kind, "platform": devices[0].platform, "devices": len(devices)}
+  machine |= {"machine": platform.machine(), "cores": os.cpu_count()}
+  versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
+  print(" ".join(f"{name} {value}" for name, value in (machine | versions).items()), flush=True)
+
+  measure = _estimate if _TOPOLOGY.value else _measure
+  rows = measure(runs, contexts, devices)
+  print(_table(rows))
+  growth = {name: by[between[1]] / by[between[0]] for name, by in _times(rows).items() if set(between) <= set(by)}
+  for name, ratio in growth.items():
+    print(f"{name}: a step at {between[1]:,} takes {ratio:.3f} of one at {between[0]:,}")
+  if _JSON.value:
+    record = {"command": shlex.join(["python", "-m", "mc_jax.bench_decode", *sys.argv[1:]]), **machine, **versions}
+    record |= {"load": os.getloadavg(), "between": between, "growth": growth, "rows": rows}
+    pathlib.Path(_JSON.value).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+  if _PLOT.value:
+    _plot(pathlib.Path(_PLOT.value), rows)
+
+
+def _model(model, name: str):
+  """The model with this way to read its cache, or the Transformer of the same size."""
+  if name == "transformer":
+    return dataclasses.replace(model, mixer="transformer")
+  return dataclasses.replace(
+    model, mixer="memory_caching", memory=dataclasses.replace(model.memory, aggregation=name, after_training=None)
+  )
+
+
+def _measure(runs: dict[str, config.Config], contexts: Sequence[int], devices: Sequence[jax.Device]) -> list[dict]:
+  """Times steps on devices that are there."""
+  made = {}
+  for name, run in runs.items():
+    mesh = run.make_mesh(devices)
+    made[name] = run.model, state.graph(run), state.create(run, mesh).params, mesh
+  steps, rows = {}, {}
+  for context, (name, (model, graph, params, mesh)) in itertools.product(contexts, made.items()):
+    decoder = Decoder(model, graph, params, _cache(context), mesh)
+    if _too_large(decoder):
+      continue
+    print(f"compiling {name} at {context:,}", file=sys.stderr, flush=True)
+    compiled = steps[name, context] = speed.compile_steps(decoder, _BATCH.value)
+    few = min(2, context // 2)
+    count = int(_SECONDS.value / compiled.seconds(few))
+    rows[name, context] = {
+      **_row(name, runs[name], context, compiled.slot_bytes, compiled.other_bytes, compiled.temporary_bytes),
+      "steps": max(few, min(count, context // 2, speed.LONGEST)),
+      "milliseconds_of_rounds": [],
+    }
+  for i in range(_ROUNDS.value):
+    print(f"round {i + 1} of {_ROUNDS.value}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+    for key, row in rows.items():
+      row["milliseconds_of_rounds"].append(1e3 * steps[key].seconds(row["steps"]))
+  for row in rows.values():
+    row["milliseconds"] = min(row["milliseconds_of_rounds"])
+  return _with_rates(list(rows.values()))
+
+
+def _estimate(runs: dict[str, config.Config], contexts: Sequence[int], devices: Sequence[jax.Device]) -> list[dict]:
+  """What the compiler thinks of a step; bytes are of a chip."""
+  rows = []
+  for context, (name, run) in itertools.product(contexts, runs.items()):
+    mesh = run.make_mesh(devices)
+    decoder = Decoder(run.model, state.graph(run), state.abstract(run, mesh).params, _cache(context), mesh)
+    print(f"compiling {name} at {context:,}", file=sys.stderr, flush=True)
+    try:
+      compiled, cache = speed.compile_step(decoder, _BATCH.value)
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      print(f"{name} at {context:,} does not fit: {str(error).strip().splitlines()[0]}", flush=True)
+      continue
+    # The loop over cached states, whose length depends on the position, as it is when all are there.
+    cost = hlo_cost.cost(compiled, decoder.cache.segments(run.model), devices=list(mesh.devices.flat))
+    analysis = compiled.memory_analysis()
+    slots = planning.bytes_here(cache.layers.slots)
+    figures = _row(name, run, context, slots, planning.bytes_here(cache) - slots, analysis.temp_size_in_bytes)
+    figures |= {"parameter_bytes": planning.bytes_here(decoder.params), "hbm_bytes": cost.hbm_bytes}
+    figures |= {"sent_bytes": sum(cost.collective_bytes.values()), "hbm_capacity": chips.of(devices).hbm_bytes}
+    rows.append(figures | {"milliseconds": 1e3 * cost.time.step})
+  return _with_rates(rows)
+
+
+def _cache(context: int) -> CacheConfig:
+  return CacheConfig(context, dtype=_CACHE_DTYPE.value)
+
+
+def _too_large(decoder: Decoder) -> bool:
+  """Whether a cache is beyond --limit_gib, and says so."""
+  size = speed.cache_bytes(decoder, _BATCH.value)
+  if _LIMIT.value is None or size <= _LIMIT.value * planning.GIB:
+    return False
+  print(f"left out at {decoder.cache.tokens:,} tokens: a cache of {planning.gib(size)}", flush=True)
+  return True
+
+
+def _row(name: str, run: config.Config, context: int, slots: float, others: float, temporaries: float) -> dict:
+  """Which figures they are, and bytes: planned are those of the slots as the planner counts them."""
+  data = dataclasses.replace(run.data, length=context)
+  planned = planning.cache_bytes(dataclasses.replace(run, data=data))
+  planned = planned["sequence"] + planned["summaries"] if "sequence" in planned else planned["kv_cache"]
+  row = {"model": name, "context": context, "slot_bytes": slots, "planned_bytes": _BATCH.value * planned}
+  return row | {"other_cache_bytes": others, "temporary_bytes": temporaries}
+
+
+def _with_rates(rows: list[dict]) -> list[dict]:
+  """Rows, model by model, with what follows from their milliseconds."""
+  shortest = {name: next(iter(times.values())) for name, times in _times(rows).items()}
+  for row in rows:
+    row["tokens_per_second"] = 1e3 * _BATCH.value / row["milliseconds"]
+    row["grows"] = 1 - shortest[row["model"]] / row["milliseconds"]
+  return sorted(rows, key=lambda row: (list(shortest).index(row["model"]), row["context"]))
+
+
+def _times(rows: list[dict]) -> dict[str, dict[int, float]]:
+  """{model: {context: milliseconds of a step}}, contexts ascending."""
+  times = {}
+  for row in sorted(rows, key=lambda row: row["context"]):
+    times.setdefault(row["model"], {})[row["context"]] = row["milliseconds"]
+  return times
+
+
+def _table(rows: list[dict]) -> str:
+  heads = ("context", "tokens/s", "ms/step", "grows", "cache MB", "others MB", "temporaries MB")
+  lines = [f"{'model':12}" + "".join(f"{head:>16}" for head in heads)]
+  for row in rows:
+    sizes = (row[name] / 1e6 for name in ("slot_bytes", "other_cache_bytes", "temporary_bytes"))
+    cells = [f"{row['context']:,}", f"{row['tokens_per_second']:,.1f}", f"{row['milliseconds']:,.3f}"]
+    cells += [f"{max(row['grows'], 0):.1%}", *(f"{size:,.2f}" for size in sizes)]
+    lines.append(f"{row['model']:12}" + "".join(f"{cell:>16}" for cell in cells))
+  return "\n".join(lines)
+
+
+def _plot(path: pathlib.Path, rows: list[dict]) -> None:
+  """Draws the time of a step and the cache's bytes against the context."""
+  figure, panels = pyplot.subplots(1, 2, figsize=(10.4, 4.2), layout="constrained")
+  for name in _times(rows):
+    own = [row for row in rows if row["model"] == name]
+    contexts = [row["context"] for row in own]
+    sizes = [(row["slot_bytes"] + row["other_cache_bytes"]) / 1e6 for row in own]
+    for axes, values in zip(panels, ([row["milliseconds"] for row in own], sizes), strict=True):
+      axes.plot(contexts, values, "o-", markersize=3, linewidth=1.2, label=name)
+  for axes, label in zip(panels, ("milliseconds a step", "MB of cache, states carried included"), strict=True):
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.tick_params("x", rotation=45)
+    axes.set(xlabel="context, tokens", ylabel=label)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+  figure.savefig(path, dpi=110)
+  pyplot.close(figure)
+
+
+def _whole_numbers(flag: str, values: list[str]) -> list[int]:
+  """A flag's numbers, ascending.
+
+  Raises:
+    ConfigError: something else than whole numbers of at least 16 tokens.
+  """
+  if not values or not all(value.isdecimal() and int(value) >= 16 for value in values):
+    raise ConfigError(f"--{flag}={','.join(values)} must be whole numbers, of at least 16 tokens, separated by commas")
+  return sorted({int(value) for value in values})
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("config")
+  try:
+    app.run(main, flags_parser=lambda argv: commandline.parse(CONFIG, argv))
+  except (ConfigError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
