@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mc_jax.memory import aggregate, arguments, caching, online, passes, segments
+from mc_jax.memory import aggregate, arguments, caching, online, pages, passes, segments
 from mc_jax.memory import documents as documents_lib
 from mc_jax.memory import gates as gating
 from mc_jax.memory.networks import Weights
@@ -24,6 +24,7 @@ from mc_jax.memory.online import state_dtype
 from mc_jax.memory.rules import Rule
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
+MEMORIES = ("device", "host")
 
 
 class CacheFull(ValueError):
@@ -40,9 +41,11 @@ class Options:
     capacity: segments whose states can be cached; see `capacity_for`.
     cache_dtype: of the cached states: float32, bfloat16, or int8 with a scale for each matrix. None: what they are
       multiplied in, q's dtype, which changes no number.
+    memory: where the cached states are: on the device, or in host memory, from which a step fetches those that ssc
+      selects. Summaries are on the device.
 
   Raises:
-    ValueError: an unknown name, a size that is not positive.
+    ValueError: an unknown name, a size that is not positive, states in host memory that are all read.
   """
 
   rule: Rule
@@ -57,6 +60,7 @@ class Options:
   segment_group: int = 8
   implementation: str | None = None
   cache_dtype: str | None = None
+  memory: str = "device"
 
   def __post_init__(self):
     arguments.check_options(
@@ -72,6 +76,12 @@ class Options:
     arguments.at_least_one("segment_length", self.segment_length)
     arguments.at_least_one("capacity", self.capacity)
     arguments.one_of("cache_dtype", self.cache_dtype, (None, *CACHE_DTYPES))
+    arguments.one_of("memory", self.memory, MEMORIES)
+    if self.memory == "host" and self.aggregation != "ssc":
+      raise ValueError(
+        f"memory='host' needs aggregation='ssc', which reads few states; {self.aggregation!r} would fetch all of them "
+        "for every token"
+      )
 
   @property
   def slots(self) -> int:
@@ -91,6 +101,21 @@ class Quantized(NamedTuple):
   scale: jax.Array
 
 
+class Paged(NamedTuple):
+  """States in host memory.
+
+  Attributes:
+    pages: [..., rows, 128], all matrices of a state; see pages.py.
+    scale: of int8 matrices, {name: float32 [..., 1, 1]} on the device; else empty.
+  """
+
+  pages: jax.Array
+  scale: dict[str, jax.Array]
+
+
+Memories = dict[str, jax.Array | Quantized] | Paged
+
+
 class Cache(NamedTuple):
   """What a layer keeps of a batch of sequences, each as long as it is.
 
@@ -100,7 +125,7 @@ class Cache(NamedTuple):
     chunk_start: the memory before the current chunk, where inner gradients are taken, {name: [b, h, in, out]}; None
       where they do not depend on it.
     keys: [b, h, d], the sum of the current segment's keys.
-    memories: the cached states, {name: [slots, b, h, in, out]} or Quantized.
+    memories: the cached states, {name: [slots, b, h, in, out]} or Quantized; Paged in host memory.
     summaries: of the cached segments, [slots, b, h, d].
     first: int32, this layer's first slot: layers may share arrays of slots, which a loop over them need not copy.
   """
@@ -109,7 +134,7 @@ class Cache(NamedTuple):
   state: online.State
   chunk_start: Weights | None
   keys: jax.Array
-  memories: dict[str, jax.Array | Quantized]
+  memories: Memories
   summaries: jax.Array
   first: jax.Array
 
@@ -152,7 +177,7 @@ def init_cache(options: Options, init: Weights, *, batch: int, head_dim: int, dt
     state=state,
     chunk_start=state.memory if options.chunked else None,
     keys=jnp.zeros((batch, heads, head_dim), wide),
-    memories=_store(options, empty, dtype),
+    memories=_to_memory(_store(options, empty, dtype)),
     summaries=jnp.zeros((options.slots, batch, heads, head_dim), wide),
     first=jnp.zeros((), jnp.int32),
   )
@@ -243,7 +268,7 @@ def prefill(
     state=_of_rows(cached.states, segment),
     chunk_start=chunk_start,
     keys=keys,
-    memories=_store(options, {name: slots(w) for name, w in cached.states.memory.items()}, q.dtype),
+    memories=_to_memory(_store(options, {name: slots(w) for name, w in cached.states.memory.items()}, q.dtype)),
     summaries=summaries if cached.summaries is None else slots(cached.summaries),
     first=jnp.zeros((), jnp.int32),
   )
@@ -319,11 +344,16 @@ def _append(options: Options, cache: Cache, finished: jax.Array, dtype: jnp.dtyp
   def put(slots, new):  # rows that are not finished point behind the end
     return slots.at[jnp.where(finished, cache.first + slot, len(slots)), rows].set(new, mode="drop")
 
-  new = _store(options, cache.state.memory, dtype)
-  return cache._replace(
-    summaries=put(cache.summaries, gating.summary(pool, options.pool)),
-    memories=jax.tree.map(put, cache.memories, new),
-  )
+  if options.memory == "host":
+
+    def of_row(row):
+      state = {name: jax.lax.dynamic_index_in_dim(w, row, keepdims=False) for name, w in cache.state.memory.items()}
+      return _store(options, state, dtype)
+
+    memories = pages.write(cache.memories, cache.first + slot, finished, of_row)
+  else:
+    memories = jax.tree.map(put, cache.memories, _store(options, cache.state.memory, dtype))
+  return cache._replace(summaries=put(cache.summaries, gating.summary(pool, options.pool)), memories=memories)
 
 
 def _read(options: Options, x: passes.Tokens, token_scores: jax.Array | None, cache: Cache) -> jax.Array:
@@ -361,10 +391,9 @@ def _read(options: Options, x: passes.Tokens, token_scores: jax.Array | None, ca
   if options.aggregation == "ssc":
     index, kept_scores, kept = gating.select(scores[1], visible, options.top_k)
     gamma_online, gamma = gating.weigh(options.gate, options.gate_scale, scores[0], kept_scores, kept)
-    rows, heads = jnp.arange(len(segment))[:, None], jnp.arange(x.q.shape[1])
 
     def fetch_selected(index):
-      return _load(jax.tree.map(lambda w: w[cache.first + index, rows, heads], cache.memories), dtype)
+      return _load(_selected(cache.memories, cache.state.memory, cache.first + index), dtype)
 
     own = gamma_online[..., None] * network(x.q, linear)
     return own + aggregate.read_few(network, x.q, index, gamma, fetch_selected)
@@ -395,11 +424,35 @@ def _held(segment: jax.Array, capacity: int) -> jax.Array:
   return last - (last - slot) % capacity if capacity else jnp.zeros((len(segment), 0), jnp.int32)
 
 
-def _store(options: Options, weights: Weights, dtype: jnp.dtype) -> dict[str, jax.Array | Quantized]:
-  """Weights [..., in, out] as they are cached."""
+def _selected(memories: Memories, state: Weights, slot: jax.Array) -> dict[str, jax.Array | Quantized]:
+  """Of each row and head the memory in slot [b, h], {name: [b, h, in, out]}; state: like one of them."""
+  rows, heads = jnp.arange(slot.shape[0])[:, None], jnp.arange(slot.shape[1])
+
+  def here(tree):
+    return jax.tree.map(lambda w: w[slot, rows, heads], tree)
+
+  if not isinstance(memories, Paged):
+    return here(memories)
+  dtype = jnp.int8 if memories.scale else memories.pages.dtype
+  like = {name: jax.ShapeDtypeStruct(w.shape[-2:], dtype) for name, w in state.items()}
+  values = pages.unpack(pages.fetch(memories.pages, slot), like)
+  return {name: Quantized(values[name], scale) for name, scale in here(memories.scale).items()} or values
+
+
+def _store(options: Options, weights: Weights, dtype: jnp.dtype) -> Memories:
+  """Weights [..., in, out] as they are cached, still on the device."""
   if options.cache_dtype == "int8":
-    return {name: _quantize(w) for name, w in weights.items()}
-  return {name: w.astype(options.cache_dtype or dtype) for name, w in weights.items()}
+    stored = {name: _quantize(w) for name, w in weights.items()}
+    values, scale = ({name: w[i] for name, w in stored.items()} for i in range(2))
+  else:
+    stored = values = {name: w.astype(options.cache_dtype or dtype) for name, w in weights.items()}
+    scale = {}
+  return Paged(pages.pack(values), scale) if options.memory == "host" else stored
+
+
+def _to_memory(memories: Memories) -> Memories:
+  """What was stored, where it belongs."""
+  return memories._replace(pages=pages.to_host(memories.pages)) if isinstance(memories, Paged) else memories
 
 
 def _quantize(w: jax.Array) -> Quantized:

@@ -22,6 +22,7 @@ class CacheConfig:
   capacity: int | None = None  # segments whose states are kept; None: as many as `tokens` make
   full: str = "error"  # when more are to be kept: an error, or drop_oldest
   dtype: str | None = None  # of cached states: float32, bfloat16, int8; None: the model's, which changes no number
+  memory: str = "device"  # of cached states: device; host, with memory.aggregation="ssc", whose steps fetch few
 
   def segments(self, model: ModelConfig) -> int:
     """Segments whose states a layer can keep."""
@@ -35,11 +36,19 @@ class CacheConfig:
       found.append(f"{prefix}.full={self.full!r} is not one of {', '.join(FULL)}")
     if self.dtype not in (None, *decode.CACHE_DTYPES):
       found.append(f"{prefix}.dtype={self.dtype!r} is not one of {', '.join(decode.CACHE_DTYPES)}")
+    memory = model.memory.as_read()
+    if self.memory not in decode.MEMORIES:
+      found.append(f"{prefix}.memory={self.memory!r} is not one of {', '.join(decode.MEMORIES)}")
+    elif self.memory == "host" and (model.mixer != "memory_caching" or memory.aggregation != "ssc"):
+      found.append(
+        f"{prefix}.memory='host' needs model.mixer='memory_caching' and model.memory.aggregation='ssc', whose steps "
+        f"read few states; model.mixer={model.mixer!r} with model.memory.aggregation={memory.aggregation!r} reads all "
+        f"that is cached for every token: use {prefix}.memory='device'"
+      )
     if self.tokens < 1:
       found.append(f"{prefix}.tokens={self.tokens} must be at least 1")
     if self.capacity is not None and self.capacity < 1:
       found.append(f"{prefix}.capacity={self.capacity} must be at least 1 segment")
-    memory = model.memory.as_read()
     if model.mixer == "memory_caching" and memory.segmentation != "constant":
       found.append(
         f"model.memory.segmentation={memory.segmentation!r} cannot be decoded: where segments are cut depends on the "

@@ -175,7 +175,7 @@ class MemoryCaching(nnx.Module):
     memory = self.config.memory
     fields = ("aggregation", "segment_length", "carry", "top_k", "pool", "gate", "gate_scale", "segment_group")
     values = {name: getattr(memory, name) for name in fields}
-    values |= {"capacity": config.segments(self.config), "cache_dtype": config.dtype}
+    values |= {"capacity": config.segments(self.config), "cache_dtype": config.dtype, "memory": config.memory}
     return decode.Options(self.rule, implementation=memory.implementation, **values)
 
   def project(

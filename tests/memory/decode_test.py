@@ -1,5 +1,6 @@
 """Prefill and steps against the forward pass of the whole sequence, from every split point at once."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -85,3 +86,27 @@ def test_every_split_point_equals_the_forward_pass(float64, rule, aggregation, c
 @pytest.mark.parametrize("rule", memory.RULES)
 def test_every_split_point_in_float32(rule):
   check(options_of(rule, "grm", "checkpoint"), 1e-4, np.float32)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("carry", memory.CARRIES)
+def test_states_in_host_memory_are_those_on_the_device(cache_dtype, carry):
+  """Bit for bit, through prompts of every length and 40 steps and more, dropping the oldest states."""
+  rule, length = "titans", 4 + 40
+  options = options_of(rule, "ssc", carry, cache_dtype=cache_dtype)
+  x = samples.inputs(options.rule, batch=4, length=length)
+  x = jax.tree.map(lambda a: a.astype(np.float32), x)
+  lengths = np.array([1, 4, 3, 2])
+  found = {}
+  for place in decode.MEMORIES:
+    here = dataclasses.replace(options, memory=place)
+    y, cache = samples.jit(functools.partial(continued, here))(x, lengths)
+    kinds = {w.sharding.memory_kind for w in jax.tree.leaves(cache.memories)}
+    assert kinds == {"device"} if place == "device" else "pinned_host" in kinds
+    found[place] = jax.device_get((y, cache._replace(memories=None)))
+  jax.tree.map(np.testing.assert_array_equal, found["host"], found["device"])
+
+
+def test_only_what_selects_may_lie_in_host_memory():
+  with pytest.raises(ValueError, match="memory='host' needs aggregation='ssc'"):
+    options_of("linear", "grm", "checkpoint", memory="host")
