@@ -58,13 +58,14 @@ def from_json(results: Sequence[dict]) -> list[Result]:
   return [Result(**{**result, "curve": tuple(result["curve"])}) for result in results]
 
 
-def plot(path: pathlib.Path, series: Mapping[str, Sequence[Result]]) -> bool:
+def plot(path: pathlib.Path, series: Mapping[str, Sequence[Result]], baseline: str | None = None) -> bool:
   """Draws what has several lengths or numbers of pairs, {label: results}; False, and no file, where nothing has.
 
   Of perplexity there are two panels: by position in rows of the greatest length (of a single series: of every length),
-  and at each length. Of recall tasks, accuracy with its standard error.
+  and at each length. Of recall tasks, accuracy with its standard error. With the label of a `baseline`, everything is
+  drawn as the difference to it.
   """
-  panels = list(_panels(series))
+  panels = [_minus(panel, baseline) if baseline else panel for panel in _panels(series)]
   if not panels:
     return False
   figure, every = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), layout="constrained", squeeze=False)
@@ -91,6 +92,17 @@ def _panels(series: Mapping[str, Sequence[Result]]) -> Iterator[Panel]:
     results = {label: groups[task] for label, groups in tasks.items() if task in groups}
     draw = _perplexity if task == "perplexity" else _recall
     yield from (panel for panel in draw(task, results) if any(len(points) > 1 for points in panel[3].values()))
+
+
+def _minus(panel: Panel, baseline: str) -> Panel:
+  """The panel's lines without the baseline's, where it has a point."""
+  title, x, y, lines = panel
+  start = {place: value for place, value, _ in lines.get(baseline, ())}
+  differences = {
+    label: [(place, value - start[place], error) for place, value, error in points if place in start]
+    for label, points in lines.items()
+  }
+  return title, x, f"{y}, less that of {baseline}", differences
 
 
 def _perplexity(task: str, series: Mapping[str, Sequence[Result]]) -> Iterator[Panel]:

@@ -57,3 +57,12 @@ def test_a_single_series_has_a_curve_for_every_length_several_one_each():
   assert [y for _, y, _ in curves["length 32"]] == pytest.approx([2.88, 1.44])
   (_, _, _, curves), _ = report._panels({"one": TEXT, "two": TEXT})
   assert set(curves) == {"one", "two"}
+
+
+def test_against_a_baseline_differences_are_drawn():
+  better = [Result(r.task, r.settings, {**r.values, "bits_per_byte": 1.5}) for r in TEXT]
+  _, panel = report._panels({"base": TEXT, "new": better})
+  _, _, y, lines = report._minus(panel, "base")
+  assert y == "bits per byte, less that of base"
+  assert [value for _, value, _ in lines["base"]] == [0, 0]
+  assert [value for _, value, _ in lines["new"]] == pytest.approx([-0.3, -0.3])

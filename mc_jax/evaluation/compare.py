@@ -1,0 +1,44 @@
+"""Draws several evaluations together, and prints them as one table.
+
+    python -m mc_jax.evaluation.compare --png=OUT.png base=runs/a/evaluation/perplexity.json grm=runs/b/evaluation/...
+
+With --baseline=base, what is drawn is the difference to it.
+"""
+
+import json
+import pathlib
+import sys
+
+from absl import app, flags
+
+from mc_jax.data import ConfigError
+from mc_jax.evaluation import report
+
+PNG = flags.DEFINE_string("png", None, "file to draw in; default: only the table is printed")
+BASELINE = flags.DEFINE_string("baseline", None, "label of what the others are compared with")
+
+
+def main(argv: list[str]) -> None:
+  """Compares the files given as LABEL=FILE."""
+  pairs = [argument.partition("=")[::2] for argument in argv[1:]]
+  if not pairs or not all(label and file for label, file in pairs):
+    raise ConfigError("what is compared must be given as LABEL=FILE, FILE being a JSON that mc_jax.evaluate wrote")
+  series = {}
+  for label, file in pairs:
+    try:
+      series[label] = report.from_json(json.loads(pathlib.Path(file).read_text(encoding="utf-8"))["results"])
+    except (ValueError, KeyError, TypeError) as error:
+      raise ConfigError(f"{file} is no JSON that mc_jax.evaluate wrote: {error!r}") from error
+  if BASELINE.value and BASELINE.value not in series:
+    raise ConfigError(f"--baseline must be one of {', '.join(series)}, got {BASELINE.value}")
+  for label, results in series.items():
+    print(f"{label}\n{report.table(results)}\n")
+  if PNG.value and not report.plot(pathlib.Path(PNG.value), series, BASELINE.value):
+    raise ConfigError(f"--png={PNG.value}: nothing was evaluated at several lengths or numbers of pairs")
+
+
+if __name__ == "__main__":
+  try:
+    app.run(main)
+  except (ConfigError, OSError) as error:
+    sys.exit(f"error: {error}")
