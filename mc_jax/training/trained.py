@@ -13,8 +13,8 @@ from etils import epath
 from mc_jax.data import ConfigError
 from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training import config as config_lib
-from mc_jax.training import outputs, state
-from mc_jax.training.checkpointing import FOLDER
+from mc_jax.training import digests, outputs, state
+from mc_jax.training.checkpointing import FOLDER, require_intact
 from mc_jax.training.config import Config
 
 
@@ -45,8 +45,8 @@ def load(
   """The model of a checkpoint; the optimiser's moments are not read.
 
   The overrides may change all that leaves the parameters as they are: how caches are read, where sequences are cut, the
-  dtype, the data, the mesh. The run's own mesh is not looked at. With model.memory.after_training, a state is cached each
-  training length if model.memory.segment_length is not given.
+  dtype, the data, the mesh. The run's own mesh is not looked at. With model.memory.after_training, a state is cached
+  each training length if model.memory.segment_length is not given.
 
   Args:
     workdir: of the run, on this machine or gs://BUCKET/FOLDER.
@@ -55,12 +55,12 @@ def load(
     mesh: where the parameters go; None: all devices if the overrides say how (mesh.*), else the first one.
 
   Raises:
-    ConfigError: no such folder, checkpoint or field; settings that do not go together; or overrides under which the
-      parameters would be others.
+    ConfigError: no such folder, checkpoint or field; a damaged checkpoint; settings that do not go together; or
+      overrides under which the parameters would be others.
   """
   overrides = dict(overrides or {})
   with _open(epath.Path(workdir)) as manager:
-    step = _step(manager, workdir, step)
+    step = _step(manager, epath.Path(workdir) / FOLDER, step)
     args = ocp.args.Composite(config=ocp.args.JsonRestore())
     stored = config_lib.from_dict(manager.restore(step, args=args)["config"])
     stored = dataclasses.replace(stored, mesh=MeshConfig())
@@ -100,15 +100,20 @@ def _open(workdir: epath.Path) -> ocp.CheckpointManager:
     logging.set_verbosity(verbosity)
 
 
-def _step(manager: ocp.CheckpointManager, workdir: epath.PathLike, step: int | None) -> int:
-  steps = sorted(manager.all_steps())
+def _step(manager: ocp.CheckpointManager, folder: epath.Path, step: int | None) -> int:
+  """The step asked for, or the newest: of a checkpoint that is there, complete and as it was written."""
+  steps = [step for step in sorted(manager.all_steps()) if digests.complete(folder / str(step))]
   if not steps:
-    raise ConfigError(f"{epath.Path(workdir) / FOLDER} holds no complete checkpoint: did the run reach its first one?")
+    raise ConfigError(f"{folder} holds no complete checkpoint: did the run reach its first one?")
+  there = ", ".join(map(str, steps))
   if step is not None and step not in steps:
-    raise ConfigError(
-      f"{epath.Path(workdir) / FOLDER} has no checkpoint of step {step}: use one of {', '.join(map(str, steps))}"
-    )
-  return steps[-1] if step is None else step
+    raise ConfigError(f"{folder} has no checkpoint of step {step}: use one of {there}")
+  step = steps[-1] if step is None else step
+  try:
+    require_intact(folder / str(step))
+  except ConfigError as error:
+    raise ConfigError(f"{error}\nthere are those of step {there}") from error
+  return step
 
 
 def _defaults(stored: Config, overrides: dict) -> dict[str, object]:

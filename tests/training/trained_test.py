@@ -1,6 +1,7 @@
 """A checkpoint's model comes back alone, and what would make it another one is refused."""
 
 import dataclasses
+import shutil
 
 import chex
 import jax
@@ -105,3 +106,16 @@ def test_what_is_no_run_is_told_with_what_is_there(run, tmp_path):
     trained.load(tmp_path)
   with pytest.raises(ConfigError, match="no checkpoint of step 7: use one of 1, 2"):
     trained.load(run[0], step=7)
+
+
+def test_a_damaged_checkpoint_is_not_used(run, tmp_path):
+  shutil.copytree(run[0], tmp_path / "copy")
+  newest = tmp_path / "copy" / "checkpoints" / "2"
+  (newest / "config" / "metadata").write_text("{}")
+  with pytest.raises(
+    ConfigError, match=r"(?s)2 is damaged:.*config/metadata is not what.*there are those of step 1, 2"
+  ):
+    trained.load(tmp_path / "copy")
+  assert trained.load(tmp_path / "copy", step=1).step == 1
+  (newest / "SHA256SUMS").unlink()  # as if the run were still writing it
+  assert trained.load(tmp_path / "copy").step == 1
