@@ -75,15 +75,13 @@ def main(_: list[str]) -> None:
     Request(np.zeros(0, np.int32), MAX_TOKENS.value, TEMPERATURE.value, TOP_K.value, TOP_P.value, SEED.value + i, stop)
     for i in range(SAMPLES.value)
   ]
-  streams = [
-    text.Stream(tokenizer.decode, (*STOP.value, tokenizer.decode(np.array([tokenizer.separator])))) for _ in requests
-  ]
+  streams = [text.Stream(tokenizer.decode, STOP.value) for _ in requests]
   made = 0
   with generation.Stopwatch() as writing:
     for block in decoder.generate(requests, (logits, cache)):
       made += int((block != generation.NOTHING).sum())
       for stream, tokens in zip(streams, block, strict=True):
-        new = stream.add(tokens[tokens != generation.NOTHING])
+        new = stream.add(tokens[(tokens != generation.NOTHING) & (tokens != tokenizer.separator)])
         if SAMPLES.value == 1:
           print(new, end="", flush=True)
   for i, stream in enumerate(streams):

@@ -127,12 +127,15 @@ class Decoder:
     with self._context():
       return _prefill(self.graph, self.params, tokens, lengths, self.cache)
 
-  def empty(self, rows: int) -> dict[str, jax.Array | Cache]:
-    """{"logits", "cache"} of so many sequences without tokens: the shapes of what `prefill` gives."""
-    model = nnx.merge(self.graph, self.params)
-    logits = jnp.zeros((rows, self.config.vocab_size), jnp.float32)
+  def shapes(self, rows: int) -> tuple[jax.ShapeDtypeStruct, Cache]:
+    """The shapes of what `prefill` gives for so many prompts."""
+
+    def empty():
+      logits = jnp.zeros((rows, self.config.vocab_size), jnp.float32)
+      return logits, nnx.merge(self.graph, self.params).init_cache(self.cache, rows)
+
     with self._context():
-      return {"logits": logits, "cache": model.init_cache(self.cache, rows)}
+      return jax.eval_shape(empty)
 
   def extend(self, cache: Cache, prompts: Sequence[np.ndarray], logits: jax.Array) -> tuple[jax.Array, Cache]:
     """Reads more tokens of each sequence, one by one; the cache is given away.

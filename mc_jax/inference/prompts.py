@@ -66,7 +66,7 @@ def load(folder: epath.PathLike, decoder: Decoder) -> tuple[jax.Array, Cache]:
     found.append(f"  the cache: {told['cache']} then, {dataclasses.asdict(decoder.cache)} now")
   if found:
     raise ConfigError(f"{folder} was saved by another model than this one:\n" + "\n".join(found))
-  target = jax.eval_shape(lambda: decoder.empty(told["rows"]))
+  target = dict(zip(("logits", "cache"), decoder.shapes(told["rows"]), strict=True))
   with _checkpointer() as checkpointer:
     restored = checkpointer.restore(
       _absolute(folder), ocp.args.Composite(prompt=ocp.args.StandardRestore(_placed(target, decoder.mesh)))
