@@ -40,7 +40,7 @@ HEARTBEAT = flags.DEFINE_integer(
 def main(_: list[str]) -> None:
   """Trains as the flags say. Exits with 128 + the signal's number if a signal stopped the run, which can go on."""
   if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells a page per checkpoint
+    logging.set_verbosity(logging.FATAL)  # Orbax tells a page per checkpoint, and several per error that reaches us
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   workdir = outputs.workdir(WORKDIR.value or f"runs/{name}")
   profile = profiling.parse(PROFILE.value) if PROFILE.value else range(0)

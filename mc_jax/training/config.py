@@ -34,6 +34,7 @@ class TrainConfig:
   microbatches: int = 1  # gradients are accumulated over this many parts of a batch
   seed: int = 0  # of the parameters' starting values and of the sample
   max_skipped: int = 5  # updates in a row, skipped as their loss or gradient is not finite, that end the run
+  hang_minutes: float = 30.0  # without a step, evaluation or checkpoint that ends, which end the process; 0: never
   log_every: int = 10  # steps between two reports
   eval_every: int = 100  # steps between two evaluations; the last step is always evaluated
   checkpoint_every: int = 200  # steps between two checkpoints; the last step always leaves one
@@ -49,6 +50,7 @@ class TrainConfig:
       "steps": 1,
       "microbatches": 1,
       "max_skipped": 1,
+      "hang_minutes": 0,
       "log_every": 1,
       "eval_every": 1,
       "checkpoint_every": 1,

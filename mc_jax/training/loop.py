@@ -24,6 +24,7 @@ from mc_jax.training.outputs import Outputs, outputs
 from mc_jax.training.profiling import Trace
 from mc_jax.training.progress import Progress, duration
 from mc_jax.training.step import loss_sum, lower
+from mc_jax.training.watchdog import Watchdog, telling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +149,7 @@ def _steps(
     metrics.MetricsLog(run.files.folder, first - 1) as log,
     Progress(first - 1, train.steps, run.data.unit, run.data.units_per_token) as progress,
     Trace(profile, run.files.folder) as trace,
+    Watchdog(train.hang_minutes) as watchdog,
   ):
     faulty = Faulty(run.config, run.workdir, metrics.read(run.files.folder))
     meter.restart()
@@ -158,6 +160,7 @@ def _steps(
       current, values = update(current, batch)
       trace.after(step, values)
       meter.add(step, values)
+      watchdog.finished()
       last = interrupt.stops_after(step) or step == train.steps
       # Who is told to stop has seconds left for the checkpoint.
       evaluates = step == train.steps or (step % train.eval_every == 0 and not last)
@@ -165,13 +168,16 @@ def _steps(
       if not (evaluates or due or step % train.log_every == 0):
         continue
       records, evaluated = meter.collect(), None
+      watchdog.finished()
       try:
         faulty.look(records, current)
       except metrics.Diverged:
         log.write(records)
         raise
       if evaluates:
-        records[-1] |= run.evaluate(current)
+        with telling("evaluating"):
+          records[-1] |= run.evaluate(current)
+        watchdog.finished()
         result = evaluated = records[-1][f"validation_bits_per_{run.data.unit}"]
       log.write(records)
       progress.report(records[-1])
@@ -208,7 +214,8 @@ def _compile(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Compil
   """The training step, compiled for the batches of `config`, and a meter that knows their size."""
   begin = time.monotonic()
   print("compiling the training step ...", flush=True)
-  update = lower(config, mesh).compile()
+  with telling("compiling the training step"):
+    update = lower(config, mesh).compile()
   print(f"compiled in {duration(time.monotonic() - begin)}", flush=True)
   useful = None
   shapes = windows.shapes(config.data, mesh)

@@ -1,6 +1,7 @@
 """A disk that is full, or fills up, leaves the last good checkpoint, and says so."""
 
 import collections
+import dataclasses
 import shutil
 import subprocess
 
@@ -12,6 +13,7 @@ from mc_jax.data import datasets
 from mc_jax.training import digests, loop, state
 from mc_jax.training.checkpointing import Checkpoints
 
+ONE = jax.devices()[:1]
 Usage = collections.namedtuple("Usage", "total used free")
 
 
@@ -43,6 +45,19 @@ def _newest(workdir):
     return checkpoints.latest()
 
 
+def test_a_file_that_cannot_be_written_leaves_the_one_before(forks, tiny, tmp_path):
+  """The operating system refuses files of more than 100 kB, as a full disk does in the middle of one."""
+  large = tiny(mixer="transformer", steps=6, d_model=32, mlp_dim=64)
+  short = dataclasses.replace(large, train=dataclasses.replace(large.train, steps=3))
+  loop.train(short, tmp_path, devices=ONE)
+  forks.start(large, tmp_path, largest_file=100_000)
+  status, printed = forks.finish()
+  assert status == 1
+  assert f"a checkpoint could not be written to {tmp_path / 'checkpoints'}; the newest is that of step 3. " in printed
+  assert "File too large" in printed
+  assert _newest(epath.Path(tmp_path)) == 3
+
+
 def test_a_disk_that_fills_up_leaves_the_one_before(small_disk, config, alone):
   workdir = epath.Path(small_disk)
   with pytest.raises(OSError, match=r"the newest is that of step 3"), Checkpoints(workdir, keep=2) as checkpoints:
@@ -60,7 +75,7 @@ def test_room_is_looked_for_before_a_checkpoint_is_written(tmp_path, config, mon
   room = iter([2**40, 2**40, 1000])  # at the start, for step 3, for step 6
   monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 0, next(room)))
   with pytest.raises(OSError, match=r"room for 0\.0 MiB, and a checkpoint takes 0\.\d MiB; the newest .* step 3"):
-    loop.train(config, tmp_path, devices=jax.devices()[:1])
+    loop.train(config, tmp_path, devices=ONE)
   assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
   assert digests.problems(epath.Path(tmp_path / "checkpoints" / "3")) == []
 
@@ -68,4 +83,4 @@ def test_room_is_looked_for_before_a_checkpoint_is_written(tmp_path, config, mon
 def test_a_run_without_room_for_a_checkpoint_does_not_start(tmp_path, config, monkeypatch):
   monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 0, 0))
   with pytest.raises(OSError, match=r"; there is none yet"):
-    loop.train(config, tmp_path, devices=jax.devices()[:1])
+    loop.train(config, tmp_path, devices=ONE)

@@ -1,0 +1,60 @@
+"""Runs in processes that can be killed."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+class Forks:
+  """Talks to forks.py, a run at a time."""
+
+  def __init__(self, folder):
+    program = [sys.executable, str(pathlib.Path(__file__).parent / "forks.py")]
+    self._server = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    self._folder, self._logs = folder, 0
+
+  def start(self, config, workdir, **job):
+    """Starts a run; see forks.py for what it may be told."""
+    self._logs += 1
+    self.log = self._folder / f"{self._logs}.log"
+    self.log.touch()
+    job |= {"config": dataclasses.asdict(config), "workdir": str(workdir), "log": str(self.log)}
+    print(json.dumps(job | {"cache": str(ROOT / ".jax_cache")}), file=self._server.stdin, flush=True)
+    self._process = int(self._server.stdout.readline())
+
+  def wait_for(self, line, times=1):
+    """Returns when the run has printed a line so many times; False: it has ended before."""
+    deadline = time.monotonic() + 120
+    while self.log.read_text().count(f"{line}\n") < times:
+      assert time.monotonic() < deadline, self.log.read_text()
+      if not os.path.exists(f"/proc/{self._process}"):
+        return False
+      time.sleep(0.001)
+    return True
+
+  def kill(self, number=signal.SIGKILL):
+    os.kill(self._process, number)
+
+  def finish(self):
+    """(exit status, what was printed)."""
+    return int(self._server.stdout.readline()), self.log.read_text()
+
+  def close(self):
+    self._server.stdin.close()
+    self._server.wait()
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+  forks = Forks(tmp_path_factory.mktemp("logs"))
+  yield forks
+  forks.close()
