@@ -1,6 +1,6 @@
 """Memory Caching as pure functions over arrays and pytrees (arXiv:2602.24281)."""
 
-from mc_jax.memory import documents, gates, networks, rules, segments
+from mc_jax.memory import decode, documents, gates, networks, rules, segments
 from mc_jax.memory.aggregate import NAMES as AGGREGATIONS
 from mc_jax.memory.arguments import CARRIES, IMPLEMENTATIONS
 from mc_jax.memory.caching import memory_caching
@@ -15,6 +15,7 @@ __all__ = [
   "IMPLEMENTATIONS",
   "POOLS",
   "RULES",
+  "decode",
   "documents",
   "gates",
   "memory_caching",
