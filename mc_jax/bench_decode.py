@@ -1,12 +1,13 @@
-"""Decoding's speed and bytes at contexts up to 256k: steps of one model under several ways to read its cache.
+r"""Decoding's speed and bytes at contexts up to 256k: steps of one model under several ways to read its cache.
 
   python -m mc_jax.bench_decode --config=configs/quickstart.py --contexts=4096,65536 --models=none,ssc,grm,transformer
 
 Nothing is prefilled: the cache holds noise and its position is set (mc_jax/inference/speed.py). In every round each
 model takes its last steps at each context, so that what else the machine does falls on all of them alike; the fastest
-round counts. `grows` is the share of a step that it would not take at that model's shortest context.
+loop counts. `grows` is the share of a step that it would not take at that model's shortest context.
 
-  python -m mc_jax.bench_decode --config=configs/titans_1b.py --config.mesh.fsdp=4 --topology=v5p:2x2x1 --batch=4
+  python -m mc_jax.bench_decode --topology=v5e:2x2 --config=configs/titans_1b.py --config.mesh.fsdp=1 \
+    --config.mesh.model=4 --contexts=4096,65536
 
 does not run anything: it compiles one step for chips of a TPU topology, on a machine that need not have one, and prints
 what the step moves and how long the compiler thinks it takes (mc_jax/parallel/hlo_cost.py).
@@ -49,8 +50,9 @@ _CACHE_DTYPE = flags.DEFINE_string(
   "cache_dtype", None, "Of cached states: float32, bfloat16, int8; default: the model's."
 )
 _LIMIT = flags.DEFINE_float("limit_gib", None, "Leave out what would need a larger cache.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Of which the fastest counts.", lower_bound=1)
-_SECONDS = flags.DEFINE_float("seconds", 0.5, "About how long a timed loop takes.", lower_bound=0.0)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Times that each model comes to each context.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 4, "Loops that are timed in a round.", lower_bound=1)
+_SECONDS = flags.DEFINE_float("seconds", 0.1, "About how long a loop takes; of two steps at least.", lower_bound=0.0)
 _BETWEEN = flags.DEFINE_list("between", ["4096", "65536"], "Two contexts between which growth is told.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Compile for this TPU (v5e:2x2, v5p:2x2x1, ...) instead of timing.")
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
@@ -109,17 +111,18 @@ def _measure(runs: dict[str, config.Config], contexts: Sequence[int], devices: S
       continue
     print(f"compiling {name} at {context:,}", file=sys.stderr, flush=True)
     compiled = steps[name, context] = speed.compile_steps(decoder, _BATCH.value)
-    few = min(2, context // 2)
-    count = int(_SECONDS.value / compiled.seconds(few))
+    count = int(_SECONDS.value / min(compiled.seconds(2)))
+    most = min((context - speed.WARM) // _REPEATS.value, speed.LONGEST)
     rows[name, context] = {
       **_row(name, runs[name], context, compiled.slot_bytes, compiled.other_bytes, compiled.temporary_bytes),
-      "steps": max(few, min(count, context // 2, speed.LONGEST)),
+      "steps": min(max(2, count), most),
       "milliseconds_of_rounds": [],
     }
   for i in range(_ROUNDS.value):
     print(f"round {i + 1} of {_ROUNDS.value}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
     for key, row in rows.items():
-      row["milliseconds_of_rounds"].append(1e3 * steps[key].seconds(row["steps"]))
+      fastest = min(steps[key].seconds(row["steps"], _REPEATS.value))
+      row["milliseconds_of_rounds"].append(round(1e3 * fastest, 4))
   for row in rows.values():
     row["milliseconds"] = min(row["milliseconds_of_rounds"])
   return _with_rates(list(rows.values()))

@@ -19,7 +19,7 @@ from mc_jax.models import Cache
 from mc_jax.models import cache as cache_lib
 
 LONGEST = 256  # steps of a timed loop, at most
-_WARM = 2  # steps before it
+WARM = 2  # steps before the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +52,23 @@ class Steps:
 
   @property
   def temporary_bytes(self) -> int:
-    """What the loop allocates beside the cache: below the cache's bytes, or else it is not written in place."""
-    return self.loop.memory_analysis().temp_size_in_bytes
+    """What the loop allocates beside its arguments: were the cache not written in place, at least the cache's bytes."""
+    memory = self.loop.memory_analysis()
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
-  def seconds(self, count: int) -> float:
-    """Seconds of one step, timed over `count` of them: the last of the context."""
+  def seconds(self, count: int, repeats: int = 1) -> list[float]:
+    """Seconds of one step, timed `repeats` times over `count` of them; the last ends the context."""
     decoder = self.decoder
     shape = LONGEST, self.batch
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, decoder.config.vocab_size, shape, np.int32))
-    cache = self.fill(decoder.params, jnp.int32(decoder.cache.tokens - count - _WARM))
-    cache, _ = jax.block_until_ready(self.loop(decoder.params, cache, tokens, jnp.int32(_WARM)))
-    begin = time.perf_counter()
-    jax.block_until_ready(self.loop(decoder.params, cache, tokens, jnp.int32(count)))
-    return (time.perf_counter() - begin) / count
+    cache = self.fill(decoder.params, jnp.int32(decoder.cache.tokens - count * repeats - WARM))
+    cache, _ = jax.block_until_ready(self.loop(decoder.params, cache, tokens, jnp.int32(WARM)))
+    found = []
+    for _ in range(repeats):
+      begin = time.perf_counter()
+      cache, _ = jax.block_until_ready(self.loop(decoder.params, cache, tokens, jnp.int32(count)))
+      found.append((time.perf_counter() - begin) / count)
+    return found
 
 
 def cache_bytes(decoder: Decoder, batch: int) -> int:

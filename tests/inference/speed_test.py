@@ -1,0 +1,154 @@
+"""Timed steps: they run in place, on caches as long as they should be; the bytes are those that the planner counts."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mc_jax.data import DataConfig
+from mc_jax.inference import Decoder, speed
+from mc_jax.models import CacheConfig, MemoryConfig, ModelConfig
+from mc_jax.models.cache import nbytes
+from mc_jax.training import planning, state
+from mc_jax.training.config import Config
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+MODELS = ("none", "ssc", "grm", "transformer")
+
+
+def config_of(length, *, batch=1, **options):
+  memory = MemoryConfig(**({"chunk": 8, "segment_length": 16} | options.pop("memory", {})))
+  model = ModelConfig(**({"layers": 4, "d_model": 32, "heads": 2, "mlp_dim": 16} | options), memory=memory)
+  return Config(model=model, data=DataConfig(length=length, batch_size=batch))
+
+
+def named(length, name):
+  if name == "transformer":
+    return config_of(length, mixer=name)
+  return config_of(length, memory={"aggregation": name})
+
+
+def abstract_decoder(config, mesh, **cache):
+  cache = CacheConfig(config.data.length, **cache)
+  return Decoder(config.model, state.graph(config), state.abstract(config, mesh).params, cache, mesh)
+
+
+def slots_of(decoder, batch=1):
+  def init(params):
+    return nnx.merge(decoder.graph, params).init_cache(decoder.cache, batch)
+
+  return jax.eval_shape(init, decoder.params).layers.slots
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+  "memory",
+  [
+    {"rule": "titans", "aggregation": "grm"},
+    {"rule": "dla", "aggregation": "soup", "depth": 3, "expansion": 2},
+    {"rule": "swla", "aggregation": "residual", "segment_length": 24},
+    {"rule": "linear", "aggregation": "ssc"},
+    {"rule": "titans", "aggregation": "none", "after_training": "moving_average"},
+    {"rule": "linear", "aggregation": "none"},
+  ],
+  ids=str,
+)
+def test_cached_memories_are_what_the_planner_counts(memory, dtype, alone):
+  config = config_of(200, memory=memory, dtype=dtype)
+  planned = planning.cache_bytes(config)
+  slots = slots_of(abstract_decoder(config, alone))
+  assert nbytes(slots["memories"]) == planned["sequence"]
+  assert nbytes(slots["summaries"]) == planned["summaries"]
+  assert nbytes(slots_of(abstract_decoder(config, alone), batch=3)) == 3 * (planned["sequence"] + planned["summaries"])
+  if memory["rule"] == "linear" and planned["sequence"]:  # 13 segments, 2 heads, 16 x 16 numbers, 4 layers
+    assert planned["sequence"] == 13 * 2 * 16 * 16 * 4 * jnp.dtype(dtype).itemsize
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_keys_and_values_are_what_the_planner_counts(dtype, alone):
+  config = config_of(200, dtype=dtype)
+  transformer = dataclasses.replace(config, model=dataclasses.replace(config.model, mixer="transformer"))
+  size = nbytes(slots_of(abstract_decoder(transformer, alone)))
+  assert size == planning.cache_bytes(transformer)["kv_cache"] == planning.cache_bytes(config)["kv_cache"]
+  assert size == 2 * 4 * 200 * 32 * jnp.dtype(dtype).itemsize
+
+
+def test_a_smaller_dtype_of_the_cache_is_smaller(alone):
+  config = config_of(200)
+  sequence = planning.cache_bytes(config)["sequence"]
+  half = slots_of(abstract_decoder(config, alone, dtype="bfloat16"))["memories"]
+  quarter = slots_of(abstract_decoder(config, alone, dtype="int8"))["memories"]
+  assert nbytes(half) == sequence / 2
+  scales = 13 * 4 * 2 * 2 * 4  # segments, layers, heads, matrices of a memory, bytes
+  assert nbytes(quarter) == sequence / 4 + scales
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_steps_are_in_place_and_end_the_context(name, alone):
+  config = named(4096, name)
+  decoder = dataclasses.replace(abstract_decoder(config, alone), params=state.create(config, alone).params)
+  steps = speed.compile_steps(decoder, 2)
+  planned = planning.cache_bytes(config)
+  slots = planned["kv_cache"] if name == "transformer" else planned["sequence"] + planned["summaries"]
+  assert steps.slot_bytes == 2 * slots
+  assert steps.slot_bytes + steps.other_bytes == speed.cache_bytes(decoder, 2)
+  if name != "none":
+    assert steps.temporary_bytes < steps.slot_bytes / 2
+
+  tokens = jnp.zeros((speed.LONGEST, 2), jnp.int32)
+  cache = steps.fill(decoder.params, jnp.int32(4090))
+  slot = jax.tree.leaves(cache.layers.slots)[0] if name != "none" else np.arange(2)
+  assert len(np.unique(slot)) > 0.9 * slot.size
+  cache, likeliest = steps.loop(decoder.params, cache, tokens, jnp.int32(6))
+  np.testing.assert_array_equal(cache.position, 4096)
+  positions = [x for x in jax.tree.leaves(cache.layers.own) if jnp.issubdtype(x.dtype, jnp.integer)]
+  assert positions
+  for position in positions:
+    np.testing.assert_array_equal(position, 4096)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(cache))
+  assert likeliest.shape == (2,)
+  assert all(seconds > 0 for seconds in steps.seconds(2, 2))
+
+
+def door(*arguments):
+  command = [sys.executable, "-m", "mc_jax.bench_decode", f"--config={ROOT / 'configs/quickstart.py'}", *arguments]
+  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_the_door_measures(tmp_path):
+  small = ("--config.model.d_model=16", "--config.model.memory.segment_length=16", "--config.model.memory.chunk=8")
+  files = (f"--json={tmp_path / 'decode.json'}", f"--plot={tmp_path / 'decode.png'}")
+  flags = ("--contexts=64,512,32", "--models=transformer,ssc", "--between=32,64", "--rounds=2", "--limit_gib=0.0001")
+  result = door(*small, *files, *flags)
+  assert result.returncode == 0, result.stderr
+  record = json.loads((tmp_path / "decode.json").read_text())
+  assert [(row["model"], row["context"]) for row in record["rows"]] == [
+    *(("transformer", 32), ("transformer", 64)),
+    *(("ssc", 32), ("ssc", 64)),
+  ]
+  assert result.stdout.count("left out at 512") == 2
+  for row in record["rows"]:
+    assert row["slot_bytes"] == row["planned_bytes"] > 0
+    assert row["milliseconds"] == min(row["milliseconds_of_rounds"]) == pytest.approx(1e3 / row["tokens_per_second"])
+    assert len(row["milliseconds_of_rounds"]) == 2
+  slow, fast = record["rows"][1]["milliseconds"], record["rows"][0]["milliseconds"]
+  assert record["growth"]["transformer"] == pytest.approx(slow / fast)
+  assert (tmp_path / "decode.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+  ("flag", "words"), [("--models=ssc,lstm", "lstm must be of none"), ("--contexts=1k", "--contexts=1k must be whole")]
+)
+def test_what_is_mistyped_is_one_line(flag, words):
+  result = door(flag)
+  assert result.returncode == 2
+  assert words in result.stderr
+  assert "Traceback" not in result.stderr
