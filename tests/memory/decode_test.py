@@ -110,3 +110,94 @@ def test_states_in_host_memory_are_those_on_the_device(cache_dtype, carry):
 def test_only_what_selects_may_lie_in_host_memory():
   with pytest.raises(ValueError, match="memory='host' needs aggregation='ssc'"):
     options_of("linear", "grm", "checkpoint", memory="host")
+
+
+VARIANTS = [
+  ("grm", {"gate": "sigmoid", "gate_scale": 3.0}),
+  ("soup", {"gate": "token"}),
+  ("grm", {"gate": "token"}),
+  ("soup", {"gate": "uniform"}),
+  ("grm", {"gate": "constant"}),
+  ("ssc", {"pool": "sum", "top_k": 1}),
+  ("ssc", {"gate": "token", "top_k": 3}),
+  ("ssc", {"top_k": 99}),
+]
+
+
+@pytest.mark.parametrize(("aggregation", "changes"), VARIANTS, ids=str)
+def test_gates_and_pools(float64, aggregation, changes):
+  ages = 5 if changes.get("gate") == "token" else None
+  check(options_of("dla", aggregation, "checkpoint", **changes), 1e-9, np.float64, ages)
+
+
+@pytest.mark.parametrize("aggregation", ["grm", "soup", "ssc"])
+def test_a_full_cache_forgets_the_oldest(float64, aggregation):
+  """Segments that start from M_0: what two slots hold is what a sequence of the last two segments would."""
+  kept = options_of("titans", aggregation, "independent", capacity=2)
+  x = samples.inputs(kept.rule, batch=1)
+  found, _ = samples.numpy(samples.jit(functools.partial(continued, kept)))(rows_alike(x, 2), np.array([3, 20]))
+  run = samples.numpy(samples.jit(functools.partial(forward, kept)))
+  for segment in range(5):
+    first, last = max(segment - 2, 0) * samples.SEGMENT, min((segment + 1) * samples.SEGMENT, samples.LENGTH)
+    expected = run(samples.map_tokens(lambda a, first=first, last=last: a[:, first:last], x))
+    tokens = last - segment * samples.SEGMENT
+    np.testing.assert_allclose(found[0, last - tokens : last], expected[0, -tokens:], rtol=1e-9, atol=1e-9)
+  # A prompt that fills the cache more than once leaves the same states, wherever they lie.
+  np.testing.assert_allclose(found[1, 20:], found[0, 20:], rtol=1e-9, atol=1e-9)
+
+
+def test_bfloat16_tokens_are_cached_as_they_are_multiplied():
+  options = options_of("titans", "grm", "checkpoint")
+  x = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), samples.inputs(options.rule, batch=1))
+  expected = samples.jit(functools.partial(forward, options))(x)
+  run = samples.jit(functools.partial(continued, options))
+  found, cache = run(jax.tree.map(jnp.asarray, rows_alike(x, 3)), np.array([2, 11, 25]))
+  assert {leaf.dtype for leaf in jax.tree.leaves(cache.memories)} == {jnp.dtype("bfloat16")}
+  assert {leaf.dtype for leaf in jax.tree.leaves(cache.state.memory)} == {jnp.dtype("float32")}
+  scale = np.abs(np.asarray(expected, np.float32)).max()
+  np.testing.assert_allclose(
+    *(np.asarray(y, np.float32) for y in (found, np.repeat(expected, 3, 0))), atol=0.04 * scale
+  )
+
+
+def test_rows_that_are_not_active_stay_as_they_are():
+  options = options_of("swla", "ssc", "checkpoint")
+  x = samples.inputs(options.rule, batch=2)
+  x = jax.tree.map(lambda a: a.astype(np.float32), x)
+  prompt = samples.map_tokens(lambda a: a[:, :6], x)  # at a segment's end: an active row caches its state
+  _, before = samples.jit(lambda p: decode.prefill(options, *p[:6]))(prompt)
+  before = before._replace(memories=jax.tree.map(jnp.zeros_like, before.memories))  # nobody looks into them yet
+  token = samples.map_tokens(lambda a: a[:, 6:7], x)
+  step = samples.jit(lambda t, cache, active: decode.step(options, *t[:6], cache, active=active))
+  _, after = step(token, before, np.array([False, True]))
+  for name in ("position", "state", "chunk_start", "keys"):
+    old, new = (jax.tree.leaves(getattr(cache, name)) for cache in (before, after))
+    for a, b in zip(old, new, strict=True):
+      np.testing.assert_array_equal(a[0], b[0])
+      assert not np.array_equal(a[1], b[1])
+  for a, b in zip(jax.tree.leaves(before.memories), jax.tree.leaves(after.memories), strict=True):
+    np.testing.assert_array_equal(a[:, 0], b[:, 0])
+    assert not np.array_equal(a[0, 1], b[0, 1])
+  np.testing.assert_array_equal(decode.count(options, after.position), [0, 1])
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"aggregation": "mean"}, "aggregation must be one of"),
+    ({"segment_length": 0}, "segment_length must be at least 1, got 0"),
+    ({"capacity": 0}, "capacity must be at least 1, got 0"),
+    ({"cache_dtype": "int4"}, "cache_dtype must be one of None, float32, bfloat16, int8; got 'int4'"),
+  ],
+)
+def test_options_that_cannot_be_are_named(changes, message):
+  options = {"aggregation": "grm", "carry": "checkpoint"} | changes
+  with pytest.raises(ValueError, match=message):
+    options_of("linear", **options)
+
+
+def test_a_cache_that_is_too_small_is_refused_before():
+  decode.require_room(6, 2, 18)
+  with pytest.raises(decode.CacheFull, match="19 tokens in segments of 6 need a capacity of 3 segments, got 2"):
+    decode.require_room(6, 2, 19)
+  assert [decode.capacity_for(6, tokens) for tokens in (1, 6, 7, 18, 19)] == [1, 1, 2, 3, 4]
