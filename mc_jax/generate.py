@@ -16,6 +16,7 @@ from etils import epath
 from mc_jax.data import ConfigError, tokenizers
 from mc_jax.data.config import TEXTS
 from mc_jax.inference import Decoder, Request, generation, prompts, text
+from mc_jax.memory import decode
 from mc_jax.models import CacheConfig
 from mc_jax.models.cache import FULL
 from mc_jax.training import commandline, outputs, report, state, trained
@@ -39,6 +40,7 @@ FULL_CACHE = flags.DEFINE_enum("full", "error", FULL, "what happens when more st
 CACHE_DTYPE = flags.DEFINE_string(
   "cache_dtype", None, "of cached states: float32, bfloat16, int8; default: the model's"
 )
+CACHE_MEMORY = flags.DEFINE_enum("cache_memory", "device", decode.MEMORIES, "where cached states lie; host: for ssc")
 SAVE = flags.DEFINE_string("save_prompt", None, "folder to save the prompt's cache in")
 LOAD = flags.DEFINE_string("load_prompt", None, "folder of a saved prompt, which --prompt goes on from")
 
@@ -115,12 +117,12 @@ def _prompt(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
 def _cache(prompt: int) -> CacheConfig:
   """What the flags say of the cache, or what a saved prompt has."""
   if LOAD.value:
-    given = [flag.name for flag in (CONTEXT, CAPACITY, FULL_CACHE, CACHE_DTYPE) if flag.present]
+    given = [flag.name for flag in (CONTEXT, CAPACITY, FULL_CACHE, CACHE_DTYPE, CACHE_MEMORY) if flag.present]
     if given:
       raise ConfigError(f"--{given[0]} cannot be changed with --load_prompt: it is as it was saved")
     return prompts.cache_config(LOAD.value)
   tokens = prompt + MAX_TOKENS.value if CONTEXT.value is None else CONTEXT.value
-  return CacheConfig(tokens, CAPACITY.value, FULL_CACHE.value, CACHE_DTYPE.value)
+  return CacheConfig(tokens, CAPACITY.value, FULL_CACHE.value, CACHE_DTYPE.value, CACHE_MEMORY.value)
 
 
 if __name__ == "__main__":
