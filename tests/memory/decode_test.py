@@ -83,9 +83,13 @@ def test_every_split_point_equals_the_forward_pass(float64, rule, aggregation, c
   check(options_of(rule, aggregation, carry), 1e-9, np.float64)
 
 
-@pytest.mark.parametrize("rule", memory.RULES)
-def test_every_split_point_in_float32(rule):
-  check(options_of(rule, "grm", "checkpoint"), 1e-4, np.float32)
+@pytest.mark.parametrize(
+  ("rule", "aggregation", "carry"),
+  [(rule, "grm", "checkpoint") for rule in memory.RULES]
+  + [("titans", aggregation, "independent") for aggregation in memory.AGGREGATIONS],
+)
+def test_every_split_point_in_float32(rule, aggregation, carry):
+  check(options_of(rule, aggregation, carry), 1e-4, np.float32)
 
 
 @pytest.mark.parametrize("cache_dtype", [None, "bfloat16", "int8"])
