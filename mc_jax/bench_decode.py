@@ -4,16 +4,18 @@ r"""Decoding's speed and bytes at contexts up to 256k: steps of one model under 
 
 Nothing is prefilled: the cache holds noise and its position is set (mc_jax/inference/speed.py). In every round each
 model takes its last steps at each context, so that what else the machine does falls on all of them alike; the fastest
-loop counts. `grows` is the share of a step that it would not take at that model's shortest context.
+loop counts. `grows` is the share of a step that it would not take at that model's shortest context. Parameters are held
+in the computation's dtype: float32 ones would be converted whole for every step that is not in a loop.
 
-  python -m mc_jax.bench_decode --topology=v5e:2x2 --config=configs/titans_1b.py --config.mesh.fsdp=1 \
-    --config.mesh.model=4 --contexts=4096,65536
+  python -m mc_jax.bench_decode --topology=v5p:2x2x1 --config=configs/titans_1b.py --config.mesh.data=4 \
+    --config.mesh.fsdp=1 --batch=4 --contexts=4096,65536
 
 does not run anything: it compiles one step for chips of a TPU topology, on a machine that need not have one, and prints
 what the step moves and how long the compiler thinks it takes (mc_jax/parallel/hlo_cost.py).
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -103,7 +105,8 @@ def _measure(runs: dict[str, config.Config], contexts: Sequence[int], devices: S
   made = {}
   for name, run in runs.items():
     mesh = run.make_mesh(devices)
-    made[name] = run.model, state.graph(run), state.create(run, mesh).params, mesh
+    params = jax.tree.map(lambda x, dtype=run.model.dtype: x.astype(dtype), state.create(run, mesh).params)
+    made[name] = run.model, state.graph(run), params, mesh
   steps, rows = {}, {}
   for context, (name, (model, graph, params, mesh)) in itertools.product(contexts, made.items()):
     decoder = Decoder(model, graph, params, _cache(context), mesh)
@@ -133,7 +136,8 @@ def _estimate(runs: dict[str, config.Config], contexts: Sequence[int], devices: 
   rows = []
   for context, (name, run) in itertools.product(contexts, runs.items()):
     mesh = run.make_mesh(devices)
-    decoder = Decoder(run.model, state.graph(run), state.abstract(run, mesh).params, _cache(context), mesh)
+    params = jax.tree.map(functools.partial(_held_in, run.model.dtype), state.abstract(run, mesh).params)
+    decoder = Decoder(run.model, state.graph(run), params, _cache(context), mesh)
     print(f"compiling {name} at {context:,}", file=sys.stderr, flush=True)
     try:
       compiled, cache = speed.compile_step(decoder, _BATCH.value)
@@ -151,6 +155,10 @@ def _estimate(runs: dict[str, config.Config], contexts: Sequence[int], devices: 
     figures |= {"sent_bytes": sum(cost.collective_bytes.values()), "hbm_capacity": chips.of(devices).hbm_bytes}
     rows.append(figures | {"milliseconds": 1e3 * cost.time.step})
   return _with_rates(rows)
+
+
+def _held_in(dtype: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
 
 
 def _cache(context: int) -> CacheConfig:
