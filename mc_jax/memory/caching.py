@@ -50,16 +50,36 @@ class Whole(NamedTuple):
     return local
 
 
+class Reads(NamedTuple):
+  """Which caches tokens read.
+
+  Attributes:
+    visible: to a token, [b or 1, 1, length, n] bool.
+    online, cached: gamma of the online memory [b, h, length] and of the caches [b, h, length, n], under ssc of the k
+      selected ones.
+    index: under ssc the selected ones, [b, h, length, k] int32; else None.
+    kept: under ssc which of these are visible at all; else None.
+  """
+
+  visible: jax.Array
+  online: jax.Array
+  cached: jax.Array
+  index: jax.Array | None = None
+  kept: jax.Array | None = None
+
+
 class Cached(NamedTuple):
-  """What the write pass leaves behind, for decoding to go on from.
+  """What the passes leave behind, for decoding to go on from and for people to look at.
 
   Attributes:
     states: at the end of every segment, leaves [segments, b, h, ...].
     summaries: of every segment, [segments, b, h, d]; None where nothing is scored by them.
+    reads: None where no cache is read.
   """
 
   states: online.State
   summaries: jax.Array | None
+  reads: Reads | None = None
 
 
 _XLA = Passes(passes.write, passes.read_caches, aggregate.read_selected)
@@ -252,7 +272,7 @@ def _memory_caching(
     # The network runs once, over weights that are a mixture: each layer writes the online memory for its own read of it
     # and makes one gated read over all memories. The mixture is never built.
     gamma_online, gamma = gating.weigh(gate, gate_scale, *scores, visible)
-
+    reads = Reads(visible, gamma_online, gamma)
     states = []
 
     def linear(name, x):
@@ -268,24 +288,28 @@ def _memory_caching(
     states = states[0]  # every layer wrote the same
   else:
     y, states, _ = write(tokens, read=functools.partial(_read_network, rule, dtype))
+    reads = None
     match aggregation:
       case "residual":
-        _, gamma = gating.weigh("constant", gate_scale, *scores, visible)
+        gamma_online, gamma = gating.weigh("constant", gate_scale, *scores, visible)
+        reads = Reads(visible, gamma_online, gamma)
         y += by.read_caches(aggregate.whole(rule.network), tokens.q, gamma, states.memory, lengths, segment)
       case "grm":
         gamma_online, gamma = gating.weigh(gate, gate_scale, *scores, visible)
+        reads = Reads(visible, gamma_online, gamma)
         y = gamma_online[..., None] * y
         y += by.read_caches(aggregate.whole(rule.network), tokens.q, gamma, states.memory, lengths, segment)
       case "ssc":
         index, kept_scores, kept = gating.select(scores[1], visible, top_k)
         gamma_online, gamma = gating.weigh(gate, gate_scale, scores[0], kept_scores, kept)
+        reads = Reads(visible, gamma_online, gamma, index, kept)
         y = gamma_online[..., None] * y
         if caches:
           y += by.read_selected(rule.network, tokens.q, index, gamma, states.memory)
   if tokens.documents is not None:
     y = jnp.where(tokens.documents.valid[..., None], y, 0.0)
   y = jnp.moveaxis(y, 1, 2).astype(dtype)
-  return (y, Cached(states, summaries)) if keep else y
+  return (y, Cached(states, summaries, reads)) if keep else y
 
 
 def _read_network(rule: Rule, dtype: jnp.dtype, memory: online.Online, x: jax.Array) -> jax.Array:

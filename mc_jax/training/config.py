@@ -36,6 +36,7 @@ class TrainConfig:
   max_skipped: int = 5  # updates in a row, skipped as their loss or gradient is not finite, that end the run
   hang_minutes: float = 30.0  # without a step, evaluation or checkpoint that ends, which end the process; 0: never
   log_every: int = 10  # steps between two reports
+  probe_every: int = 0  # steps between two looks into the memories (norms, gates, caches read); 0: none
   eval_every: int = 100  # steps between two evaluations; the last step is always evaluated
   checkpoint_every: int = 200  # steps between two checkpoints; the last step always leaves one
   keep_checkpoints: int = 2  # newest ones kept; the one before the newest is there for when that is damaged
@@ -52,6 +53,7 @@ class TrainConfig:
       "max_skipped": 1,
       "hang_minutes": 0,
       "log_every": 1,
+      "probe_every": 0,
       "eval_every": 1,
       "checkpoint_every": 1,
       "keep_checkpoints": 2,
@@ -90,7 +92,9 @@ class Config:
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
   def problems(self) -> list[str]:
-    """Every setting of the tree that cannot work, also between its parts."""
+    """Every setting of the tree that cannot work, also between its parts; first of all those of a wrong type."""
+    if found := _wrong_types(self):
+      return found
     data, model, train = self.data, self.model, self.train
     found = [
       *data.problems("data"),
@@ -106,6 +110,8 @@ class Config:
         f"train.microbatches={train.microbatches} does not divide "
         f"data.batch_size={data.batch_size}: use one of {_divisors(data.batch_size)}"
       )
+    if train.probe_every and model.mixer != "memory_caching":
+      found.append(f"train.probe_every={train.probe_every} needs model.mixer=memory_caching, got {model.mixer}")
     if model.mixer == "memory_caching":
       memory = model.memory
       if memory.gate == "token" and data.length > model.max_length:
@@ -299,6 +305,31 @@ def differences(old: Config, new: Config) -> dict[str, tuple]:
   """Fields that differ, as {"model.layers": (old value, new value)}."""
   olds, news = fields(old), fields(new)
   return {field: (olds[field], news[field]) for field in news if olds[field] != news[field]}
+
+
+def _wrong_types(config, prefix: str = "") -> list[str]:
+  """Fields of a dataclass, and of those in it, whose values are not what they are declared to be, one line each."""
+  found, types_of = [], typing.get_type_hints(type(config))
+  for field in dataclasses.fields(config):
+    name, value, kind = f"{prefix}{field.name}", getattr(config, field.name), types_of[field.name]
+    if dataclasses.is_dataclass(kind) and isinstance(value, kind):
+      found += _wrong_types(value, f"{name}.")
+    elif typing.get_origin(kind) is dict and isinstance(value, dict):
+      for key, part in value.items():
+        found += _wrong_types(part, f"{name}.{key}.")
+    elif not _fits(value, kind):
+      plain = isinstance(kind, type) and not typing.get_args(kind)
+      found.append(f"{name} must be {kind.__name__ if plain else kind}, got {value!r}")
+  return found
+
+
+def _fits(value, kind) -> bool:
+  if typing.get_origin(kind) is tuple:  # tuple[kind, ...]
+    return isinstance(value, tuple) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
+  kinds = typing.get_args(kind) or (kind,)
+  if isinstance(value, bool):  # which Python takes for a number
+    return bool in kinds
+  return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
 
 
 def _divisors(value: int) -> str:

@@ -15,7 +15,7 @@ from etils import epath
 from mc_jax.data import ConfigError, datasets, loader, windows
 from mc_jax.evaluation import scoring
 from mc_jax.training import config as config_lib
-from mc_jax.training import distributed, flops, metrics, report, sampling, state
+from mc_jax.training import distributed, flops, metrics, report, sampling, stability, state
 from mc_jax.training.checkpointing import Checkpoints, changed
 from mc_jax.training.config import Config
 from mc_jax.training.faulty import Faulty
@@ -151,6 +151,7 @@ def _steps(
     Trace(profile, run.files.folder) as trace,
     Watchdog(train.hang_minutes) as watchdog,
   ):
+    probe = stability.probe(run.config, run.mesh) if train.probe_every else None
     faulty = Faulty(run.config, run.workdir, metrics.read(run.files.folder))
     meter.restart()
     for step in range(first, train.steps + 1):
@@ -159,6 +160,8 @@ def _steps(
       faulty.keep(step, batch, range(begin, run.batches.position))
       current, values = update(current, batch)
       trace.after(step, values)
+      if probe and step % train.probe_every == 0:
+        values |= probe(current.params, batch)
       meter.add(step, values)
       watchdog.finished()
       last = interrupt.stops_after(step) or step == train.steps

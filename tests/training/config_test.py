@@ -46,6 +46,13 @@ def test_all_problems_are_told_at_once(tiny):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
+    ({"layers": 2.0}, "model.layers must be int, got 2.0"),
+    ({"layers": True}, "model.layers must be int, got True"),
+    ({"learning_rate": "fast"}, "optimizer.learning_rate must be float, got 'fast'"),
+    ({"keep_checkpoints": 1}, "train.keep_checkpoints must be at least 2, got 1"),
+    ({"keep_every": 4}, "train.keep_every must be a multiple of train.checkpoint_every=3, got 4"),
+    ({"keep_best": 1, "eval_every": 2}, "train.checkpoint_every must be a multiple of train.eval_every=2 with"),
+    ({"hang_minutes": -1}, "train.hang_minutes must be at least 0"),
     ({"vocab_size": 100}, "model.vocab_size=100 must be at least 256"),
     ({"microbatches": 3}, "train.microbatches=3 does not divide data.batch_size=4: use one of 1, 2, 4"),
     ({"microbatches": 0}, "train.microbatches must be at least 1"),
@@ -73,6 +80,20 @@ def test_parts_that_do_not_go_together(tiny, memory, fields, names):
   (problem,) = tiny(memory=options, **fields).problems()
   assert all(name in problem for name in names)
   assert tiny(memory=options, mixer="transformer", **fields).problems() == []
+
+
+def test_types_within_lists_optional_fields_and_named_sources_are_looked_at(tiny):
+  tree = dataclasses.asdict(tiny(learning_rate=1))  # a whole number is a number
+  assert config.from_dict(tree).problems() == []
+  tree["data"]["mqar"]["pairs"] = [4, "8"]
+  tree["data"]["sources"] = {"books": {"weight": "much"}}
+  tree["model"]["memory"]["max_step"] = "small"
+  found = config.from_dict(tree).problems()
+  assert found == [
+    "data.mqar.pairs must be tuple[int, ...], got (4, '8')",
+    "data.sources.books.weight must be float, got 'much'",
+    "model.memory.max_step must be float | None, got 'small'",
+  ]
 
 
 def test_differences_name_fields_by_their_path(tiny):

@@ -1,0 +1,110 @@
+"""How the memories are inside, while a model trains: their norms, their gates, and which caches nobody reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mc_jax import memory
+from mc_jax.memory import caching
+from mc_jax.memory.networks import Weights
+from mc_jax.models import language_model
+from mc_jax.parallel import axes
+from mc_jax.training import state
+from mc_jax.training.config import Config
+from mc_jax.training.step import Batch
+
+
+def probe(config: Config, mesh: jax.sharding.Mesh) -> Callable[[dict, Batch], dict[str, jax.Array]]:
+  """(params, batch) -> float32 scalars of the batch's first rows, one for each device that holds other rows.
+
+  * memory_norm, memory_norm_max: Frobenius norm of the online memories at the ends of segments, all matrices of a
+    memory together; the mean and the largest of all layers, heads, rows and segments. momentum_norm, momentum_norm_max:
+    the same, of rules with a momentum.
+  * gate_entropy: of how a token shares its attention between its online memory and caches, in nats; the mean over the
+    tokens that have a cache to read. Gates that do not sum to 1 are scaled to.
+  * caches_never_selected: under ssc the share of caches that tokens of their row could have read, and none did.
+
+  The layers are run as in training, twice (once to be looked at), by XLA.
+  """
+  graph = state.graph(config)
+  rows = mesh.shape["data"] * mesh.shape["fsdp"]
+
+  def look(params: dict, batch: Batch) -> dict[str, jax.Array]:
+    model = nnx.merge(graph, params)
+    batch = {name: axes.constrain(x[:rows], axes.TOKENS) for name, x in batch.items()}
+    document = None
+    if (segment_ids := batch.get("segment_ids")) is not None:
+      document = language_model.number_documents(segment_ids)
+    blocks, layers = nnx.split(model.blocks)
+
+    def block(x, layer):
+      block = nnx.merge(blocks, layer)
+      return block(x, document), _of_layer(block.mixer, block.mixer_norm(x), document)
+
+    _, found = jax.lax.scan(block, model.embed(batch["tokens"]), layers)
+    return {name: values.max() if name.endswith("_max") else values.mean() for name, values in found.items()}
+
+  jitted = jax.jit(look, out_shardings=axes.sharding(mesh, ()))
+
+  def run(params: dict, batch: Batch) -> dict[str, jax.Array]:
+    with jax.set_mesh(mesh):
+      return jitted(params, batch)
+
+  return run
+
+
+def _of_layer(mixer: nnx.Module, x: jax.Array, document: jax.Array | None) -> dict[str, jax.Array]:
+  """The scalars of one layer, whose mixer reads x [rows, length, d_model]."""
+  options, inputs = mixer.config.memory, mixer.project(x, document)
+  _, cached = caching.caching_of_part(
+    *inputs[:4],
+    inputs.gates,
+    mixer.initial_memory(),
+    None if document is None else memory.documents.index(document),
+    inputs.token_scores,
+    rule=mixer.rule,
+    aggregation=options.aggregation,
+    segmentation=options.build_segmentation(),
+    carry=options.carry,
+    top_k=options.top_k,
+    pool=options.pool,
+    gate=options.gate,
+    gate_scale=options.gate_scale,
+    segment_group=options.segment_group,
+    implementation="xla",
+    keep=True,
+  )
+  found = _norms("memory", cached.states.memory)
+  if cached.states.momentum is not None:
+    found |= _norms("momentum", cached.states.momentum)
+  if cached.reads is not None:
+    found["gate_entropy"] = _entropy(cached.reads)
+    if cached.reads.index is not None:
+      found["caches_never_selected"] = _never_selected(cached.reads)
+  return found
+
+
+def _norms(name: str, weights: Weights) -> dict[str, jax.Array]:
+  squares = sum(jnp.sum(jnp.square(w), axis=(-2, -1)) for w in weights.values())
+  norms = jnp.sqrt(squares)
+  return {f"{name}_norm": norms.mean(), f"{name}_norm_max": norms.max()}
+
+
+def _entropy(reads: caching.Reads) -> jax.Array:
+  gamma = jnp.concatenate([reads.online[..., None], reads.cached], axis=-1)
+  share = gamma / jnp.maximum(gamma.sum(-1, keepdims=True), jnp.finfo(gamma.dtype).tiny)
+  entropy = jax.scipy.special.entr(share).sum(-1)
+  reads_any = jnp.broadcast_to(reads.visible.any(-1), entropy.shape)
+  return jnp.sum(entropy * reads_any) / jnp.maximum(reads_any.sum(), 1)
+
+
+def _never_selected(reads: caching.Reads) -> jax.Array:
+  caches = jnp.arange(reads.visible.shape[-1])
+  chosen = (reads.index[..., None] == caches) & reads.kept[..., None]  # [b, h, length, k, n]
+  selected = chosen.any(axis=(-3, -2))
+  offered = jnp.broadcast_to(reads.visible.any(axis=-2), selected.shape)
+  return (offered & ~selected).sum() / jnp.maximum(offered.sum(), 1)
