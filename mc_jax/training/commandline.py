@@ -57,3 +57,11 @@ def parse(holder: flags.FlagHolder, argv: list[str]) -> list[str]:
   if len(rest) > 1:
     raise ConfigError(f"not a flag: {' '.join(rest[1:])}; write --config.train.steps=100")
   return rest
+
+
+def numbers(flag: flags.FlagHolder) -> tuple[int, ...]:
+  """The whole numbers of a list, or ConfigError."""
+  try:
+    return tuple(int(text) for text in flag.value)
+  except ValueError as error:
+    raise ConfigError(f"--{flag.name} must be numbers separated by commas, got {','.join(flag.value)}") from error

@@ -1,0 +1,274 @@
+"""Runs the cells of a grid, each in processes of its own: trained, then evaluated, gone on with after a kill.
+
+A cell's folder, WORKDIR/cells/NAME, is the workdir of its run, with two files besides: cell.json, what it is, and
+log.txt, what its processes said.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TextIO
+
+import tqdm
+from etils import epath
+
+from mc_jax.data import ConfigError
+from mc_jax.training import checkpointing, digests, metrics
+from mc_jax.training import config as config_lib
+from mc_jax.training.grid import Cell
+from mc_jax.training.progress import duration
+
+FOLDER = "cells"
+FACTS = "cell.json"
+LOG = "log.txt"
+EVALUATION = "ablation"  # the name of a cell's evaluation
+
+_POLL = 0.5  # seconds between two looks at the processes
+_TAIL = 15  # lines of a crashed cell's log that are shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A cell and what is to be made of it.
+
+  Attributes:
+    cell: of the grid.
+    folder: of the cell.
+    evaluation: arguments of mc_jax.evaluate but --workdir and --name; empty: it is trained only.
+  """
+
+  cell: Cell
+  folder: pathlib.Path
+  evaluation: tuple[str, ...]
+
+  @property
+  def step(self) -> int:
+    """The last one that was logged; a run that goes on from its checkpoint repeats some."""
+    return min(_last_step(self.folder), self.cell.config.train.steps)
+
+  @property
+  def trained(self) -> bool:
+    """Whether the checkpoint of the last step is there."""
+    step = str(self.cell.config.train.steps)
+    return digests.complete(epath.Path(self.folder) / checkpointing.FOLDER / step)
+
+  def commands(self) -> list[list[str]]:
+    """What is left to do, as arguments of Python; [] if nothing is."""
+    workdir = f"--workdir={self.folder}"
+    training = ["-m", "mc_jax.train", *self.cell.arguments, workdir]
+    evaluation = ["-m", "mc_jax.evaluate", workdir, *self.evaluation, f"--name={EVALUATION}"]
+    if not self.trained:
+      return [training, evaluation] if self.evaluation else [training]
+    return [evaluation] if self.evaluation and not self._evaluated() else []
+
+  def _evaluated(self) -> bool:
+    """Whether the last step was evaluated in this way."""
+    record = evaluation(self.folder)
+    wanted = {*self.evaluation, f"--name={EVALUATION}"}
+    return record.get("step") == self.cell.config.train.steps and wanted <= set(record["command"].split())
+
+  def require_same(self) -> None:
+    """Raises ConfigError if the folder holds a run of another configuration; train.* and mesh.* may change."""
+    if (self.folder / FACTS).exists():
+      facts = json.loads((self.folder / FACTS).read_text(encoding="utf-8"))
+      changed = config_lib.differences(config_lib.from_dict(facts["config"]), self.cell.config)
+      if lines := [
+        f"  {field} was {then!r} and is now {now!r}"
+        for field, (then, now) in changed.items()
+        if not field.startswith(("train.", "mesh."))
+      ]:
+        raise ConfigError("\n".join([f"{self.folder} holds another run:", *lines, "Use another --workdir"]))
+
+
+def evaluation(folder: pathlib.Path) -> dict:
+  """What mc_jax.evaluate wrote of a cell, {} if it has not."""
+  try:
+    return json.loads((folder / "evaluation" / f"{EVALUATION}.json").read_text(encoding="utf-8"))
+  except (FileNotFoundError, ValueError):  # ValueError: a kill cut it short
+    return {}
+
+
+def collect(workdir: pathlib.Path) -> list[dict]:
+  """What came out of each finished cell below `workdir`, of this grid or another: what evaluation/ablation.py takes."""
+  found = []
+  for path in sorted((workdir / FOLDER).glob(f"*/{FACTS}")):
+    facts, records = json.loads(path.read_text(encoding="utf-8")), metrics.read(path.parent)
+    steps = facts.pop("config")["train"]["steps"]
+    if records and records[-1]["step"] >= steps:
+      last = {name: value for name, value in records[-1].items() if name.startswith("validation_bits")}
+      speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
+      results = evaluation(path.parent).get("results", [])
+      found.append(facts | last | {"tokens_per_second": statistics.median(speeds), "steps": steps, "results": results})
+  return sorted(found, key=lambda facts: (facts["seed"], facts["number"]))
+
+
+def run(jobs: Sequence[Job], workdir: pathlib.Path, processes: int) -> tuple[list[str], int | None]:
+  """Runs the jobs, so many at a time.
+
+  A signal is handed on: runs leave a checkpoint, and no other cell begins. A second one ends them at once.
+
+  Returns:
+    Names of the cells that crashed, and the number of the signal that ended it all or None.
+  """
+  # Runs that differ in their seeds are one program. What a machine compiled may not suit another.
+  environment = {"JAX_COMPILATION_CACHE_DIR": str((workdir / "compiled" / platform.node()).absolute()), **os.environ}
+  waiting, running, crashed, ended = collections.deque(jobs), [], [], 0
+  begin = time.monotonic()
+  first = sum(job.step for job in jobs)
+  total = sum(job.cell.config.train.steps for job in jobs)
+  with (
+    _noted() as signals,
+    tqdm.tqdm(total=total, initial=first, unit="step", smoothing=0, dynamic_ncols=True, disable=None) as bar,
+  ):
+    while running or (waiting and not signals):
+      while waiting and len(running) < processes and not signals:
+        job = waiting.popleft()
+        if process := _start(job, environment):
+          running.append(process)
+        else:
+          ended += 1
+          bar.write(f"[{ended}/{len(jobs)}] {job.cell.name}: another process runs or ran it")
+      time.sleep(_POLL)
+      for process in running:
+        process.tell(len(signals))
+      steps = sum(job.step for job in jobs)
+      bar.n = max(bar.n, steps)
+      bar.refresh()
+      for process in [process for process in running if process.ended(signals)]:
+        running.remove(process)
+        ended += 1
+        name, took = process.job.cell.name, duration(time.monotonic() - process.begin)
+        if not process.popen.returncode:
+          left = (time.monotonic() - begin) / max(steps - first, 1) * (total - steps)
+          rest = f", about {duration(left)} left" if running or waiting else ""
+          bar.write(f"[{ended}/{len(jobs)}] {name}: done in {took}{rest}")
+        elif signals:
+          bar.write(f"[{ended}/{len(jobs)}] {name}: stopped at step {process.job.step:,}")
+        else:
+          crashed.append(name)
+          bar.write(f"[{ended}/{len(jobs)}] {name}: crashed after {took}\n{process.tail()}")
+      sys.stdout.flush()
+  return crashed, signals[0] if signals else None
+
+
+class _Process:
+  """A job's commands, one after the other, under a lock on its folder."""
+
+  def __init__(self, job: Job, commands: list[list[str]], environment: dict[str, str], lock: TextIO):
+    self.job, self.begin = job, time.monotonic()
+    self._commands, self._environment, self._lock = commands, environment, lock
+    self._told = 0
+    self._log = (job.folder / LOG).open("a", encoding="utf-8")
+    self._next()
+
+  def ended(self, signals: Sequence[int]) -> bool:
+    """Whether its last command has, or one that failed; begins the next one otherwise."""
+    code = self.popen.poll()
+    if code is None:
+      return False
+    if code == 0 and self._commands and not signals:
+      self._next()
+      return False
+    self._log.close()
+    self._lock.close()
+    return True
+
+  def tell(self, signals: int) -> None:
+    """Asks it to stop after the first signal, makes it after the second."""
+    if signals > self._told:
+      self._told = signals
+      self.popen.send_signal(signal.SIGTERM if signals == 1 else signal.SIGKILL)
+
+  def tail(self) -> str:
+    """The last lines of its log."""
+    lines = (self.job.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join([f"  the end of {self.job.folder / LOG}:", *(f"  | {line}" for line in lines[-_TAIL:])])
+
+  def _next(self) -> None:
+    command = [sys.executable, *self._commands.pop(0)]
+    self._log.write(f"$ {shlex.join(['python', *command[1:]])}\n")
+    self._log.flush()
+    self.popen = subprocess.Popen(
+      command,
+      stdin=subprocess.DEVNULL,
+      stdout=self._log,
+      stderr=subprocess.STDOUT,
+      env=self._environment,
+      start_new_session=True,  # Ctrl-C reaches it once, from here
+      pass_fds=[self._lock.fileno()],  # the lock is held as long as the run lives, whatever ends this process
+    )
+
+
+def _start(job: Job, environment: dict[str, str]) -> _Process | None:
+  """The running job, or None if another process runs it or has."""
+  job.folder.mkdir(parents=True, exist_ok=True)
+  lock = (job.folder / ".lock").open("w")
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    lock.close()
+    return None
+  if not (commands := job.commands()):
+    lock.close()
+    return None
+  if not job.trained:
+    cell = job.cell
+    facts = {"number": cell.number, "name": cell.name, "values": cell.values, "seed": cell.seed}
+    facts |= {"command": shlex.join(["python", "-m", "mc_jax.train", *cell.arguments]), **_machine()}
+    text = json.dumps(facts | {"config": dataclasses.asdict(cell.config)}, indent=1)
+    temporary = job.folder / f".{FACTS}.tmp"
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(job.folder / FACTS)
+  return _Process(job, commands, environment, lock)
+
+
+def _machine() -> dict[str, str | int | None]:
+  """Where a cell runs, and what of this library."""
+  here = pathlib.Path(__file__).parent
+  git = subprocess.run(["git", "describe", "--always"], cwd=here, capture_output=True, text=True, check=False)
+  versions = {name: importlib.metadata.version(name) for name in ("jax", "mc_jax")}
+  return {"machine": platform.machine(), "cores": os.cpu_count(), **versions, "commit": git.stdout.strip() or None}
+
+
+def _last_step(folder: pathlib.Path) -> int:
+  """The last step in a run's metrics, 0 if there is none; only the file's end is read."""
+  try:
+    with (folder / metrics.JSONL).open("rb") as file:
+      file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+      lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"}\n")]
+    return int(json.loads(lines[-1])["step"])
+  except (OSError, IndexError, ValueError):
+    return 0
+
+
+@contextlib.contextmanager
+def _noted() -> Iterator[list[int]]:
+  """Within it, SIGINT and SIGTERM are noted in the list that it gives, instead of obeyed."""
+  signals: list[int] = []
+
+  def note(number: int, _) -> None:
+    signals.append(number)
+    if len(signals) == 1:
+      print("\nstopping, with checkpoints; again to stop at once", file=sys.stderr, flush=True)
+
+  previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    yield signals
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
