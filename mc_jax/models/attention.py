@@ -65,12 +65,15 @@ class Attention(nnx.Module):
     self, x: jax.Array, cache: LayerCache, active: jax.Array | None, config: CacheConfig
   ) -> tuple[jax.Array, LayerCache]:
     """A call on the next token x [batch, 1, d_model] of the sequences that are active [batch] (None: all are)."""
-    position, rows = cache.own, jnp.arange(len(x))
+    position, rows = cache.own, jnp.arange(len(x))[:, None]
     turn = position[:, None]
     new = {"key": rotate(self.key(x), turn, self.rope_theta), "value": self.value(x)}
     place = position if active is None else jnp.where(active, position, config.tokens)
+    # Head by head: a scatter of all heads at once would have XLA:TPU copy the whole cache into another layout.
+    heads = jnp.arange(self.key.kernel.shape[1])
     slots = {
-      name: slot.at[cache.first, rows, :, place].set(new[name][:, 0], mode="drop") for name, slot in cache.slots.items()
+      name: slot.at[cache.first, rows, heads, place[:, None]].set(new[name][:, 0], mode="drop")
+      for name, slot in cache.slots.items()
     }
     key, value = (jax.lax.dynamic_index_in_dim(slots[name], cache.first, keepdims=False) for name in ("key", "value"))
     query = rotate(self.query(x), turn, self.rope_theta)[:, 0] * self.key.kernel.shape[-1] ** -0.5

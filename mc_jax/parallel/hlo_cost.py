@@ -259,7 +259,7 @@ class _Program:
     for i, (array, update) in enumerate(zip(op.arrays, updates, strict=True)):
       handed_on = sources and (sources[i] == "parameter" or re.match(_COLLECTIVES, sources[i]))
       if array.in_hbm and not handed_on:
-        written = fused.instructions[update.operands[1]].arrays[0] if update else array
+        written = fused.instructions[update.operands[_UPDATES[update.opcode]]].arrays[0] if update else array
         total += written._replace(bits=array.bits).bytes
     return total
 
@@ -318,8 +318,12 @@ class _Program:
     return total
 
 
+# Operations that make their first operand's array anew, and which operand is what is new in it.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+
+
 def _updates(fused: hlo.Computation) -> list[hlo.Instruction | None]:
-  """For every result of a fusion, the dynamic-update-slice that makes it in place."""
+  """For every result of a fusion, the update that makes it in place."""
   root = fused.instructions[fused.root]
   if root.opcode == "tuple":
     return [_updated(fused, fused.instructions[name]) for name in root.operands]
@@ -327,15 +331,17 @@ def _updates(fused: hlo.Computation) -> list[hlo.Instruction | None]:
 
 
 def _updated(fused: hlo.Computation, result: hlo.Instruction) -> hlo.Instruction | None:
-  """The dynamic-update-slice of a parameter that a fusion's result is, made in place; None if it is none."""
+  """The update of a parameter that a fusion's result is, made in place; None if it is none."""
 
-  def behind(op, opcode):
+  def behind(op):
     while op.opcode == "bitcast":
       op = fused.instructions[op.operands[0]]
-    return op if op.opcode == opcode else None
+    return op
 
-  update = behind(result, "dynamic-update-slice")
-  return update if update and behind(fused.instructions[update.operands[0]], "parameter") else None
+  update = behind(result)
+  if update.opcode in _UPDATES and behind(fused.instructions[update.operands[0]]).opcode == "parameter":
+    return update
+  return None
 
 
 def _product_flops(op: hlo.Instruction, a: hlo.Array, b: hlo.Array) -> int:

@@ -143,6 +143,14 @@ def test_an_update_in_place_is_charged_the_update():
   assert cost(f, stack, ("float32",)).hbm_bytes < 5 * size  # 64 whole stacks, if it were not
 
 
+def test_a_scatter_in_place_is_charged_what_is_new():
+  def f(stack, new, at):
+    return jax.lax.fori_loop(0, 64, lambda j, s: s.at[j, at].set(new * s[0, 0, 0], mode="drop"), stack)
+
+  stack = ("float32", 64, WIDTH, 512)  # 256 MiB: not in VMEM
+  assert cost(f, stack, ("float32", 8, 512), ("int32", 8)).hbm_bytes < 5 * 4 * 64 * WIDTH * 512
+
+
 def test_a_reduction_to_a_pair():
   x = ("float32", 64, WIDTH, 512)
   assert cost(lambda x: jnp.argmax(x, -1), x).hbm_bytes == pytest.approx(4 * 64 * WIDTH * (512 + 1), rel=0.01)
