@@ -154,8 +154,9 @@ def run(jobs: Sequence[Job], workdir: pathlib.Path, processes: int) -> tuple[lis
         ended += 1
         name, took = process.job.cell.name, duration(time.monotonic() - process.begin)
         if not process.popen.returncode:
+          more = steps > first and (running or waiting)
           left = (time.monotonic() - begin) / max(steps - first, 1) * (total - steps)
-          rest = f", about {duration(left)} left" if running or waiting else ""
+          rest = f", about {duration(left)} left" if more else ""
           bar.write(f"[{ended}/{len(jobs)}] {name}: done in {took}{rest}")
         elif signals:
           bar.write(f"[{ended}/{len(jobs)}] {name}: stopped at step {process.job.step:,}")

@@ -55,8 +55,7 @@ def cells(arguments: Sequence[str], axes: Sequence[str], seeds: int = 1) -> list
     both = {"train.seed": seed, "data.seed": seed - base.train.seed + base.data.seed}
     line = [*arguments, *(f"--config.{field}={value}" for field, value in (own | both).items())]
     short = {short_name(field): value for field, value in own.items()}
-    name = ",".join(f"{field}={value}" for field, value in (short | {"seed": seed}).items())
-    name = re.sub(r"[^\w.=,+-]+", "-", name)
+    name = ",".join(f"{field}={_fit(str(value))}" for field, value in (short | {"seed": seed}).items())
     try:
       config = read(line).check()
       found.append(Cell(number, name, short, seed, tuple(line), config))
@@ -116,6 +115,11 @@ def _grid(axes: Sequence[str], arguments: Sequence[str]) -> dict[str, list[str]]
       raise ConfigError(f"--grid={axis}: a value is given twice")
     grid[field] = values
   return grid
+
+
+def _fit(value: str) -> str:
+  """A value as a part of a folder's name: (2, 4) as 2+4."""
+  return re.sub(r"[^\w.+-]+", "-", re.sub(r"[()\[\]'\" ]", "", value).replace(",", "+").rstrip("+"))
 
 
 def _others(cells: list[str]) -> str:

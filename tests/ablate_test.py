@@ -1,0 +1,82 @@
+"""The door: `python -m mc_jax.ablate` as its user meets it."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = {
+  "data.mqar.pairs": "(2,)",
+  "data.length": 8,
+  "data.batch_size": 2,
+  "data.validation_tokens": 16,
+  "model.layers": 1,
+  "model.d_model": 8,
+  "model.mlp_dim": 8,
+  "model.memory.aggregation": "none",
+  "train.steps": 2,
+}
+
+
+def _ablate(*flags):
+  base = ["--config=configs/mqar.py", *(f"--config.{field}={value}" for field, value in TINY.items())]
+  cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+  command = [sys.executable, "-m", "mc_jax.ablate", *([] if "--report" in flags else base), *flags]
+  return subprocess.run(command, cwd=ROOT, env=os.environ | cache, capture_output=True, text=True, check=False)
+
+
+def test_cells_are_trained_evaluated_reported_and_not_run_again(tmp_path):
+  # 256 ids do not fit into a model of 128: what the trainer finds once it has the data
+  flags = ["--grid=model.memory.rule=linear", "--grid=model.vocab_size=128,256", f"--workdir={tmp_path}"]
+  flags += ["--tasks=mqar", "--pairs=1,2", "--rows=4", "--processes=2"]
+  done = _ablate(*flags)
+  assert done.returncode == 1, done.stderr
+  assert "rule=linear,model.vocab_size=128,seed=0: crashed" in done.stdout
+  assert "| error: model.vocab_size=128 must be at least 256" in done.stdout
+  assert "1 of 2 cells crashed: rule=linear,model.vocab_size=128,seed=0" in done.stdout
+  (cell,) = json.loads((tmp_path / "report" / "ablation.json").read_text())["cells"]
+  assert cell["values"] == {"rule": "linear", "model.vocab_size": "256"}
+  assert [result["settings"]["pairs"] for result in cell["results"]] == [1, 2]
+  assert "linear" in (tmp_path / "report" / "table.txt").read_text()
+  assert (tmp_path / "report" / "mqar.png").exists()
+
+  folder = tmp_path / "cells" / cell["name"]
+  finished = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+  listed = _ablate(*flags, "--dry_run").stdout
+  assert f"1  {cell['name']}: finished" in listed
+  assert listed.count("python -m mc_jax.train") == listed.count("python -m mc_jax.evaluate") == 1
+  done = _ablate(*flags, "--cell=1")
+  assert done.returncode == 0, done.stderr
+  assert finished == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+  for path in (tmp_path / "report").iterdir():
+    if path.suffix != ".json":
+      path.unlink()
+  folder.rename(tmp_path / "elsewhere")
+  assert _ablate("--report", f"--workdir={tmp_path}").returncode == 0
+  assert (tmp_path / "report" / "mqar.png").exists()
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (
+      ["--grid=model.memory.rul=linear"],
+      "there is no --config.model.memory.rul; the nearest field is model.memory.rule",
+    ),
+    (["--grid=model.memory.rule=linear", "--tasks=mqarr"], "--tasks must be one or more of"),
+    (["--grid=model.memory.rule=linear", "--config.model.heads", "4"], "--config.FIELD=VALUE, each one argument"),
+    (["--grid=model.memory.rule=linear,swla", "--cell=2"], "--cell must be one of 0 to 1, got 2"),
+  ],
+  ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_mistakes_end_with_a_clean_message(tmp_path, flags, message):
+  done = _ablate(f"--workdir={tmp_path}", *flags)
+  assert done.returncode == 2
+  assert message in done.stderr
+  assert "Traceback" not in done.stderr
+  assert not list(tmp_path.iterdir())

@@ -1,0 +1,95 @@
+"""The report of a grid: numbers that can be worked out by hand, files that redraw themselves."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+
+from mc_jax.evaluation import ablation, report
+from mc_jax.evaluation.subject import Result
+
+
+def _cell(rule, aggregation, seed, accuracies, speed=100.0):
+  curve = tuple({"from": n, "to": 2 * n, "tokens": 5, "loss": 1 / n + seed} for n in (16, 32, 64))
+  values = {"loss": 1.0, "perplexity": math.e, "bits_per_byte": 2.0 + seed, "tokens": 9}
+  results = [Result("perplexity", {"length": 64, "source": "text"}, values, curve)]
+  for pairs, accuracy in accuracies.items():
+    values = {"accuracy": accuracy, "stderr": 0.5, "loss": 1 - accuracy, "rows": 8}
+    results.append(Result("mqar", {"length": 64, "pairs": pairs}, values))
+  own = {"rule": rule, "aggregation": aggregation} if rule else {"mixer": aggregation}
+  name = f"{rule},{aggregation},{seed}"
+  facts = {"name": name, "values": own, "seed": seed, "number": 0, "steps": 10, "tokens_per_second": speed}
+  return facts | {"results": report.to_json(results)}
+
+
+CELLS = [
+  _cell("linear", "none", 0, {2: 0.5, 4: 0.25}, 100.0),
+  _cell("linear", "grm", 0, {2: 1.0, 4: 0.75}),
+  _cell("swla", "none", 0, {2: 0.5, 4: 0.5}),
+  _cell("linear", "none", 1, {2: 0.7, 4: 0.25}, 300.0),
+  _cell("linear", "none", 2, {2: 0.9, 4: 0.25}, 200.0),
+  _cell(None, "transformer", 0, {2: 1.0, 4: 1.0}),
+]
+
+
+def test_means_and_standard_errors_are_over_seeds():
+  rows = list(csv.DictReader(ablation.to_csv(CELLS).splitlines()))
+  (row,) = (r for r in rows if (r["rule"], r["aggregation"], r["task"], r["pairs"]) == ("linear", "none", "mqar", "2"))
+  assert row["seeds"] == "3"
+  numbers = [0.5, 0.7, 0.9]
+  assert float(row["accuracy"]) == pytest.approx(np.mean(numbers))
+  assert float(row["accuracy_stderr"]) == pytest.approx(np.std(numbers, ddof=1) / np.sqrt(3))
+  (row,) = (r for r in rows if (r["rule"], r["aggregation"], r["task"]) == ("linear", "none", "training"))
+  assert float(row["tokens_per_second"]) == pytest.approx(200)
+  (row,) = (r for r in rows if (r["rule"], r["aggregation"], r["task"], r["pairs"]) == ("linear", "grm", "mqar", "4"))
+  assert float(row["accuracy"]) == 0.75
+  assert row["accuracy_stderr"] == ""  # of one seed there is none
+
+
+def test_the_table_has_a_line_for_each_combination():
+  lines = [" ".join(line.split()) for line in ablation.table(CELLS).splitlines()]
+  assert "linear none 3 10 200 ± 58" in lines
+  assert "linear none 3 0.700 ± 0.115 0.250 ± 0.000" in lines
+  assert "linear grm 1 1.000 0.750" in lines
+  assert "transformer 1 1.000 1.000" in lines
+  assert "linear none 3 3.000 ± 0.577" in lines  # bits per byte
+  assert "rule aggregation mixer seeds pairs 2 pairs 4" in lines
+
+
+def test_curves_are_means_by_position():
+  group = ablation.groups(CELLS)[0]
+  points = group.curve((("length", 64), ("source", "text")))
+  assert [place for place, _ in points] == pytest.approx([n * math.sqrt(2) for n in (16, 32, 64)])
+  assert [mean.mean for _, mean in points] == pytest.approx([1 / n + 1 for n in (16, 32, 64)])
+
+
+def test_the_files_are_redrawn_from_the_json_alone(tmp_path):
+  names = ablation.write(tmp_path / "a", CELLS)
+  assert names == [
+    "ablation.json",
+    "table.txt",
+    "table.csv",
+    "position.png",
+    "mqar.png",
+    "tokens_per_second.png",
+  ]
+  (tmp_path / "b").mkdir()
+  (tmp_path / "b" / "ablation.json").write_text((tmp_path / "a" / "ablation.json").read_text())
+  assert ablation.write(tmp_path / "b", ablation.read(tmp_path / "b")) == names
+  for name in names:
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+  assert json.loads((tmp_path / "a" / "ablation.json").read_text())["cells"] == json.loads(json.dumps(CELLS))
+
+
+def test_without_tasks_there_are_the_speeds():
+  cells = [cell | {"results": [], "values": {}} for cell in CELLS]
+  assert "tokens per second" in ablation.table(cells)
+
+
+def test_a_task_without_accuracy_is_judged_by_its_first_value():
+  cells = [
+    cell | {"results": report.to_json([Result("x", {"length": 8}, {"f1": 0.5, "f1_stderr": 0.1})])} for cell in CELLS
+  ]
+  assert "x: f1, mean ± standard error over seeds" in ablation.table(cells)

@@ -1,0 +1,122 @@
+"""Cells in processes: so many at a time, crashes and signals told, no cell twice at once. What runs stands in for
+training."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from mc_jax.data import ConfigError
+from mc_jax.training import cells
+from mc_jax.training.grid import Cell
+
+
+@dataclasses.dataclass(frozen=True)
+class Script(cells.Job):
+  """A job that runs Python code, until it has left a file `done`."""
+
+  codes: tuple[str, ...] = ()
+
+  def commands(self):
+    done = f"open({str(self.folder / 'done')!r}, 'w').write('')"
+    return [] if (self.folder / "done").exists() else [["-c", code] for code in (*self.codes, done)]
+
+
+@pytest.fixture
+def script(tiny, tmp_path):
+  def make(name, *codes):
+    return Script(Cell(0, name, {"name": name}, 0, (), tiny()), tmp_path / "cells" / name, (), codes)
+
+  return make
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch):
+  monkeypatch.setattr(cells, "_POLL", 0.02)
+
+
+def test_a_crashed_cell_is_told_and_does_not_stop_the_rest(script, tmp_path, capsys):
+  jobs = [script("bad", "print('so far'); 1 / 0", "print('never')"), script("good", "print('fine')")]
+  assert cells.run(jobs, tmp_path, 1) == (["bad"], None)
+  assert not jobs[0].commands() == jobs[1].commands() == []
+  told = capsys.readouterr().out
+  assert "bad: crashed" in told
+  assert "| ZeroDivisionError" in told
+  assert "good: done" in told
+  log = (jobs[0].folder / cells.LOG).read_text()
+  assert "so far" in log
+  assert "\nnever" not in log
+  assert json.loads((jobs[1].folder / cells.FACTS).read_text())["values"] == {"name": "good"}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_so_many_run_at_a_time(script, tmp_path, processes):
+  code = f"import time; f = open({str(tmp_path / 'times')!r}, 'a'); print(1, time.time(), file=f); f.flush(); "
+  code += "time.sleep(0.4); print(-1, time.time(), file=f)"
+  assert cells.run([script(str(n), code) for n in range(4)], tmp_path, processes) == ([], None)
+  events = sorted((line.split() for line in (tmp_path / "times").read_text().splitlines()), key=lambda e: e[1])
+  at_once = [sum(int(change) for change, _ in events[: n + 1]) for n in range(len(events))]
+  assert len(events) == 8
+  assert max(at_once) == processes
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_handed_on_and_no_other_cell_begins(script, tmp_path, number):
+  folder = tmp_path / "cells" / "first"
+  code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('asked to stop'), sys.exit(143))); "
+  code += f"open({str(folder / 'ready')!r}, 'w'); time.sleep(60)"
+
+  def send():
+    while not (folder / "ready").exists():
+      time.sleep(0.02)
+    os.kill(os.getpid(), number)
+
+  threading.Thread(target=send).start()
+  begin = time.monotonic()
+  jobs = [script("first", code), script("second", "")]
+  assert cells.run(jobs, tmp_path, 1) == ([], number)
+  assert time.monotonic() - begin < 30
+  assert "asked to stop" in (folder / cells.LOG).read_text()
+  assert not jobs[1].folder.exists()
+  assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+
+
+def test_a_cell_that_another_process_runs_is_left_to_it(script, tmp_path, capsys):
+  job = script("taken", "")
+  job.folder.mkdir(parents=True)
+  with (job.folder / ".lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert cells.run([job], tmp_path, 1) == ([], None)
+    assert "another process runs or ran it" in capsys.readouterr().out
+    assert job.commands()
+  assert cells.run([job], tmp_path, 1) == ([], None)
+  assert not job.commands()
+
+
+def test_the_lock_outlives_who_started_the_cell(script, tmp_path):
+  job = script("orphan", "import time; time.sleep(60)")
+  process = cells._start(job, dict(os.environ))
+  process._lock.close()  # as if this process had been killed
+  assert cells._start(job, dict(os.environ)) is None
+  process.popen.kill()
+  process.popen.wait()
+  process = cells._start(job, dict(os.environ))
+  assert process is not None
+  process.popen.kill()
+  process.popen.wait()
+
+
+def test_a_folder_of_another_configuration_is_refused(script, tmp_path, tiny):
+  job = script("cell")
+  cells.run([job], tmp_path, 1)
+  job.require_same()
+  longer = dataclasses.replace(job, cell=dataclasses.replace(job.cell, config=tiny(steps=9)))
+  longer.require_same()
+  other = dataclasses.replace(job, cell=dataclasses.replace(job.cell, config=tiny(length=32)))
+  with pytest.raises(ConfigError, match=r"data.length was 16 and is now 32"):
+    other.require_same()
