@@ -19,10 +19,15 @@ from mc_jax.training import commandline, config, outputs, state, trained
 
 CONFIG = commandline.define_overrides()
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run of mc_jax.train, or gs://BUCKET/FOLDER")
-TASKS = flags.DEFINE_list("tasks", None, f"one or more of {', '.join(tasks.TASKS)}")
+TASKS = flags.DEFINE_list(
+  "tasks", None, f"one or more of {', '.join(tasks.TASKS)}; {tasks.HARNESS}TASK for one of lm-evaluation-harness"
+)
 LENGTHS = flags.DEFINE_list("lengths", [], "of rows, in tokens; default: the run's")
 PAIRS = flags.DEFINE_list("pairs", [], "mqar: numbers of key-value pairs; default: data.mqar.pairs")
 ROWS = flags.DEFINE_integer("rows", 256, "rows of each setting of a recall task")
+LIMIT = flags.DEFINE_float("limit", None, "lm_eval: documents of each task, or below 1 their share; default: all")
+SHOTS = flags.DEFINE_integer("num_fewshot", None, "lm_eval: answered examples before each; default: the task's")
+INCLUDE = flags.DEFINE_string("include_path", None, "lm_eval: folder with tasks of your own")
 STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default: the newest")
 NAME = flags.DEFINE_string("name", None, "of the files in RUN/evaluation; default: tasks and fields that were changed")
 
@@ -32,8 +37,9 @@ def main(_: list[str]) -> None:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   begin = time.monotonic()
-  names = tasks.check(TASKS.value)
-  options = Options(_numbers(LENGTHS), _numbers(PAIRS), ROWS.value).check()
+  harness = LIMIT.value, SHOTS.value, INCLUDE.value
+  options = Options(commandline.numbers(LENGTHS), commandline.numbers(PAIRS), ROWS.value, *harness).check()
+  names = tasks.check(TASKS.value, options.include_path)
   workdir, changes = outputs.workdir(WORKDIR.value), commandline.overrides(CONFIG)
   model = trained.load(workdir, changes, step=STEP.value)
   _require_lengths(model.config, options.lengths, model.mesh.size)
@@ -64,13 +70,6 @@ def main(_: list[str]) -> None:
     plotted = report.plot(folder / f"{name}.png", {name: results})
   endings = "json, csv and png" if plotted else "json and csv"
   print(f"written to {workdir / 'evaluation' / name}: {endings}")
-
-
-def _numbers(flag: flags.FlagHolder) -> tuple[int, ...]:
-  try:
-    return tuple(int(text) for text in flag.value)
-  except ValueError as error:
-    raise ConfigError(f"--{flag.name} must be numbers separated by commas, got {','.join(flag.value)}") from error
 
 
 def _require_lengths(run: config.Config, lengths: tuple[int, ...], devices: int) -> None:

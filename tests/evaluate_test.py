@@ -60,7 +60,7 @@ def test_results_are_printed_and_written(run):
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
-    (["--tasks=perplexitty"], "--tasks must be one or more of perplexity, mqar, niah1, niah2, niah3; got perplexitty"),
+    (["--tasks=perplexitty"], "or lm_eval:TASK for one of lm-evaluation-harness; got perplexitty"),
     (["--tasks=perplexity", "--lengths=16,long"], "--lengths must be numbers separated by commas, got 16,long"),
     (["--tasks=perplexity", "--config.model.layers=2"], "--config.model.layers: 1 in the checkpoint, 2 asked for"),
   ],

@@ -1,6 +1,6 @@
 """Evaluation of models: what they make of a task's batches, in tables, files and plots."""
 
-from mc_jax.evaluation import perplexity, recall, report, scoring, tasks
+from mc_jax.evaluation import continuations, perplexity, recall, report, scoring, tasks
 from mc_jax.evaluation.subject import Options, Result, Subject
 
-__all__ = ["Options", "Result", "Subject", "perplexity", "recall", "report", "scoring", "tasks"]
+__all__ = ["Options", "Result", "Subject", "continuations", "perplexity", "recall", "report", "scoring", "tasks"]

@@ -62,8 +62,8 @@ def plot(path: pathlib.Path, series: Mapping[str, Sequence[Result]], baseline: s
   """Draws what has several lengths or numbers of pairs, {label: results}; False, and no file, where nothing has.
 
   Of perplexity there are two panels: by position in rows of the greatest length (of a single series: of every length),
-  and at each length. Of recall tasks, accuracy with its standard error. With the label of a `baseline`, everything is
-  drawn as the difference to it.
+  and at each length. Of other tasks, what they measure first, such as accuracy, with its standard error. With the label
+  of a `baseline`, everything is drawn as the difference to it.
   """
   panels = [_minus(panel, baseline) if baseline else panel for panel in _panels(series)]
   if not panels:
@@ -90,7 +90,7 @@ def _panels(series: Mapping[str, Sequence[Result]]) -> Iterator[Panel]:
   tasks = {label: _by_task(results) for label, results in series.items()}
   for task in dict.fromkeys(task for groups in tasks.values() for task in groups):
     results = {label: groups[task] for label, groups in tasks.items() if task in groups}
-    draw = _perplexity if task == "perplexity" else _recall
+    draw = _perplexity if task == "perplexity" else _measured
     yield from (panel for panel in draw(task, results) if any(len(points) > 1 for points in panel[3].values()))
 
 
@@ -124,17 +124,18 @@ def _perplexity(task: str, series: Mapping[str, Sequence[Result]]) -> Iterator[P
   yield "on average", "length of rows", "bits per byte", {name: sorted(points) for name, points in lengths.items()}
 
 
-def _recall(task: str, series: Mapping[str, Sequence[Result]]) -> Iterator[Panel]:
+def _measured(task: str, series: Mapping[str, Sequence[Result]]) -> Iterator[Panel]:
   every = [result for results in series.values() for result in results]
   x = "pairs" if len({result.settings.get("pairs") for result in every}) > 1 else "length"
   other = "length" if x == "pairs" else "pairs"
+  measure = next(iter(every[0].values))
   lines = {}
   for label, results in series.items():
     for result in results:
       name = _label(label, result, other, series, results)
-      point = (result.settings[x], result.values["accuracy"], result.values["stderr"])
-      lines.setdefault(name, []).append(point)
-  yield task, x, "accuracy", {name: sorted(points) for name, points in lines.items()}
+      error = result.values.get("stderr", result.values.get(f"{measure}_stderr"))
+      lines.setdefault(name, []).append((result.settings[x], result.values[measure], error))
+  yield task, x, measure, {name: sorted(points) for name, points in lines.items()}
 
 
 def _label(label: str, result: Result, setting: str, series: Mapping, results: Sequence[Result]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Sequence
 
 import jax
@@ -72,11 +73,17 @@ class Options:
     lengths: of rows, in tokens; empty: the run's.
     pairs: mqar: numbers of key-value pairs; empty: those of data.mqar.pairs.
     rows: of each setting of a recall task.
+    limit: tasks of lm-evaluation-harness: documents of each, or below 1 their share; None: all.
+    num_fewshot: the same: answered examples before each; None: as many as the task says.
+    include_path: folder with tasks of your own for the harness; None: there are none.
   """
 
   lengths: tuple[int, ...] = ()
   pairs: tuple[int, ...] = ()
   rows: int = 256
+  limit: float | None = None
+  num_fewshot: int | None = None
+  include_path: str | None = None
 
   def check(self) -> Options:
     """Returns self, or raises ConfigError."""
@@ -85,6 +92,12 @@ class Options:
         raise ConfigError(f"--{name} must be numbers of at least 1, got {', '.join(map(str, getattr(self, name)))}")
     if self.rows < 1:
       raise ConfigError(f"--rows must be at least 1, got {self.rows}")
+    if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and self.limit == int(self.limit))):
+      raise ConfigError(f"--limit must be a number of documents, or a share of them below 1, got {self.limit:g}")
+    if self.num_fewshot is not None and self.num_fewshot < 0:
+      raise ConfigError(f"--num_fewshot must be at least 0, got {self.num_fewshot}")
+    if self.include_path is not None and not pathlib.Path(self.include_path).is_dir():
+      raise ConfigError(f"--include_path must be a folder, got {self.include_path}")
     return self
 
 

@@ -1,8 +1,12 @@
-"""The tasks by name, and what runs them one after the other."""
+"""The tasks by name, and what runs them one after the other.
+
+lm_eval:NAME is the task NAME of lm-evaluation-harness, which is imported where one is asked for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 from mc_jax.data import ConfigError
 from mc_jax.evaluation import perplexity, recall
@@ -17,12 +21,19 @@ TASKS = {
 }
 
 
-def check(names: Sequence[str]) -> tuple[str, ...]:
-  """The names, each once, or ConfigError."""
-  unknown = [name for name in names if name not in TASKS]
+HARNESS = "lm_eval:"
+
+
+def check(names: Sequence[str], include_path: str | None = None) -> tuple[str, ...]:
+  """The names, each once, or ConfigError; `include_path` as of Options."""
+  unknown = [name for name in names if name not in TASKS and not name.startswith(HARNESS)]
   if unknown or not names:
     got = ", ".join(unknown) or "none"
-    raise ConfigError(f"--tasks must be one or more of {', '.join(TASKS)}; got {got}")
+    raise ConfigError(
+      f"--tasks must be one or more of {', '.join(TASKS)}, or {HARNESS}TASK for one of lm-evaluation-harness; got {got}"
+    )
+  if asked := [name.removeprefix(HARNESS) for name in names if name.startswith(HARNESS)]:
+    _harness().check(asked, include_path)
   return tuple(dict.fromkeys(names))
 
 
@@ -32,5 +43,20 @@ def run(names: Sequence[str], subject: Subject, options: Options) -> Iterator[Re
   Raises:
     ConfigError: an unknown task, or one that the subject or the options do not suit.
   """
-  for name in check(names):
-    yield from TASKS[name](subject, options.check())
+  for name in check(names, options.include_path):
+    if name in TASKS:
+      yield from TASKS[name](subject, options.check())
+    else:
+      yield from _harness().run(name.removeprefix(HARNESS), subject, options.check())
+
+
+def _harness() -> ModuleType:
+  try:
+    from mc_jax.evaluation import harness
+  except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "lm_eval":
+      raise
+    raise ConfigError(
+      f"tasks of lm-evaluation-harness need the extra eval: pip install 'mc_jax[eval]' ({error})"
+    ) from error
+  return harness

@@ -1,0 +1,215 @@
+"""What a model makes of continuations of given contexts: how likely they are, or which it writes itself.
+
+Contexts of any length come in any order; they are put into batches of few shapes, for each shape compiles a program.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mc_jax.data import PackingConfig, tokenizers, windows
+from mc_jax.data.windows import Batch
+from mc_jax.evaluation import scoring
+from mc_jax.evaluation.subject import Subject
+from mc_jax.inference import Decoder, Request, generation
+from mc_jax.inference.text import Stream
+from mc_jax.models import CacheConfig
+
+STEP = 32  # tokens that a forward pass reads in about the time that one more token takes a batch of continuations
+
+
+class Pair(NamedTuple):
+  """A context, int32 [tokens], at least one, and what may follow it, int32 [tokens]."""
+
+  context: np.ndarray
+  continuation: np.ndarray
+
+
+class Likelihood(NamedTuple):
+  """log p(continuation | context) in nats, and whether each of its tokens is the likeliest after those before."""
+
+  log_probability: float
+  greedy: bool
+
+
+def likelihoods(
+  subject: Subject, pairs: Sequence[Pair], told: Callable[[int], object] = lambda count: None
+) -> list[Likelihood]:
+  """The likelihood of each continuation.
+
+  A forward pass reads context and continuation together. Several continuations of one context may take less: it is
+  read once, its cache repeated, and they are read from there token by token. That is done where the tokens that need
+  not be read again are more than STEP for each such token, and always where continuations are single tokens, of which
+  none need be read at all. Where sequences are cut depends on their length under segmentation="logarithmic": there it
+  is the forward pass alone.
+
+  Args:
+    subject: the model; batches have about as many tokens as those of its run.
+    pairs: in any order.
+    told: is called with the number of pairs that were just scored.
+  """
+  found = [Likelihood(0.0, True)] * len(pairs)
+  alone, shared = _plan(subject, pairs)
+  for places, scores in itertools.chain(_by_steps(subject, pairs, shared), _by_forward(subject, pairs, alone)):
+    for place, score in zip(places, scores, strict=False):  # the rest fills up a batch
+      found[place] = score
+    told(len(places))
+  return found
+
+
+def written(
+  subject: Subject,
+  tokenizer: tokenizers.Tokenizer,
+  requests: Sequence[Request],
+  until: Sequence[Sequence[str]],
+  told: Callable[[int], object] = lambda count: None,
+) -> list[str]:
+  """The text that follows each request's prompt, up to the first of its `until` or the end of the document.
+
+  Args:
+    subject, told: as of `likelihoods`.
+    tokenizer: of the subject's run.
+    requests: without `stop`, which follows from `until`.
+    until: texts that end each continuation; they are no part of it.
+
+  Raises:
+    ConfigError: a model that cannot be decoded.
+  """
+  found = [""] * len(requests)
+  for tokens, places in _grouped(lambda i: bucket(len(requests[i].prompt) + requests[i].max_tokens), len(requests)):
+    decoder = _decoder(subject, tokens)
+    for batch in _parts(places, subject.rows_of(tokens).batch_size):
+      streams = {i: Stream(tokenizer.decode, until[i]) for i in batch}
+      asked = [dataclasses.replace(requests[i], stop=_stop(tokenizer, until[i])) for i in batch]
+      missing = subject.rows_of(tokens).batch_size - len(batch)
+      for block in decoder.generate([*asked, *[dataclasses.replace(asked[0], max_tokens=1)] * missing]):
+        for stream, made in zip(streams.values(), block, strict=False):
+          if not stream.ended:
+            stream.add(made[(made != generation.NOTHING) & (made != tokenizer.separator)])
+        if all(stream.ended for stream in streams.values()):
+          break
+      for i, stream in streams.items():
+        found[i] = stream.text() + stream.rest()
+      told(len(batch))
+  return found
+
+
+def bucket(tokens: int) -> int:
+  """The first of 16, 24, 32, 48, 64, 96, ... that is at least `tokens`."""
+  power = max(16, 1 << (tokens - 1).bit_length())
+  return power // 4 * 3 if power > 16 and tokens <= power // 4 * 3 else power
+
+
+def _plan(subject: Subject, pairs: Sequence[Pair]) -> tuple[list[int], list[list[int]]]:
+  """Numbers of the pairs that a forward pass reads, and of those that share a context which is read once."""
+  config = nnx.merge(subject.graph, subject.params).config
+  decodable = not CacheConfig(1).problems(config) and subject.mesh.shape["context"] == 1
+  groups = collections.defaultdict(list)
+  for i, pair in enumerate(pairs):
+    if len(pair.continuation):
+      groups[np.asarray(pair.context, np.int32).tobytes()].append(i)
+  alone, shared = [], []
+  for group in groups.values():
+    steps = max(len(pairs[i].continuation) for i in group) - 1
+    if decodable and (len(group) - 1) * len(pairs[group[0]].context) > STEP * steps:
+      shared.append(group)
+    else:
+      alone += group
+  return alone, shared
+
+
+Scores = Iterator[tuple[list[int], Sequence[Likelihood]]]  # of these pairs, and possibly more that fill up a batch
+
+
+def _by_forward(subject: Subject, pairs: Sequence[Pair], places: Sequence[int]) -> Scores:
+  def size(n: int) -> int:
+    pair = pairs[places[n]]
+    return bucket(len(pair.context) + len(pair.continuation) - 1)
+
+  for length, group in _grouped(size, len(places)):
+    data = dataclasses.replace(subject.rows_of(length), documents=False, packing=PackingConfig())
+    for part in _parts([places[n] for n in group], data.batch_size):
+      batches = windows.batches([_row(pairs[i], length) for i in part], data.batch_size)
+      (scored,) = subject.score(data, batches)
+      counts = scored.batch["weights"] > 0
+      sums = -np.sum(scored.loss, axis=1, where=counts, dtype=np.float64)
+      yield part, list(map(Likelihood, sums.tolist(), (scored.right | ~counts).all(1).tolist()))
+
+
+def _row(pair: Pair, length: int) -> Batch:
+  """Context and continuation as a row, in which the continuation counts."""
+  ids = np.concatenate([pair.context, pair.continuation])
+  row = {name: np.zeros(length, dtype) for name, dtype in (("tokens", np.int32), ("targets", np.int32))}
+  row["tokens"][: len(ids) - 1] = ids[:-1]
+  row["targets"][: len(ids) - 1] = ids[1:]
+  row["weights"] = np.zeros(length, np.float32)
+  row["weights"][len(pair.context) - 1 : len(ids) - 1] = 1
+  return row
+
+
+def _by_steps(subject: Subject, pairs: Sequence[Pair], groups: Sequence[list[int]]) -> Scores:
+  def shape(n: int) -> tuple[int, int]:
+    longest = max(len(pairs[i].continuation) for i in groups[n])
+    return bucket(len(pairs[groups[n][0]].context) + longest - 1), len(groups[n])
+
+  for (tokens, count), numbers in _grouped(shape, len(groups)):
+    decoder = _decoder(subject, tokens)
+    rows = max(1, subject.rows_of(tokens).batch_size // count)
+    for part in _parts([groups[n] for n in numbers], rows):
+      filled = [*part, *[part[0]] * (rows - len(part))]
+      start = generation.repeat(*decoder.prefill([pairs[group[0]].context for group in filled]), count)
+      scores = _steps(decoder, *start, [pairs[i].continuation for group in filled for i in group])
+      yield [i for group in part for i in group], scores
+
+
+def _steps(decoder: Decoder, logits: jax.Array, cache, continuations: list[np.ndarray]) -> list[Likelihood]:
+  continuations += [np.zeros(0, np.int32)] * (len(logits) - len(continuations))  # rows that only fill a mesh
+  sums, greedy = np.zeros(len(continuations)), np.ones(len(continuations), bool)
+  longest = max(map(len, continuations))
+  for i in range(longest):
+    tokens = [continuation[i : i + 1] for continuation in continuations]
+    there = np.array([len(token) > 0 for token in tokens])
+    loss, right = jax.device_get(_judged(logits, np.array([token[0] if len(token) else 0 for token in tokens])))
+    sums -= np.where(there, loss, 0)
+    greedy &= right | ~there
+    if i + 1 < longest:
+      logits, cache = decoder.extend(cache, tokens, logits)
+  return list(map(Likelihood, sums.tolist(), greedy.tolist()))
+
+
+@jax.jit
+def _judged(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """-log p(target) in nats, and whether it is the likeliest: logits [b, vocab_size], targets [b]."""
+  return scoring.losses(logits, targets), logits.argmax(-1) == targets
+
+
+def _decoder(subject: Subject, tokens: int) -> Decoder:
+  config = nnx.merge(subject.graph, subject.params).config
+  mesh = subject.mesh if subject.mesh.size > 1 else None
+  return Decoder(config, subject.graph, subject.params, CacheConfig(tokens), mesh)
+
+
+def _stop(tokenizer: tokenizers.Tokenizer, until: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+  """Tokens that end a continuation on the device; texts that other tokens spell are found by `Stream`."""
+  spelled = (tuple(ids.tolist()) for ids in tokenizer.encode(until)) if until else ()
+  return (*(ids for ids in spelled if ids), (tokenizer.separator,))
+
+
+def _grouped(key: Callable[[int], object], count: int) -> list[tuple[object, list[int]]]:
+  """0 to count - 1 by their keys, the greatest key first: what is too much for the memory fails at once."""
+  groups = collections.defaultdict(list)
+  for i in range(count):
+    groups[key(i)].append(i)
+  return sorted(groups.items(), reverse=True)
+
+
+def _parts(items: list, size: int) -> Iterator[list]:
+  return (items[first : first + size] for first in range(0, len(items), size))
