@@ -235,23 +235,35 @@ def _negative(metrics: dict[str, float]) -> float:
 
 
 # How a model is computed, not what it is: these may change when a run goes on.
-_HOW = ("model.remat", "model.memory.implementation", "model.memory.segment_group", "model.memory.read_buffer_mib")
+HOW = ("model.remat", "model.memory.implementation", "model.memory.segment_group", "model.memory.read_buffer_mib")
+# How caches are made and read: these as well, where a new run starts from another's parameters.
+AGGREGATION = (
+  *("model.memory.aggregation", "model.memory.segmentation", "model.memory.segment_length", "model.memory.top_k"),
+  *("model.memory.pool", "model.memory.gate", "model.memory.gate_scale", "model.memory.shared_query"),
+  "model.memory.after_training",
+)
 
 
-def changed(stored: dict, config: Config, workdir: epath.Path) -> dict[str, tuple]:
-  """Fields in which a run that goes on differs from its checkpoint, {field: (then, now)}.
+def changed(stored: dict | Config, config: Config, workdir: epath.Path) -> dict[str, tuple]:
+  """Fields in which a run differs from the checkpoint that it goes on from, {field: (then, now)}.
+
+  Args:
+    stored: the checkpoint's configuration.
+    config: of the run.
+    workdir: of the checkpoint.
 
   Raises:
     ConfigError: the checkpoint is of another model; names what differs.
   """
-  then = config_lib.from_dict(stored)
+  then = stored if isinstance(stored, Config) else config_lib.from_dict(stored)
   fields = config_lib.differences(then, config)
-  model = {field: values for field, values in fields.items() if field.startswith("model.") and field not in _HOW}
+  model = {name: pair for name, pair in fields.items() if name.startswith("model.") and name not in HOW}
   if model:
     lines = [f"  {field}: {a!r} in the checkpoint, {b!r} now" for field, (a, b) in model.items()]
     raise ConfigError(
       f"{workdir} holds a checkpoint of another model:\n"
       + "\n".join(lines)
-      + "\nUse another --workdir, or the values of the checkpoint; nothing was changed there"
+      + "\nUse another --workdir, or the values of the checkpoint; nothing was changed there. (A new run can start "
+      "with parameters that were trained under another aggregation: train.start_from)"
     )
   return fields

@@ -31,6 +31,8 @@ class TrainConfig:
   """How long a run is, and what it does besides training."""
 
   steps: int = 1000  # optimiser steps
+  start_from: str = ""  # workdir of another run, whose parameters a new one starts with; only how caches are read may
+  # differ between the two (checkpointing.AGGREGATION). A run that has a checkpoint of its own goes on from that
   microbatches: int = 1  # gradients are accumulated over this many parts of a batch
   seed: int = 0  # of the parameters' starting values and of the sample
   max_skipped: int = 5  # updates in a row, skipped as their loss or gradient is not finite, that end the run

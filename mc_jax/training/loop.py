@@ -15,8 +15,8 @@ from etils import epath
 from mc_jax.data import ConfigError, datasets, loader, windows
 from mc_jax.evaluation import scoring
 from mc_jax.training import config as config_lib
-from mc_jax.training import distributed, flops, metrics, report, sampling, stability, state
-from mc_jax.training.checkpointing import Checkpoints, changed
+from mc_jax.training import distributed, flops, metrics, report, sampling, stability, state, trained
+from mc_jax.training.checkpointing import AGGREGATION, HOW, Checkpoints, changed
 from mc_jax.training.config import Config
 from mc_jax.training.faulty import Faulty
 from mc_jax.training.interrupt import Interrupt, deferred
@@ -200,7 +200,7 @@ def _start(run: _Run, checkpoints: Checkpoints) -> state.TrainState:
   """The newest checkpoint's state, with the batches moved to its position; or a new one."""
   config, mesh, step = run.config, run.mesh, checkpoints.latest()
   if step is None:
-    current = state.create(config, mesh)
+    current = _first(run)
   else:
     fields = changed(checkpoints.config(step), config, run.workdir)
     current = checkpoints.restore(step, state.abstract(config, mesh), run.batches)
@@ -211,6 +211,20 @@ def _start(run: _Run, checkpoints: Checkpoints) -> state.TrainState:
   (run.files.folder / "config.json").write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
   run.files.send()
   return current
+
+
+def _first(run: _Run) -> state.TrainState:
+  """The state before the first step, with the parameters of train.start_from, if that is given."""
+  config, mesh, origin = run.config, run.mesh, run.config.train.start_from
+  if not origin:
+    return state.create(config, mesh)
+  reading = {name: value for name, value in config_lib.fields(config).items() if name in (*AGGREGATION, *HOW)}
+  found = trained.load(origin, reading, mesh=mesh)
+  changed(found.config, config, epath.Path(origin))  # refuses what else differs in the model
+  print(f"starting with the parameters of step {found.step} in {origin}")
+  for name, (then, now) in config_lib.differences(found.stored, found.config).items():
+    print(f"  {name} was {then!r} there and is {now!r} here")
+  return dataclasses.replace(state.create(config, mesh), params=found.params)
 
 
 def _compile(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Compiled, metrics.Meter]:

@@ -24,12 +24,14 @@ class Trained:
 
   Attributes:
     config: of the run, with the overrides.
+    stored: the same without them.
     params: nested dict of float32 arrays, as TrainState.params; `nnx.merge(state.graph(config), params)` is the model.
     step: of the checkpoint.
     mesh: that the parameters lie on.
   """
 
   config: Config
+  stored: Config
   params: dict
   step: int
   mesh: jax.sharding.Mesh
@@ -76,7 +78,7 @@ def load(
       item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
     )
     params = manager.restore(step, args=ocp.args.Composite(state=args))["state"]["params"]
-  return Trained(config, params, step, mesh)
+  return Trained(config, stored, params, step, mesh)
 
 
 def _open(workdir: epath.Path) -> ocp.CheckpointManager:
