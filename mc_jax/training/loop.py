@@ -189,6 +189,7 @@ def _steps(
         metrics.require_finite(step, current.params)
         run.files.send()  # ahead of the checkpoint: whoever goes on from it finds all records up to it
         checkpoints.save(step, current, run.batches, run.config, evaluated)
+        watchdog.finished()
         due = False
       if last:
         break
