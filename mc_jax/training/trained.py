@@ -47,8 +47,8 @@ def load(
   """The model of a checkpoint; the optimiser's moments are not read.
 
   The overrides may change all that leaves the parameters as they are: how caches are read, where sequences are cut, the
-  dtype, the data, the mesh. The run's own mesh is not looked at. With model.memory.after_training, a state is cached
-  each training length if model.memory.segment_length is not given.
+  dtype, the data, the mesh. The run's own mesh is not looked at. With model.memory.after_training, segments have
+  the training length and start from M_0, if model.memory.segment_length and model.memory.carry are not given.
 
   Args:
     workdir: of the run, on this machine or gs://BUCKET/FOLDER.
@@ -122,7 +122,9 @@ def _defaults(stored: Config, overrides: dict) -> dict[str, object]:
   """What follows from the overrides where they do not say otherwise."""
   if overrides.get("model.memory.after_training") is None:
     return {}
-  return {"model.memory.segment_length": stored.data.length}
+  # A state that has read no more than in training, and each time from M_0: on longer rows states that go on wear out,
+  # and their average with them (docs/extrapolation.md).
+  return {"model.memory.segment_length": stored.data.length, "model.memory.carry": "independent"}
 
 
 def _require_parameters_of(stored: Config, config: Config, overrides: dict, mesh: jax.sharding.Mesh) -> None:

@@ -57,11 +57,16 @@ def test_overrides_change_what_leaves_the_parameters_as_they_are(run):
   chex.assert_trees_all_equal(loaded.params, run[2])
 
 
-def test_after_training_a_state_is_cached_each_training_length(run):
-  kind = {"model.memory.after_training": "moving_average", "data.length": 64}
-  assert trained.load(run[0], kind).config.model.memory.segment_length == 16
-  assert trained.load(run[0], kind | {"model.memory.segment_length": 4}).config.model.memory.segment_length == 4
-  assert trained.load(run[0], {"data.length": 64}).config.model.memory.segment_length == 8
+def test_after_training_a_state_is_made_and_cached_each_training_length(run):
+  def load(**options):
+    overrides = {f"model.memory.{name}": value for name, value in options.items()}
+    memory = trained.load(run[0], {"data.length": 64, **overrides}).config.model.memory
+    return memory.segment_length, memory.carry
+
+  assert load() == (8, "checkpoint")
+  assert load(after_training="moving_average") == (16, "independent")
+  assert load(after_training="grm", segment_length=4) == (4, "independent")
+  assert load(after_training="grm", carry="checkpoint") == (16, "checkpoint")
 
 
 @pytest.mark.parametrize(
