@@ -12,7 +12,7 @@ from etils import epath
 from mc_jax.data import ConfigError
 from mc_jax.inference.generation import Decoder
 from mc_jax.models import Cache, CacheConfig
-from mc_jax.parallel import axes
+from mc_jax.models import cache as cache_lib
 
 # How a model is computed, not what it is.
 _HOW = ("remat", "memory.implementation", "memory.segment_group", "memory.read_buffer_mib")
@@ -69,7 +69,7 @@ def load(folder: epath.PathLike, decoder: Decoder) -> tuple[jax.Array, Cache]:
   target = dict(zip(("logits", "cache"), decoder.shapes(told["rows"]), strict=True))
   with _checkpointer() as checkpointer:
     restored = checkpointer.restore(
-      _absolute(folder), ocp.args.Composite(prompt=ocp.args.StandardRestore(_placed(target, decoder.mesh)))
+      _absolute(folder), ocp.args.Composite(prompt=ocp.args.StandardRestore(cache_lib.placed(target, decoder.mesh)))
     )
   return restored["prompt"]["logits"], restored["prompt"]["cache"]
 
@@ -87,12 +87,6 @@ def checksum(params: dict) -> int:
   for leaf in jax.tree.leaves(params):
     total = (total * 1_000_003 + int(of_leaf(leaf))) % 2**64
   return total
-
-
-def _placed(target, mesh: jax.sharding.Mesh | None):
-  """Abstract arrays with the place where they go: on a mesh whole on every device, until the first step moves them."""
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if mesh is None else axes.sharding(mesh, ())
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), target)
 
 
 def _told(folder: epath.PathLike) -> dict:

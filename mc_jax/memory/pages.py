@@ -8,6 +8,7 @@ Slots are arrays [n, batch, heads, *page], cut along one axis, which makes every
 what they are given slice by slice (xs), and of what `lax.cond` chooses, XLA makes copies.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -96,8 +97,9 @@ def fetch(slots: jax.Array, slot: jax.Array) -> jax.Array:
   return found.reshape(batch, heads, *flat.shape[1:])
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def repeat(slots: jax.Array, times: int) -> jax.Array:
-  """Slots in host memory whose rows are each repeated so many times, one slot after the other; under jit."""
+  """Slots in host memory whose rows are each repeated so many times, one slot after the other."""
 
   def of_slot(i, _):
     slot = jax.device_put(lax.dynamic_slice_in_dim(slots, i, 1)[0], jax.memory.Space.Device)

@@ -6,8 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mc_jax.memory import decode
+from mc_jax.memory import decode, pages
 from mc_jax.models.config import ModelConfig
+from mc_jax.parallel import axes
+from mc_jax.parallel import mesh as meshes
+from mc_jax.parallel.mesh import MeshConfig
 
 FULL = ("error", "drop_oldest")
 
@@ -102,8 +105,37 @@ def stack(position: jax.Array, layers: LayerCache) -> Cache:
 def repeat(cache: Cache, times: int) -> Cache:
   """A cache whose rows are each repeated so many times."""
   layers = cache.layers
-  slots, own = jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), (layers.slots, layers.own))
+
+  def rows(x):
+    if isinstance(x, decode.Paged):
+      return decode.Paged(pages.repeat(x.pages, times), jax.tree.map(rows, x.scale))
+    return jnp.repeat(x, times, axis=1)
+
+  slots, own = jax.tree.map(rows, (layers.slots, layers.own), is_leaf=lambda x: isinstance(x, decode.Paged))
   return Cache(jnp.repeat(cache.position, times), LayerCache(slots, layers.first, own))
+
+
+def placed(tree: Pytree, mesh: jax.sharding.Mesh | None) -> Pytree:
+  """Abstract arrays, a cache's among them, with the places where they go: what restores a saved cache.
+
+  Pages go to host memory, split as steps split them: to split them later, XLA would move them through the devices. The
+  rest is whole on every device until the first step moves it.
+  """
+  # A mesh of one device and not a SingleDeviceSharding, with which jax 0.10 makes arrays from files that lie in host
+  # memory and are not of that type.
+  mesh = meshes.make(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
+  whole = axes.sharding(mesh, ())
+
+  def at(x, place=whole):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+  def place(x):
+    if not isinstance(x, decode.Paged):
+      return at(x)
+    split = axes.sharding(mesh, (None, "batch", "heads"), x.pages.shape)
+    return decode.Paged(at(x.pages, split.with_memory_kind("pinned_host")), jax.tree.map(at, x.scale))
+
+  return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, decode.Paged))
 
 
 def nbytes(tree: Pytree) -> int:

@@ -52,6 +52,17 @@ def test_on_another_mesh(saved):
   )
 
 
+@pytest.mark.parametrize("sizes", [{}, {"data": 1, "model": 2}], ids=str)
+def test_into_host_memory(tmp_path, sizes):
+  mesh = meshes.make(MeshConfig(**sizes), jax.devices()[:2]) if sizes else None
+  here = decoder(cache=CacheConfig(40, memory="host"), mesh=mesh)
+  start = here.prefill([PROMPT])
+  prompts.save(tmp_path / "saved", here, *start)
+  loaded = prompts.load(tmp_path / "saved", here)
+  assert loaded[1].layers.slots["memories"].pages.sharding.memory_kind == "pinned_host"
+  np.testing.assert_array_equal(continued(here, loaded), continued(here, start))
+
+
 def test_another_models_prompt_is_refused(saved):
   folder = saved[0]
   with pytest.raises(ConfigError, match=r"model.memory.segment_length: 4 then, 8 now"):

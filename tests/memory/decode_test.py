@@ -92,8 +92,10 @@ def test_every_split_point_in_float32(rule, aggregation, carry):
   check(options_of(rule, aggregation, carry), 1e-4, np.float32)
 
 
-@pytest.mark.parametrize("cache_dtype", [None, "bfloat16", "int8"])
-@pytest.mark.parametrize("carry", memory.CARRIES)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("carry", "cache_dtype"), [("checkpoint", None), ("independent", "bfloat16"), ("checkpoint", "int8")]
+)
 def test_states_in_host_memory_are_those_on_the_device(cache_dtype, carry):
   """Bit for bit, through prompts of every length and 40 steps and more, dropping the oldest states."""
   rule, length = "titans", 4 + 40

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from mc_jax.models import CacheConfig, LanguageModel, MemoryConfig, ModelConfig
+from mc_jax.models import cache as cache_lib
 from mc_jax.parallel import mesh as meshes
 from mc_jax.parallel.mesh import MeshConfig
 
@@ -50,16 +51,17 @@ def continued(graph, params, tokens, lengths, cache_config):
   return jax.lax.fori_loop(0, LENGTH - lengths.min(), body, (logits, cache))
 
 
-def check(config, *, tolerance=1e-4, mesh=None):
+def check(config, *, tolerance=1e-4, mesh=None, **cache):
   graph, params = model_of(config)
   tokens = tokens_of(config)
   expected = jit(lambda params, tokens: nnx.merge(graph, params)(tokens))(params, tokens)
-  run = jit(functools.partial(continued, graph, cache_config=CacheConfig(LENGTH)))
+  run = jit(functools.partial(continued, graph, cache_config=CacheConfig(LENGTH, **cache)))
   with jax.set_mesh(mesh) if mesh is not None else jax.default_matmul_precision("highest"):
     found, cache = run(params, tokens, LENGTHS)
   for row, length in enumerate(LENGTHS):
     chex.assert_trees_all_close(found[row, length - 1 :], expected[row, length - 1 :], rtol=tolerance, atol=tolerance)
   np.testing.assert_array_equal(cache.position, LENGTH)
+  return cache
 
 
 @pytest.mark.parametrize(
@@ -87,8 +89,40 @@ def test_decoding_on_a_mesh(options):
   check(tiny(**options), mesh=mesh)
 
 
-def test_an_empty_cache_is_that_of_no_prompt():
-  config, cache_config = tiny(), CacheConfig(LENGTH)
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2, "model": 2}], ids=str)
+def test_decoding_from_host_memory(sizes):
+  mesh = meshes.make(MeshConfig(**sizes), jax.devices()) if sizes else None
+  cache = check(tiny(memory={"rule": "linear", "aggregation": "ssc"}), mesh=mesh, memory="host")
+  pages = cache.layers.slots["memories"].pages
+  assert pages.sharding.memory_kind == "pinned_host"
+  assert pages.sharding.shard_shape(pages.shape)[1:3] == ((1, 1) if sizes else (4, 2))  # rows and heads
+  repeated = cache_lib.repeat(cache, 3).layers.slots["memories"].pages
+  assert repeated.sharding.memory_kind == "pinned_host"
+  np.testing.assert_array_equal(repeated, np.repeat(pages, 3, axis=1))
+
+
+@pytest.mark.parametrize(
+  ("options", "expected"),
+  [
+    ({"memory": {"aggregation": "grm"}}, "model.memory.aggregation='ssc'"),
+    ({"mixer": "transformer"}, "model.mixer='memory_caching'"),
+  ],
+  ids=str,
+)
+def test_what_reads_all_states_does_not_read_them_from_host_memory(options, expected):
+  (problem,) = CacheConfig(LENGTH, memory="host").problems(tiny(**options))
+  assert "cache.memory='host'" in problem
+  assert expected in problem
+
+
+def test_memories_have_names():
+  (problem,) = CacheConfig(LENGTH, memory="disk").problems(tiny(memory={"aggregation": "ssc"}))
+  assert problem == "cache.memory='disk' is not one of device, host"
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_an_empty_cache_is_that_of_no_prompt(place):
+  config, cache_config = tiny(memory={"rule": "linear", "aggregation": "ssc"}), CacheConfig(LENGTH, memory=place)
   graph, params = model_of(config)
   tokens = tokens_of(config)
 
