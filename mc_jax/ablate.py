@@ -89,7 +89,11 @@ def arguments() -> list[str]:
   if not CONFIG.present:
     raise ConfigError("--config=FILE is missing, the configuration of all cells, such as configs/mqar.py")
   found = [argument for argument in sys.argv[1:] if re.match(r"--?(no)?config[.=]", argument)]
-  if grid.read(found) != config.from_config_dict(CONFIG.value):
+  try:
+    complete = grid.read(found) == config.from_config_dict(CONFIG.value)
+  except ConfigError:  # absl understood the whole command line, but it is not whole in `found`
+    complete = False
+  if not complete:
     raise ConfigError("the configuration must be given as --config=FILE and --config.FIELD=VALUE, each one argument")
   return found
 

@@ -51,7 +51,8 @@ def parse(holder: flags.FlagHolder, argv: list[str]) -> list[str]:
   except (flags.Error, KeyError) as error:  # KeyError: a name in data.sources that the config file does not have
     raise ConfigError(" ".join(str(error.args[0]).split())) from error
   try:
-    holder.value.lock()
+    if holder.value is not None:
+      holder.value.lock()
   except OSError as error:  # what absl kept back when it could not load the file
     raise ConfigError(f"--config: {error}") from error
   if len(rest) > 1:
