@@ -41,7 +41,7 @@ class Request:
   seed: int = 0
   stop: tuple[tuple[int, ...], ...] = ()
 
-  def problems(self) -> list[str]:
+  def problems(self, vocab_size: int) -> list[str]:
     """Every value that cannot be, one line each."""
     found = []
     if self.max_tokens < 1:
@@ -56,6 +56,8 @@ class Request:
       found.append(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
     if any(not sequence for sequence in self.stop):
       found.append("stop must not hold an empty sequence")
+    if any(not 0 <= token < vocab_size for sequence in self.stop for token in sequence):
+      found.append(f"stop must hold ids from 0 to {vocab_size - 1}, got {self.stop}")
     return found
 
 
@@ -113,6 +115,11 @@ class Decoder:
     if found:
       raise ConfigError("\n".join(found))
 
+  @property
+  def rows(self) -> int:
+    """A batch has a multiple of so many rows."""
+    return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
   def prefill(self, prompts: Sequence[np.ndarray]) -> tuple[jax.Array, Cache]:
     """Reads prompts, each int [tokens]; logits of what follows each [b, vocab_size], and their cache.
 
@@ -122,8 +129,7 @@ class Decoder:
       ConfigError: an empty prompt, an id that the model does not have, more tokens than the cache is for.
     """
     self._check(prompts, np.zeros(len(prompts), int), least=1)
-    rows = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-    tokens, lengths = _padded([*prompts, *[prompts[0]] * (-len(prompts) % rows)])
+    tokens, lengths = _padded(_filled(prompts, len(prompts) + -len(prompts) % self.rows))
     with self._context():
       return _prefill(self.graph, self.params, tokens, lengths, self.cache)
 
@@ -142,18 +148,21 @@ class Decoder:
 
     Args:
       cache: of the tokens so far.
-      prompts: int [tokens] each, possibly none.
+      prompts: int [tokens] each, possibly none. If there are fewer than rows, the others read the first.
       logits: [b, vocab_size], of what follows the tokens so far: what a sequence without new tokens keeps.
+
+    Raises:
+      ConfigError: as `prefill`; more prompts than rows; a cache that was given away before.
     """
-    self._check(prompts, np.asarray(cache.position), least=0)
-    tokens, lengths = _padded(prompts)
+    self._check(prompts, _positions(logits, cache, len(prompts)), least=0)
+    tokens, lengths = _padded(_filled(prompts, len(logits)))
     with self._context():
       return _extend(self.graph, self.params, tokens, lengths, cache, logits, self.cache)
 
   def generate(
     self, requests: Sequence[Request], start: tuple[jax.Array, Cache] | None = None, *, block: int = 16
   ) -> Iterator[np.ndarray]:
-    """Continues the requests, yielding their new tokens as they come.
+    """Continues the requests; what is wrong is told at once, the new tokens are yielded as they come.
 
     Args:
       requests: a batch.
@@ -167,21 +176,26 @@ class Decoder:
     Raises:
       ConfigError: as `prefill`; a request's values; a continuation that the cache is too short for.
     """
-    found = [f"request {i}: {problem}" for i, request in enumerate(requests) for problem in request.problems()]
+    found = [
+      f"request {i}: {problem}" for i, r in enumerate(requests) for problem in r.problems(self.config.vocab_size)
+    ]
+    if block < 1:
+      found.append(f"block must be at least 1 token, got {block}")
     if found:
       raise ConfigError("\n".join(found))
     prompts, before = [request.prompt for request in requests], np.zeros(len(requests), int)
     if start is not None:
-      before = np.asarray(start[1].position)[: len(requests)]
+      before = _positions(*start, len(requests))
     self._check(prompts, before, least=start is None, room=[request.max_tokens for request in requests])
-    count = len(requests)
     if start is None:
       start = self.prefill(prompts)
     elif any(len(prompt) for prompt in prompts):
-      start = self.extend(start[1], [*prompts, *[prompts[0]] * (len(start[0]) - count)], start[0])
-    logits, cache = start
-    requests = [*requests, *[requests[0]] * (len(logits) - count)]
-    asked = _arrays(requests)
+      start = self.extend(start[1], prompts, start[0])
+    return self._made(requests, *start, block)
+
+  def _made(self, requests: Sequence[Request], logits: jax.Array, cache: Cache, block: int) -> Iterator[np.ndarray]:
+    """`generate`, after the prompts."""
+    count, asked = len(requests), _arrays(_filled(requests, len(logits)), self.config.vocab_size)
     with self._context():
       going, tokens = _begin(asked, logits, cache)
     tokens = [np.asarray(tokens)[:, None]]
@@ -202,7 +216,7 @@ class Decoder:
 
   def _check(self, prompts, before, *, least: int, room: Sequence[int] = ()) -> None:
     """Raises ConfigError for tokens that cannot be read after `before` [b] others, with `room` more to come."""
-    found = []
+    found = [] if len(prompts) else ["there is no prompt: a batch has at least one"]
     for i, prompt in enumerate(prompts):
       prompt = np.asarray(prompt)
       if prompt.ndim != 1 or (prompt.size and not np.issubdtype(prompt.dtype, np.integer)):
@@ -225,6 +239,24 @@ class Decoder:
       raise ConfigError("\n".join(found))
 
 
+def _filled(items: Sequence, count: int) -> list:
+  """So many items: the first again and again at the end."""
+  return [*items, *[items[0]] * (count - len(items))]
+
+
+def _positions(logits: jax.Array, cache: Cache, count: int) -> np.ndarray:
+  """Tokens so far in the first `count` rows of a cache.
+
+  Raises:
+    ConfigError: there are fewer rows, or the cache's memory is another's now.
+  """
+  if any(leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
+    raise ConfigError("this cache was given away to an earlier continuation: prefill or load the prompt again")
+  if count > len(logits):
+    raise ConfigError(f"{count} prompts are more than the {len(logits)} rows of the cache that they go on from")
+  return np.asarray(cache.position)[:count]
+
+
 def _padded(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
   """Tokens [b, length] int32 and lengths [b] int32; few lengths, because each compiles a program."""
   lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -236,10 +268,11 @@ def _padded(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
   return tokens, lengths
 
 
-def _arrays(requests: Sequence[Request]) -> Asked:
+def _arrays(requests: Sequence[Request], vocab_size: int) -> Asked:
   def each(field, dtype):
     return np.array([getattr(request, field) for request in requests], dtype)
 
+  requests = [dataclasses.replace(request, top_k=min(request.top_k, vocab_size)) for request in requests]
   sampling = Sampling(*(each(f, d) for f, d in zip(Sampling._fields, "fifI", strict=True)))
   sequences = max(len(request.stop) for request in requests)
   longest = max((len(sequence) for request in requests for sequence in request.stop), default=1)

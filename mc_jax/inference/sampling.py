@@ -48,5 +48,6 @@ def _truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Arra
   rank = jnp.argsort(order, axis=-1)
   likely = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))
   before = jnp.take_along_axis(jnp.cumsum(likely, axis=-1) - likely, rank, axis=-1)
-  kept = (rank < jnp.where(top_k > 0, top_k, logits.shape[-1])[:, None]) & (before < top_p[:, None])
+  probable = (before < top_p[:, None]) | (top_p[:, None] >= 1)  # a rounded sum of the likelier ones may reach 1
+  kept = (rank < jnp.where(top_k > 0, top_k, logits.shape[-1])[:, None]) & probable
   return jnp.where(kept | (rank == 0), logits, -jnp.inf)

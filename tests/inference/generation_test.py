@@ -119,11 +119,33 @@ def test_the_oldest_states_are_dropped_on_request():
     (Request(np.zeros(3, int), 1, top_p=0.0), "top_p must be above 0 and at most 1, got 0.0"),
     (Request(np.zeros(3, int), 1, seed=-1), "seed must be from 0"),
     (Request(np.zeros(3, int), 1, stop=((),)), "stop must not hold an empty sequence"),
+    (Request(np.zeros(3, int), 1, stop=((3, -1),)), "stop must hold ids from 0 to 15"),
   ],
 )
 def test_what_cannot_be_is_named(request_, message):
   with pytest.raises(ConfigError, match=message):
-    next(decoder().generate([request_]))
+    decoder().generate([request_])
+
+
+def test_batches_that_cannot_be_are_named():
+  (prompt,) = prompts(3)
+  with pytest.raises(ConfigError, match="there is no prompt"):
+    decoder().generate([])
+  with pytest.raises(ConfigError, match="block must be at least 1 token, got 0"):
+    decoder().generate([Request(prompt, 1)], block=0)
+  start = decoder().prefill([prompt])
+  with pytest.raises(ConfigError, match="2 prompts are more than the 1 rows"):
+    decoder().generate([Request(prompt, 1)] * 2, start=start)
+  assert texts(decoder(), [Request(prompt, 2, top_k=2**40)], start=start)
+  with pytest.raises(ConfigError, match="was given away"):
+    decoder().generate([Request(prompt, 1)], start=start)
+
+
+def test_rows_that_nobody_asked_for_do_not_matter():
+  first, second = prompts(3, 9)
+  start = decoder().prefill([first, second])
+  expected = texts(decoder(), [Request(np.concatenate([first, second]), 6)])
+  assert texts(decoder(), [Request(second, 6)], start=start) == expected
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mc_jax.inference.sampling import Sampling, draw
+from mc_jax.inference.sampling import Sampling, _truncate, draw
 
 PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.3, 0.15], np.float32)
 DRAWS = 4000
@@ -51,3 +51,11 @@ def test_rows_have_their_own_settings_and_draws_their_own_places():
   drawn = np.array([draw(logits, sampling, jnp.full(3, place)) for place in range(30)])
   assert (drawn[:, :2] == 1).all()
   assert len(set(drawn[:, 2])) > 2
+
+
+def test_nothing_is_forbidden_beside_a_row_that_draws_from_few():
+  """Likelier tokens' probabilities may add up to 1 in float32 before the last ones."""
+  logits = jax.random.normal(jax.random.key(0), (2, 32_000)) * 3
+  sampling = Sampling(jnp.ones(2), jnp.array([0, 1]), jnp.ones(2), jnp.zeros(2, jnp.uint32))
+  allowed = _truncate(logits, sampling.top_k, sampling.top_p)
+  assert (jnp.isfinite(allowed).sum(-1) == jnp.array([32_000, 1])).all()
