@@ -1,12 +1,16 @@
 """Subjects that need no model: what they answer is known."""
 
 import dataclasses
+import pathlib
+import sys
 
 import numpy as np
 import pytest
 
 from mc_jax.evaluation import Subject
 from mc_jax.evaluation.scoring import Scored
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for `import plain`
 
 
 @pytest.fixture
