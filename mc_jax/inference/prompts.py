@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from mc_jax.data import ConfigError
-from mc_jax.inference.generation import Decoder
+from mc_jax.inference.generation import Decoder, repeat
 from mc_jax.models import Cache, CacheConfig
 from mc_jax.models import cache as cache_lib
 
@@ -48,7 +48,7 @@ def cache_config(folder: epath.PathLike) -> CacheConfig:
 
 
 def load(folder: epath.PathLike, decoder: Decoder) -> tuple[jax.Array, Cache]:
-  """(logits, cache), to go on from with `decoder.generate`; on the decoder's mesh.
+  """(logits, cache), to go on from with `decoder.generate`; on the decoder's mesh, one row repeated to fill it.
 
   Raises:
     ConfigError: nothing was saved there, or by another model, with other parameters or for another cache.
@@ -71,7 +71,12 @@ def load(folder: epath.PathLike, decoder: Decoder) -> tuple[jax.Array, Cache]:
     restored = checkpointer.restore(
       _absolute(folder), ocp.args.Composite(prompt=ocp.args.StandardRestore(cache_lib.placed(target, decoder.mesh)))
     )
-  return restored["prompt"]["logits"], restored["prompt"]["cache"]
+  logits, cache = restored["prompt"]["logits"], restored["prompt"]["cache"]
+  if len(logits) % decoder.rows == 0:
+    return logits, cache
+  if len(logits) > 1:
+    raise ConfigError(f"{folder} has {len(logits)} rows: the mesh's data x fsdp = {decoder.rows} must divide them")
+  return repeat(logits, cache, decoder.rows)
 
 
 def checksum(params: dict) -> int:

@@ -52,6 +52,14 @@ def test_on_another_mesh(saved):
   )
 
 
+def test_one_row_fills_a_mesh(saved):
+  mesh = meshes.make(MeshConfig(data=2), jax.devices()[:2])
+  loaded = prompts.load(saved[0], decoder(mesh=mesh))
+  np.testing.assert_array_equal(
+    continued(decoder(mesh=mesh), loaded), continued(decoder(), prompts.load(saved[0], decoder()))
+  )
+
+
 @pytest.mark.parametrize("sizes", [{}, {"data": 1, "model": 2}], ids=str)
 def test_into_host_memory(tmp_path, sizes):
   mesh = meshes.make(MeshConfig(**sizes), jax.devices()[:2]) if sizes else None
