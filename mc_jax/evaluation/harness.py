@@ -38,8 +38,8 @@ class HarnessModel(TemplateLM):
 
   Args:
     subject: what is evaluated.
-    length: tokens that the model is given at most. Of longer contexts the end is kept; longer documents are cut into
-      parts, each of which has the last token before it as its context.
+    length: tokens that the model is given at most. Of longer contexts the end is kept; longer texts are scored in
+      parts of as many tokens, each after one token of the part before, the last after as many as there is room for.
 
   Raises:
     ConfigError: the subject's run has no text.
@@ -169,7 +169,8 @@ def _result(task: str, length: int, values: dict[str, float], found: dict) -> Re
   settings = {"length": length}
   if (shots := found["n-shot"].get(task)) is not None:
     settings["shots"] = int(shots)
-  settings["version"] = str(found["versions"].get(task))
+  if (version := found["versions"].get(task)) is not None:
+    settings["version"] = str(version)
   if (rows := found["n-samples"].get(task)) is not None:
     values["rows"] = int(rows["effective"])
   return Result(task, settings, values)
