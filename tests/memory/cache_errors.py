@@ -1,8 +1,8 @@
 """What a cache's dtype costs: the error of the next token's answer, against states cached in float32.
 
 `python tests/memory/cache_errors.py` prints the table in docs/inference.md. Random tokens, no trained weights: keys and
-queries of unit length, values, gates and M_0 at random, M_0 so large that a deep memory answers by its weights and not
-by its skip connection. All else is float32.
+queries of unit length, gates near where they start in training, and M_0 so large that a deep memory answers by its
+weights more than by its skip connection. All else is float32.
 """
 
 import jax
@@ -21,7 +21,12 @@ def errors(name: str) -> dict[str, dict[str, float]]:
   """||y - y_float32|| / ||y_float32|| of the token after SEGMENTS segments, by aggregation and dtype."""
   rule = memory.rules.get(name, chunk=16)
   x = samples.inputs(rule, batch=ROWS, length=SEGMENTS * SEGMENT + 1, heads=HEADS, head_dim=HEAD_DIM)
-  x = jax.tree.map(np.float32, x._replace(q=x.q / np.linalg.norm(x.q, axis=-1, keepdims=True)))
+  rng = np.random.default_rng(1)
+  gates = {
+    name: gate.maximum / (1 + np.exp(-gate.bias - 0.5 * rng.normal(size=x.gates[name].shape)))
+    for name, gate in rule.gate_init(SEGMENT).items()
+  }
+  x = jax.tree.map(np.float32, x._replace(gates=gates, q=x.q / np.linalg.norm(x.q, axis=-1, keepdims=True)))
   prompt, token = (samples.map_tokens(lambda a: a[:, part], x) for part in (slice(-1), slice(-1, None)))
 
   def options(aggregation, dtype="float32"):
