@@ -246,7 +246,7 @@ def _tasks(every: list[Group]) -> list[str]:
 
 
 def _settings(every: list[Group], task: str) -> tuple[list[tuple], list[str]]:
-  """The settings of a task, ascending, and the names of those that vary."""
+  """The settings of a task, in the order of its results, and the names of those that vary."""
   found = dict.fromkeys(settings for group in every for name, settings in group.measured() if name == task)
   values: dict[str, set] = {}
   for settings in found:
