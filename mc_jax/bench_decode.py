@@ -4,8 +4,9 @@ r"""Decoding's speed and bytes at contexts up to 256k: steps of one model under 
 
 Nothing is prefilled: the cache holds noise and its position is set (mc_jax/inference/speed.py). In every round each
 model takes its last steps at each context, so that what else the machine does falls on all of them alike; the fastest
-loop counts. `grows` is the share of a step that it would not take at that model's shortest context. Parameters are held
-in the computation's dtype: float32 ones would be converted whole for every step that is not in a loop.
+loop counts. cpu_milliseconds are those in which this process's threads computed, which others disturb less. `grows` is
+the share of a step that it would not take at that model's shortest context. Parameters are held in the computation's
+dtype: float32 ones would be converted whole for every step that is not in a loop.
 
   python -m mc_jax.bench_decode --topology=v5p:2x2x1 --config=configs/titans_1b.py --config.mesh.data=4 \
     --config.mesh.fsdp=1 --batch=4 --contexts=4096,65536
@@ -80,9 +81,12 @@ def main(_: list[str]) -> None:
   measure = _estimate if _TOPOLOGY.value else _measure
   rows = measure(runs, contexts, devices)
   print(_table(rows))
-  growth = {name: by[between[1]] / by[between[0]] for name, by in _times(rows).items() if set(between) <= set(by)}
-  for name, ratio in growth.items():
-    print(f"{name}: a step at {between[1]:,} takes {ratio:.3f} of one at {between[0]:,}")
+  growth = {}
+  for field in ("milliseconds",) if _TOPOLOGY.value else ("milliseconds", "cpu_milliseconds"):
+    times = {name: by for name, by in _times(rows, field).items() if set(between) <= set(by)}
+    growth[field] = {name: by[between[1]] / by[between[0]] for name, by in times.items()}
+    for name, ratio in growth[field].items():
+      print(f"{name}: {field} of a step at {between[1]:,} are {ratio:.3f} of those at {between[0]:,}")
   if _JSON.value:
     record = {"command": shlex.join(["python", "-m", "mc_jax.bench_decode", *sys.argv[1:]]), **machine, **versions}
     record |= {"load": os.getloadavg(), "between": between, "growth": growth, "rows": rows}
@@ -114,20 +118,21 @@ def _measure(runs: dict[str, config.Config], contexts: Sequence[int], devices: S
       continue
     print(f"compiling {name} at {context:,}", file=sys.stderr, flush=True)
     compiled = steps[name, context] = speed.compile_steps(decoder, _BATCH.value)
-    count = int(_SECONDS.value / min(compiled.seconds(2)))
+    count = int(_SECONDS.value / min(compiled.seconds(2))[0])
     most = min((context - speed.WARM) // _REPEATS.value, speed.LONGEST)
     rows[name, context] = {
       **_row(name, runs[name], context, compiled.slot_bytes, compiled.other_bytes, compiled.temporary_bytes),
       "steps": min(max(2, count), most),
       "milliseconds_of_rounds": [],
+      "cpu_milliseconds_of_rounds": [],
     }
   for i in range(_ROUNDS.value):
     print(f"round {i + 1} of {_ROUNDS.value}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
     for key, row in rows.items():
-      fastest = min(steps[key].seconds(row["steps"], _REPEATS.value))
-      row["milliseconds_of_rounds"].append(round(1e3 * fastest, 4))
-  for row in rows.values():
-    row["milliseconds"] = min(row["milliseconds_of_rounds"])
+      loops = zip(*steps[key].seconds(row["steps"], _REPEATS.value), strict=True)
+      for field, seconds in zip(("milliseconds", "cpu_milliseconds"), loops, strict=True):
+        row[f"{field}_of_rounds"].append(round(1e3 * min(seconds), 4))
+        row[field] = min(row[f"{field}_of_rounds"])
   return _with_rates(list(rows.values()))
 
 
@@ -192,11 +197,11 @@ def _with_rates(rows: list[dict]) -> list[dict]:
   return sorted(rows, key=lambda row: (list(shortest).index(row["model"]), row["context"]))
 
 
-def _times(rows: list[dict]) -> dict[str, dict[int, float]]:
-  """{model: {context: milliseconds of a step}}, contexts ascending."""
+def _times(rows: list[dict], field: str = "milliseconds") -> dict[str, dict[int, float]]:
+  """{model: {context: of a step}}, contexts ascending."""
   times = {}
   for row in sorted(rows, key=lambda row: row["context"]):
-    times.setdefault(row["model"], {})[row["context"]] = row["milliseconds"]
+    times.setdefault(row["model"], {})[row["context"]] = row[field]
   return times
 
 

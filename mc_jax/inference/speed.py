@@ -56,8 +56,12 @@ class Steps:
     memory = self.loop.memory_analysis()
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
-  def seconds(self, count: int, repeats: int = 1) -> list[float]:
-    """Seconds of one step, timed `repeats` times over `count` of them; the last ends the context."""
+  def seconds(self, count: int, repeats: int = 1) -> list[tuple[float, float]]:
+    """Of one step, timed `repeats` times over `count` of them, the last of which ends the context.
+
+    Returns:
+      Seconds, and those in which this process's threads computed: on a busy machine the second are the steadier.
+    """
     decoder = self.decoder
     shape = LONGEST, self.batch
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, decoder.config.vocab_size, shape, np.int32))
@@ -65,9 +69,9 @@ class Steps:
     cache, _ = jax.block_until_ready(self.loop(decoder.params, cache, tokens, jnp.int32(WARM)))
     found = []
     for _ in range(repeats):
-      begin = time.perf_counter()
+      begin, cpu = time.perf_counter(), time.process_time()
       cache, _ = jax.block_until_ready(self.loop(decoder.params, cache, tokens, jnp.int32(count)))
-      found.append((time.perf_counter() - begin) / count)
+      found.append(((time.perf_counter() - begin) / count, (time.process_time() - cpu) / count))
     return found
 
 
