@@ -5,6 +5,7 @@ asked many times with --save_prompt and --load_prompt. Fields of the run's confi
 they are can be changed, such as --config.model.memory.after_training=moving_average.
 """
 
+import dataclasses
 import sys
 
 import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
@@ -49,6 +50,7 @@ def main(_: list[str]) -> None:
   """Generates as the flags say."""
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.ERROR)
+  sys.stdout.reconfigure(errors="replace")  # models write what terminals do not know
   model = trained.load(outputs.workdir(WORKDIR.value), commandline.overrides(CONFIG), step=STEP.value)
   data = model.config.data
   if data.source not in TEXTS:
@@ -58,13 +60,20 @@ def main(_: list[str]) -> None:
   mesh = model.mesh if model.mesh.size > 1 else None
   decoder = Decoder(model.config.model, state.graph(model.config), model.params, _cache(len(prompt)), mesh)
 
+  stop = (*(tuple(ids.tolist()) for ids in tokenizer.encode(STOP.value)), (tokenizer.separator,))
+  requests = [
+    Request(prompt, MAX_TOKENS.value, TEMPERATURE.value, TOP_K.value, TOP_P.value, SEED.value + i, stop)
+    for i in range(SAMPLES.value)
+  ]
+  if SAVE.value:
+    prompts.require_new(SAVE.value)
+  loaded = prompts.load(LOAD.value, decoder) if LOAD.value else None
+  decoder.check(requests[:1], loaded)
   with generation.Stopwatch() as reading:
-    if LOAD.value:
-      logits, cache = prompts.load(LOAD.value, decoder)
-      if len(prompt):
-        logits, cache = decoder.extend(cache, [prompt], logits)
-    else:
+    if loaded is None:
       logits, cache = decoder.prefill([prompt])
+    else:
+      logits, cache = decoder.extend(loaded[1], [prompt], loaded[0]) if len(prompt) else loaded
     jax.block_until_ready(cache)
   if SAVE.value:
     prompts.save(SAVE.value, decoder, logits, cache)
@@ -72,11 +81,7 @@ def main(_: list[str]) -> None:
     logits, cache = generation.repeat(logits, cache, SAMPLES.value)
   size = generation.cache_bytes(cache)
 
-  stop = (*(tuple(ids.tolist()) for ids in tokenizer.encode(STOP.value)), (tokenizer.separator,))
-  requests = [
-    Request(np.zeros(0, np.int32), MAX_TOKENS.value, TEMPERATURE.value, TOP_K.value, TOP_P.value, SEED.value + i, stop)
-    for i in range(SAMPLES.value)
-  ]
+  requests = [dataclasses.replace(request, prompt=prompt[:0]) for request in requests]
   streams = [text.Stream(tokenizer.decode, STOP.value) for _ in requests]
   made = 0
   with generation.Stopwatch() as writing:
@@ -86,6 +91,8 @@ def main(_: list[str]) -> None:
         new = stream.add(tokens[(tokens != generation.NOTHING) & (tokens != tokenizer.separator)])
         if SAMPLES.value == 1:
           print(new, end="", flush=True)
+      if all(stream.ended for stream in streams):  # by a text that no sequence of tokens spells
+        break
   for i, stream in enumerate(streams):
     print(stream.rest() if SAMPLES.value == 1 else f"--- {i}\n{stream.text()}{stream.rest()}", flush=True)
   rows = {
@@ -105,6 +112,10 @@ def _prompt(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
     words = epath.Path(PROMPT_FILE.value).read_text(encoding="utf-8")
   elif PROMPT.value is not None:
     words = PROMPT.value
+    try:
+      words.encode("utf-8")
+    except UnicodeError as error:
+      raise ConfigError(f"--prompt is not UTF-8: {error}") from error
   else:
     words = sys.stdin.read()
   if not words and not LOAD.value:
@@ -132,5 +143,5 @@ if __name__ == "__main__":
   except ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
-  except (OSError, UnicodeDecodeError) as error:
+  except (OSError, UnicodeError) as error:
     sys.exit(f"error: {error}")

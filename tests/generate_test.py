@@ -56,6 +56,8 @@ def test_a_prompt_is_saved_and_continued_again(run, tmp_path):
     (["--prompt=x", "--max_tokens=40", "--capacity=2"], "cache.capacity=2 is too small: 42 tokens"),
     (["--prompt=x", "--config.model.heads=1"], "--config.model.heads: 2 in the checkpoint, 1 asked for"),
     (["--load_prompt=nowhere"], "nowhere is not there"),
+    (["--prompt=x", "--top_p=0"], "top_p must be above 0"),
+    (["--prompt=x", "--save_prompt=configs"], "configs is there already"),
   ],
   ids=lambda value: value[-1] if isinstance(value, list) and value else "",
 )

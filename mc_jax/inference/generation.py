@@ -129,7 +129,7 @@ class Decoder:
       ConfigError: an empty prompt, an id that the model does not have, more tokens than the cache is for.
     """
     self._check(prompts, np.zeros(len(prompts), int), least=1)
-    tokens, lengths = _padded(_filled(prompts, len(prompts) + -len(prompts) % self.rows))
+    tokens, lengths = _padded(_filled(prompts, len(prompts) + -len(prompts) % self.rows), self.cache.tokens)
     with self._context():
       return _prefill(self.graph, self.params, tokens, lengths, self.cache)
 
@@ -155,7 +155,7 @@ class Decoder:
       ConfigError: as `prefill`; more prompts than rows; a cache that was given away before.
     """
     self._check(prompts, _positions(logits, cache, len(prompts)), least=0)
-    tokens, lengths = _padded(_filled(prompts, len(logits)))
+    tokens, lengths = _padded(_filled(prompts, len(logits)), self.cache.tokens)
     with self._context():
       return _extend(self.graph, self.params, tokens, lengths, cache, logits, self.cache)
 
@@ -171,27 +171,31 @@ class Decoder:
       block: tokens that are made before they are yielded.
 
     Yields:
-      int32 [requests, block], NOTHING where a continuation has ended.
+      int32 [requests, up to block], NOTHING where a continuation has ended.
 
     Raises:
       ConfigError: as `prefill`; a request's values; a continuation that the cache is too short for.
     """
-    found = [
-      f"request {i}: {problem}" for i, r in enumerate(requests) for problem in r.problems(self.config.vocab_size)
-    ]
+    self.check(requests, start)
     if block < 1:
-      found.append(f"block must be at least 1 token, got {block}")
-    if found:
-      raise ConfigError("\n".join(found))
-    prompts, before = [request.prompt for request in requests], np.zeros(len(requests), int)
-    if start is not None:
-      before = _positions(*start, len(requests))
-    self._check(prompts, before, least=start is None, room=[request.max_tokens for request in requests])
+      raise ConfigError(f"block must be at least 1 token, got {block}")
+    prompts = [request.prompt for request in requests]
     if start is None:
       start = self.prefill(prompts)
     elif any(len(prompt) for prompt in prompts):
       start = self.extend(start[1], prompts, start[0])
     return self._made(requests, *start, block)
+
+  def check(self, requests: Sequence[Request], start: tuple[jax.Array, Cache] | None = None) -> None:
+    """Raises the ConfigError that `generate` would raise."""
+    found = [
+      f"request {i}: {problem}" for i, r in enumerate(requests) for problem in r.problems(self.config.vocab_size)
+    ]
+    if found:
+      raise ConfigError("\n".join(found))
+    before = np.zeros(len(requests), int) if start is None else _positions(*start, len(requests))
+    prompts = [request.prompt for request in requests]
+    self._check(prompts, before, least=start is None, room=[request.max_tokens for request in requests])
 
   def _made(self, requests: Sequence[Request], logits: jax.Array, cache: Cache, block: int) -> Iterator[np.ndarray]:
     """`generate`, after the prompts."""
@@ -257,12 +261,12 @@ def _positions(logits: jax.Array, cache: Cache, count: int) -> np.ndarray:
   return np.asarray(cache.position)[:count]
 
 
-def _padded(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens [b, length] int32 and lengths [b] int32; few lengths, because each compiles a program."""
+def _padded(prompts: Sequence[np.ndarray], room: int) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens [b, length] int32 and lengths [b] int32; few lengths, because each compiles a program, within `room`."""
   lengths = np.array([len(prompt) for prompt in prompts], np.int32)
   longest = max(int(lengths.max()), 1)
   unit = max(16, (1 << (longest - 1).bit_length()) // 8)
-  tokens = np.zeros((len(prompts), -(-longest // unit) * unit), np.int32)
+  tokens = np.zeros((len(prompts), min(-(-longest // unit) * unit, max(longest, room))), np.int32)
   for row, prompt in zip(tokens, prompts, strict=True):
     row[: len(prompt)] = prompt
   return tokens, lengths
@@ -274,13 +278,19 @@ def _arrays(requests: Sequence[Request], vocab_size: int) -> Asked:
 
   requests = [dataclasses.replace(request, top_k=min(request.top_k, vocab_size)) for request in requests]
   sampling = Sampling(*(each(f, d) for f, d in zip(Sampling._fields, "fifI", strict=True)))
-  sequences = max(len(request.stop) for request in requests)
-  longest = max((len(sequence) for request in requests for sequence in request.stop), default=1)
+  # Their numbers are shapes, each of which compiles a program: rounded up to powers of two.
+  sequences = _power_of_two(max(len(request.stop) for request in requests))
+  longest = _power_of_two(max((len(sequence) for request in requests for sequence in request.stop), default=1))
   stop = np.full((len(requests), sequences, longest), NOTHING, np.int32)
   for row, request in zip(stop, requests, strict=True):
     for place, sequence in zip(row, request.stop, strict=False):
       place[longest - len(sequence) :] = sequence
   return Asked(sampling, each("max_tokens", np.int32), stop)
+
+
+def _power_of_two(n: int) -> int:
+  """The next one."""
+  return 1 << (n - 1).bit_length() if n else 0
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

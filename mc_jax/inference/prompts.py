@@ -24,9 +24,8 @@ def save(folder: epath.PathLike, decoder: Decoder, logits: jax.Array, cache: Cac
   Raises:
     ConfigError: the folder is there already.
   """
+  require_new(folder)
   folder = epath.Path(folder)
-  if folder.exists():
-    raise ConfigError(f"{folder} is there already: a saved prompt needs a folder of its own")
   told = {
     "model": dataclasses.asdict(decoder.config),
     "cache": dataclasses.asdict(decoder.cache),
@@ -36,6 +35,12 @@ def save(folder: epath.PathLike, decoder: Decoder, logits: jax.Array, cache: Cac
   with _checkpointer() as checkpointer:
     arrays = ocp.args.StandardSave({"logits": logits, "cache": cache})
     checkpointer.save(_absolute(folder), ocp.args.Composite(prompt=arrays, told=ocp.args.JsonSave(told)))
+
+
+def require_new(folder: epath.PathLike) -> None:
+  """Raises ConfigError if there is something where a prompt is to be saved."""
+  if epath.Path(folder).exists():
+    raise ConfigError(f"{folder} is there already: a saved prompt needs a folder of its own")
 
 
 def cache_config(folder: epath.PathLike) -> CacheConfig:

@@ -139,13 +139,8 @@ class Cache(NamedTuple):
   first: jax.Array
 
 
-def count(options: Options, position: jax.Array) -> jax.Array:
-  """Segments that are cached after so many tokens."""
-  return jnp.minimum(_segment(options, position - 1), options.slots)
-
-
 def capacity_for(segment_length: int, tokens: int) -> int:
-  """Slots for sequences of so many tokens: one a segment."""
+  """Slots for sequences of so many tokens: one a segment, the last one's too, which longer sequences will read."""
   return len(segments.constant(segment_length).lengths(tokens))
 
 
@@ -204,8 +199,13 @@ def prefill(
 
   Returns:
     [batch, length, heads, head_dim] in q's dtype, 0 at padding; and the cache.
+
+  Raises:
+    ValueError: shapes that do not fit, as `memory_caching`.
   """
   rule, size = options.rule, options.segment_length
+  tokens = dict(q=q, k=k, v=v, u=u)
+  arguments.check_arrays(tokens, gates, init, rule, segments.constant(size), options.gate, None, token_scores)
   batch, length = q.shape[:2]
   documents = None
   if lengths is not None:

@@ -57,6 +57,11 @@ class CacheConfig:
         f"model.memory.segmentation={memory.segmentation!r} cannot be decoded: where segments are cut depends on the "
         "length of the sequence; use segmentation='constant'"
       )
+    elif memory.gate == "token" and not found and decode.capacity_for(memory.segment_length, self.tokens) > model.ages:
+      found.append(
+        f"{prefix}.tokens={self.tokens:,} make more segments than model.max_length={model.max_length}, which "
+        "model.memory.gate='token' has scores for"
+      )
     elif not found and self.full == "error" and model.mixer == "memory_caching" and memory.aggregation != "none":
       try:
         decode.require_room(memory.segment_length, self.segments(model), self.tokens)

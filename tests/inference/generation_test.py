@@ -162,6 +162,15 @@ def test_a_cache_that_cannot_be_is_refused(cache, message):
     decoder(cache)
 
 
+def test_scores_by_age_are_had_for_so_many_segments_alone():
+  memory = MemoryConfig(rule="linear", aggregation="grm", gate="token", chunk=2, segment_length=4)
+  config = ModelConfig(vocab_size=16, layers=1, d_model=16, heads=2, mlp_dim=16, max_length=20, memory=memory)
+  short = decoder(CacheConfig(20), config)
+  assert len(texts(short, [Request(np.arange(17) % 16, 3)])[0]) == 3  # the padded prompt has no more segments either
+  with pytest.raises(ConfigError, match="cache.tokens=21 make more segments than model.max_length=20"):
+    decoder(CacheConfig(21), config)
+
+
 def test_segments_that_depend_on_the_length_cannot_be_decoded():
   config = ModelConfig(memory=MemoryConfig(segmentation="logarithmic"))
   with pytest.raises(ConfigError, match="logarithmic' cannot be decoded"):
