@@ -167,7 +167,7 @@ def test_scores_by_age_are_had_for_so_many_segments_alone():
   config = ModelConfig(vocab_size=16, layers=1, d_model=16, heads=2, mlp_dim=16, max_length=20, memory=memory)
   short = decoder(CacheConfig(20), config)
   assert len(texts(short, [Request(np.arange(17) % 16, 3)])[0]) == 3  # the padded prompt has no more segments either
-  with pytest.raises(ConfigError, match="cache.tokens=21 make more segments than model.max_length=20"):
+  with pytest.raises(ConfigError, match=r"cache.tokens=21 make more segments than model.max_length=20"):
     decoder(CacheConfig(21), config)
 
 
