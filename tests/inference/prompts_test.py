@@ -60,6 +60,7 @@ def test_one_row_fills_a_mesh(saved):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{}, {"data": 1, "model": 2}], ids=str)
 def test_into_host_memory(tmp_path, sizes):
   mesh = meshes.make(MeshConfig(**sizes), jax.devices()[:2]) if sizes else None

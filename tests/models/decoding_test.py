@@ -89,6 +89,7 @@ def test_decoding_on_a_mesh(options):
   check(tiny(**options), mesh=mesh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2, "model": 2}], ids=str)
 def test_decoding_from_host_memory(sizes):
   mesh = meshes.make(MeshConfig(**sizes), jax.devices()) if sizes else None
