@@ -23,7 +23,7 @@ from mc_jax.inference import Decoder, Request, generation
 from mc_jax.inference.text import Stream
 from mc_jax.models import CacheConfig
 
-STEP = 32  # tokens that a forward pass reads in about the time that one more token takes a batch of continuations
+STEP = 32  # tokens of a forward pass that a decoding step is taken to cost: an estimate, which changes no result
 
 
 class Pair(NamedTuple):
