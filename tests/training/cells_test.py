@@ -56,8 +56,11 @@ def test_a_crashed_cell_is_told_and_does_not_stop_the_rest(script, tmp_path, cap
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_so_many_run_at_a_time(script, tmp_path, processes):
-  code = f"import time; f = open({str(tmp_path / 'times')!r}, 'a'); print(1, time.time(), file=f); f.flush(); "
-  code += "time.sleep(0.4); print(-1, time.time(), file=f)"
+  path = str(tmp_path / "times")
+  code = f"import time; f = open({path!r}, 'a'); print(1, time.time(), file=f); f.flush()\n"
+  code += "for _ in range(200):  # until another has begun, where another may\n"
+  code += f"  time.sleep(0.05 if len(open({path!r}).readlines()) < {processes} else 0)\n"
+  code += "print(-1, time.time(), file=f)"
   assert cells.run([script(str(n), code) for n in range(4)], tmp_path, processes) == ([], None)
   events = sorted((line.split() for line in (tmp_path / "times").read_text().splitlines()), key=lambda e: e[1])
   at_once = [sum(int(change) for change, _ in events[: n + 1]) for n in range(len(events))]
