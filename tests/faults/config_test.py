@@ -1,5 +1,6 @@
 """Random configurations: each is refused with a message that names a field, or it builds and trains."""
 
+import dataclasses
 import re
 
 import hypothesis
@@ -138,7 +139,10 @@ def test_25_of_them_train_a_step(accepted, quickly_compiled):
       return np.ones(spec.shape, spec.dtype)
 
     batch = {name: made(spec, name) for name, spec in windows.shapes(config.data, mesh).items()}
-    with jax.set_mesh(mesh):
-      after, values = jax.jit(update)(state.create(config, mesh), batch)
+    abstract = state.abstract(config, mesh)
+    start = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+    params = jax.tree.map(lambda x, random=random: 0.3 * random.normal(size=x.shape).astype(x.dtype), abstract.params)
+    with jax.set_mesh(mesh):  # parameters made here, for to make them as a run does compiles as long as a step
+      after, values = jax.jit(update)(dataclasses.replace(start, params=params), batch)
     assert int(after.step) == 1
     assert np.isfinite(values["loss"]) or int(values["skipped"]) == 1, config
