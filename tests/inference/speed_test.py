@@ -141,9 +141,10 @@ def door(*arguments):
 
 @pytest.mark.slow
 def test_the_door_measures(tmp_path):
-  small = ("--config.model.d_model=16", "--config.model.memory.segment_length=16", "--config.model.memory.chunk=8")
+  memory = ("--config.model.memory.segment_length=16", "--config.model.memory.chunk=8")
+  small = ("--config.model.d_model=16", "--config.model.layers=1", *memory)
   files = (f"--json={tmp_path / 'decode.json'}", f"--plot={tmp_path / 'decode.png'}")
-  flags = ("--contexts=64,512,32", "--models=transformer,ssc", "--between=32,64", "--rounds=2", "--limit_gib=0.0001")
+  flags = ("--contexts=64,512,32", "--models=transformer,ssc", "--between=32,64", "--rounds=2", "--limit_gib=0.00005")
   result = door(*small, *files, *flags)
   assert result.returncode == 0, result.stderr
   record = json.loads((tmp_path / "decode.json").read_text())
