@@ -6,7 +6,8 @@
 #   --config=FILE       the run
 #   --workdir=WHERE     a folder, or gs://BUCKET/FOLDER
 #   --processes=N       hosts (2)
-#   --devices=N         virtual devices of each (1)
+#   --devices=N         virtual devices of each (1). With more than one XLA:CPU may hang on a busy machine: its collectives
+#                       between processes want a thread for each
 #   --restarts=N        how often all are started again when one has died (10); they go on from the last checkpoint
 #   --python=PROGRAM    that has mc_jax installed (python)
 #   --dry-run           only print what would be done

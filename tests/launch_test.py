@@ -191,7 +191,6 @@ def test_two_local_processes_train(tmp_path):
       "--config=configs/quickstart.py",
       f"--workdir={tmp_path / 'run'}",
       f"--python={sys.executable}",
-      "--devices=2",
       "--",
     ),
     *(
@@ -200,10 +199,10 @@ def test_two_local_processes_train(tmp_path):
       "--config.data.validation_fraction=0.3",
     ),
     *("--config.data.length=16", "--config.model.mixer=transformer", "--config.model.d_model=16"),
-    *("--config.train.steps=3", "--config.train.sample_length=0", "--config.mesh.model=2"),
+    *("--config.train.steps=3", "--config.train.sample_length=0"),
     cwd=ROOT,
     env=os.environ | cache,
   )
   assert done.returncode == 0, done.stdout + done.stderr
-  assert "4 x cpu (data=2, model=2)" in done.stdout
+  assert "2 x cpu (data=2)" in done.stdout
   assert [record["step"] for record in metrics.read(tmp_path / "run")] == [1, 2, 3]
