@@ -114,10 +114,25 @@ def select(cached: jax.Array, visible: jax.Array, top_k: int) -> tuple[jax.Array
     fewer than k), k = min(top_k, n).
   """
   ranked = jnp.where(visible, cached, -jnp.inf)
-  scores, index = jax.lax.top_k(jax.lax.stop_gradient(ranked), min(top_k, cached.shape[-1]))
+  scores, index = _largest(jax.lax.stop_gradient(ranked), min(top_k, cached.shape[-1]))
   kept = scores > -jnp.inf
   # Picked by comparing, slot by slot: a gather of single numbers takes a TPU, and its compiler, long.
   names = jnp.arange(ranked.shape[-1])
   picked = [jnp.where(i[..., None] == names, ranked, 0.0).sum(-1) for i in jnp.unstack(index, axis=-1)]
   picked = jnp.stack(picked, -1) if picked else scores  # a single segment has no caches
   return index, jnp.where(kept, picked, 0.0), kept
+
+
+def _largest(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """The k largest of x [b, h, length, n] and where they are; of equals the first."""
+  if x.shape[2] > 1 or k > 8:
+    return jax.lax.top_k(x, k)
+  # Of single tokens by one maximum after the other: on a CPU top_k takes longer than all else that grows with n.
+  names, values, index = jnp.arange(x.shape[-1]), [], []
+  for _ in range(k):
+    index.append(x.argmax(-1))
+    values.append(x.max(-1))
+    x = jnp.where(index[-1][..., None] == names, -jnp.inf, x)
+  if not k:
+    return x[..., :0], jnp.zeros((*x.shape[:-1], 0), jnp.int32)
+  return jnp.stack(values, -1), jnp.stack(index, -1).astype(jnp.int32)
