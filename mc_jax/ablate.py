@@ -12,7 +12,7 @@ import re
 import shlex
 import sys
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from mc_jax.data import ConfigError
 from mc_jax.evaluation import Options, ablation, tasks
@@ -116,10 +116,4 @@ def describe(job: cells.Job) -> str:
 
 
 if __name__ == "__main__":
-  try:
-    app.run(main, flags_parser=lambda argv: commandline.parse(CONFIG, argv))
-  except ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except OSError as error:
-    sys.exit(f"error: {error}")
+  commandline.run(main, CONFIG)

@@ -11,7 +11,7 @@ import sys
 import time
 
 import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
-from absl import app, flags, logging
+from absl import flags, logging
 
 from mc_jax.data import ConfigError
 from mc_jax.evaluation import Options, Subject, report, tasks
@@ -91,10 +91,4 @@ def _name(names: tuple[str, ...], changes: dict[str, object]) -> str:
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["workdir", "tasks"])
-  try:
-    app.run(main, flags_parser=lambda argv: commandline.parse(CONFIG, argv))
-  except ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except OSError as error:
-    sys.exit(f"error: {error}")
+  commandline.run(main, CONFIG)

@@ -4,12 +4,9 @@ docs/export.md has the tensors' names, and how to read them. Fields of the confi
 they are can be changed on the way, such as --config.model.memory.after_training=moving_average.
 """
 
-import sys
-
 import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
-from absl import app, flags, logging
+from absl import flags, logging
 
-from mc_jax.data import ConfigError
 from mc_jax.inference import export
 from mc_jax.training import commandline, outputs, trained
 
@@ -36,10 +33,4 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["workdir", "to"])
-  try:
-    app.run(main, flags_parser=lambda argv: commandline.parse(CONFIG, argv))
-  except ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except OSError as error:
-    sys.exit(f"error: {error}")
+  commandline.run(main, CONFIG)
