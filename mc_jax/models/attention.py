@@ -10,6 +10,8 @@ from mc_jax.models.linear import Linear, residual_scale
 from mc_jax.parallel import axes
 from mc_jax.parallel.attention import attention
 
+# Tokens whose keys a step reads at a time.
+_TILE = 1024
 _SLOTS = (None, "batch", "heads", None, None)
 
 
@@ -75,14 +77,52 @@ class Attention(nnx.Module):
       name: slot.at[cache.first, rows, heads, place[:, None]].set(new[name][:, 0], mode="drop")
       for name, slot in cache.slots.items()
     }
-    key, value = (jax.lax.dynamic_index_in_dim(slots[name], cache.first, keepdims=False) for name in ("key", "value"))
     query = rotate(self.query(x), turn, self.rope_theta)[:, 0] * self.key.kernel.shape[-1] ** -0.5
-    scores = jnp.einsum("bhd,bhtd->bht", query, key, preferred_element_type=jnp.float32)
-    seen = jnp.arange(config.tokens) <= turn[:, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)).astype(value.dtype)
-    y = jnp.einsum("bht,bhtd->bhd", weights, value)[:, None]
+    y = _attend(query, slots["key"], slots["value"], cache.first, turn)[:, None].astype(x.dtype)
     position += 1 if active is None else active
     return self.output(y), LayerCache(slots, cache.first, position)
+
+
+def _attend(query: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array, last: jax.Array) -> jax.Array:
+  """Softmax attention of one query a row to the tokens up to its own, tile by tile.
+
+  A layer's keys are never cut out of the cache as a whole: XLA:CPU would copy them for every token.
+
+  Args:
+    query: [batch, heads, head_dim], scaled.
+    keys, values: of all layers, [layers, batch, heads, tokens, head_dim].
+    layer: int32.
+    last: [batch, 1] int32, place of the query's own token.
+
+  Returns:
+    [batch, heads, head_dim] float32.
+  """
+  tokens = keys.shape[3]
+  tile = min(_TILE, tokens)
+
+  def read(so_far, i):
+    largest, total, y = so_far
+    start = jnp.minimum(i * tile, tokens - tile)  # the last tile may lie over the one before
+    key, value = (_cut(x, layer, start, tile) for x in (keys, values))
+    place = start + jnp.arange(tile)
+    scores = jnp.einsum("bhd,bhtd->bht", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(((place >= i * tile) & (place <= last))[:, None], scores, -jnp.inf)
+    new = jnp.maximum(largest, scores.max(-1))  # finite from the first tile on: every query sees token 0
+    weights, kept = jnp.exp(scores - new[..., None]), jnp.exp(largest - new)
+    y *= kept[..., None]
+    y += jnp.einsum("bht,bhtd->bhd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return (new, kept * total + weights.sum(-1), y), None
+
+  none = jnp.full(query.shape[:2], -jnp.inf, jnp.float32)
+  start = none, jnp.zeros_like(none), jnp.zeros(query.shape, jnp.float32)
+  (_, total, y), _ = jax.lax.scan(read, start, jnp.arange(-(-tokens // tile)))
+  return y / total[..., None]
+
+
+def _cut(x: jax.Array, layer: jax.Array, start: jax.Array, tile: int) -> jax.Array:
+  """x[layer, :, :, start : start + tile], by one slice."""
+  size = 1, *x.shape[1:3], tile, x.shape[4]
+  return jax.lax.dynamic_slice(x, (layer, 0, 0, start, 0), size)[0]
 
 
 def positions(document: jax.Array) -> jax.Array:

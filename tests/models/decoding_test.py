@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mc_jax.models import CacheConfig, LanguageModel, MemoryConfig, ModelConfig
+from mc_jax.models import CacheConfig, LanguageModel, MemoryConfig, ModelConfig, attention
 from mc_jax.models import cache as cache_lib
 from mc_jax.parallel import mesh as meshes
 from mc_jax.parallel.mesh import MeshConfig
@@ -79,7 +79,9 @@ def test_a_model_decodes_what_it_computes(options):
   check(tiny(memory=options))
 
 
-def test_the_transformer_decodes_what_it_computes():
+@pytest.mark.parametrize("tile", [1024, 9, 4])  # one tile, two, and five of which the last lies over the fourth
+def test_the_transformer_decodes_what_it_computes(monkeypatch, tile):
+  monkeypatch.setattr(attention, "_TILE", tile)
   check(tiny(mixer="transformer"))
 
 
