@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mc_jax import memory
 from mc_jax.memory import caching
 from mc_jax.memory.networks import Weights
-from mc_jax.models import language_model
+from mc_jax.models import inspection
 from mc_jax.parallel import axes
 from mc_jax.training import state
 from mc_jax.training.config import Config
@@ -36,16 +35,7 @@ def probe(config: Config, mesh: jax.sharding.Mesh) -> Callable[[dict, Batch], di
   def look(params: dict, batch: Batch) -> dict[str, jax.Array]:
     model = nnx.merge(graph, params)
     batch = {name: axes.constrain(x[:rows], axes.TOKENS) for name, x in batch.items()}
-    document = None
-    if (segment_ids := batch.get("segment_ids")) is not None:
-      document = language_model.number_documents(segment_ids)
-    blocks, layers = nnx.split(model.blocks)
-
-    def block(x, layer):
-      block = nnx.merge(blocks, layer)
-      return block(x, document), _of_layer(block.mixer, block.mixer_norm(x), document)
-
-    _, found = jax.lax.scan(block, model.embed(batch["tokens"]), layers)
+    found = inspection.look(model, batch["tokens"], batch.get("segment_ids"), _of_layer)
     return {name: values.max() if name.endswith("_max") else values.mean() for name, values in found.items()}
 
   jitted = jax.jit(look, out_shardings=axes.sharding(mesh, ()))
@@ -57,27 +47,8 @@ def probe(config: Config, mesh: jax.sharding.Mesh) -> Callable[[dict, Batch], di
   return run
 
 
-def _of_layer(mixer: nnx.Module, x: jax.Array, document: jax.Array | None) -> dict[str, jax.Array]:
-  """The scalars of one layer, whose mixer reads x [rows, length, d_model]."""
-  options, inputs = mixer.config.memory, mixer.project(x, document)
-  _, cached = caching.caching_of_part(
-    *inputs[:4],
-    inputs.gates,
-    mixer.initial_memory(),
-    None if document is None else memory.documents.index(document),
-    inputs.token_scores,
-    rule=mixer.rule,
-    aggregation=options.aggregation,
-    segmentation=options.build_segmentation(),
-    carry=options.carry,
-    top_k=options.top_k,
-    pool=options.pool,
-    gate=options.gate,
-    gate_scale=options.gate_scale,
-    segment_group=options.segment_group,
-    implementation="xla",
-    keep=True,
-  )
+def _of_layer(cached: caching.Cached) -> dict[str, jax.Array]:
+  """The scalars of one layer."""
   found = _norms("memory", cached.states.memory)
   if cached.states.momentum is not None:
     found |= _norms("momentum", cached.states.momentum)
