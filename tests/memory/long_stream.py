@@ -1,0 +1,251 @@
+"""Millions of tokens through `decode.step` with a bounded cache: is memory flat, and does a state drift from prefill's?
+
+  JAX_PLATFORMS=cpu python tests/memory/long_stream.py --tokens=10000000 --json=docs/faults/long_stream.json
+
+Each of COMBINATIONS reads that many tokens, ROWS streams side by side, in compiled blocks of steps; seven minutes of one
+core. Tokens come block by block from a counter-based generator: random ones, keys of unit length, gates near where they
+start in training. No row is as long as all its tokens: it has tokens / ROWS of them, and ends in the middle of a segment
+and of a chunk.
+
+After every block the cache is compared, each array's largest difference relative to its largest number, with
+
+* carry="independent": a fresh prefill of the tokens of the segments that the cache still holds. Answers, online state,
+  cached states and summaries.
+* carry="checkpoint": what prefill's pass over the whole stream leaves, in float64; the pass goes on from block to block.
+  Online state and cached states. "pass" is the same pass in float32: what prefill itself drifts by.
+
+Exits with 1 if a difference is above TOLERANCE, the arrays that are alive take more bytes after one block than after
+another, or the process grows by more than GROWTH.
+"""
+
+import argparse
+import functools
+import json
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import samples
+import tqdm
+
+from mc_jax import memory
+from mc_jax.memory import caching, decode, online, passes, segments
+
+ROWS, HEADS, HEAD_DIM = 16, 2, 8
+SEGMENT, CHUNK, CAPACITY = 64, 16, 4
+BLOCK = 64 * SEGMENT
+COMBINATIONS = [
+  ("titans", "ssc", "independent"),
+  ("titans", "grm", "checkpoint"),
+  ("linear", "ssc", "checkpoint"),
+]
+# States that go on add up roundings: a step has one at every token, a pass at every chunk.
+TOLERANCE = {"independent": 1e-5, "checkpoint": 1e-3}
+GROWTH = 32.0  # MiB of resident memory; a block's tokens alone are as much
+FIRST = 8  # blocks after which all has been allocated
+
+
+def options_of(rule, aggregation, carry):
+  """A layer whose cache holds CAPACITY segments: each new one takes the oldest one's place."""
+  return decode.Options(memory.rules.get(rule, chunk=CHUNK), SEGMENT, CAPACITY, aggregation, carry)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def tokens(rule, key, rows, length):
+  """Inputs of rows x length tokens, float32; without M_0."""
+  *keys, gate_key = jax.random.split(key, 5)
+  q, k, v, u = (jax.random.normal(key, (rows, length, HEADS, HEAD_DIM)) for key in keys)
+  unit = [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k)]
+  noise = 0.5 * jax.random.normal(gate_key, (len(rule.gates), rows, length, HEADS))
+  starts = rule.gate_init(SEGMENT)
+  gates = {
+    name: start.maximum * jax.nn.sigmoid(start.bias + x) for (name, start), x in zip(starts.items(), noise, strict=True)
+  }
+  return samples.Inputs(*unit, v, u, gates, {})
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def steps(options, x, init, cache):
+  """A block of steps: answers [rows, length, heads, head_dim], and the cache."""
+
+  def step(cache, token):
+    y, cache = decode.step(options, *token[:5], init, cache)
+    return cache, y[:, 0]
+
+  cache, y = jax.lax.scan(step, cache, samples.map_tokens(lambda a: jnp.moveaxis(a, 1, 0)[:, :, None], x))
+  return jnp.moveaxis(y, 0, 1), cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def prefill(options, x, init):
+  return decode.prefill(options, *x[:5], init)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def write(rule, x, init, start):
+  """Prefill's pass over a block: the state after it, and the memories at the ends of its segments."""
+  x = caching.heads_first(*x[:5], None)
+  lengths = segments.constant(SEGMENT).lengths(x.k.shape[2])
+  nothing = x._replace(q=x.k[..., :0])
+  done = passes.write(rule, init, nothing, lengths, read=lambda _, q: q, carries=True, side_by_side=1, start=start)
+  return done.end, done.states.memory
+
+
+def error(found, expected):
+  """The largest difference of two trees, relative to the largest number of each array."""
+  pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+  return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)) for a, b in pairs)
+
+
+def in_order(cache):
+  """(memories, summaries) of the cached segments, the oldest first."""
+  last = (int(cache.position[0]) - 1) // SEGMENT
+  slots = np.arange(last - CAPACITY, last) % CAPACITY
+  return jax.tree.map(lambda x: x[slots], (cache.memories, cache.summaries))
+
+
+def against_prefill(options, init):
+  """(block's tokens, answers, cache) to errors, where segments start from M_0."""
+  recent = None
+
+  def compare(x, y, cache):
+    nonlocal recent
+    partial = (int(cache.position[0]) - 1) % SEGMENT + 1
+    x = samples.map_tokens(lambda a: np.asarray(a)[:, -(CAPACITY + 1) * SEGMENT :].copy(), x)  # not a view of it all
+    recent = x if recent is None else samples.map_tokens(lambda a, b: np.concatenate([a, b], 1), recent, x)
+    recent = samples.map_tokens(lambda a: a[:, -(CAPACITY * SEGMENT + partial) :], recent)
+    expected_y, expected = jax.device_get(prefill(options, recent, init))
+    # Where a chunk ends, a step has yet to move chunk_start, and does when it begins the next one.
+    chunk_start = (lambda c: c.chunk_start) if partial % CHUNK else (lambda c: None)
+    own, fresh = ((c.state, c.keys, chunk_start(c)) for c in (cache, expected))
+    return {
+      "state": error(own, fresh),
+      "cached": error(in_order(cache), in_order(expected)),
+      "answers": error(y[:, -partial:], expected_y[:, -partial:]),
+    }
+
+  return compare
+
+
+def against_pass(options, init):
+  """(block's tokens, answers, cache) to errors, where states go on."""
+  states, ends = {}, None
+
+  def goes_on(dtype, x):
+    x, m_0 = jax.tree.map(lambda a: a.astype(dtype), (x, init))
+    start = states.get(dtype)
+    if start is None:
+      start = online.start_state(options.rule, m_0, np.moveaxis(x.k, 1, 2))
+    states[dtype], ends = jax.device_get(write(options.rule, x, m_0, start))
+    return ends
+
+  def compare(x, _, cache):
+    nonlocal ends
+    goes_on(np.float32, x)
+    with jax.enable_x64(True):
+      new = goes_on(np.float64, x)
+    ends = new if ends is None else jax.tree.map(lambda a, b: np.concatenate([a, b]), ends, new)
+    ends = jax.tree.map(lambda a: a[-CAPACITY - 1 :], ends)
+    return {
+      "state": error(cache.state, states[np.float64]),
+      "cached": error(in_order(cache)[0], jax.tree.map(lambda a: a[:-1], ends)),
+      "pass": error(states[np.float32], states[np.float64]),
+    }
+
+  return compare
+
+
+def resident():
+  """MiB of this process's memory."""
+  return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def stream(rule, aggregation, carry, count, *, rows=ROWS, block=BLOCK):
+  """A combination's record: after each block what it has read, its memory, the largest state, and the errors."""
+  options = options_of(rule, aggregation, carry)
+  init = jax.device_get(options.rule.init(jax.random.key(0), heads=HEADS, head_dim=HEAD_DIM))
+  empty = functools.partial(decode.init_cache, options, batch=rows, head_dim=HEAD_DIM, dtype=jnp.float32)
+  cache = jax.jit(empty)(init)  # compiled: no array is there twice, so that all can be donated
+  compare = (against_prefill if carry == "independent" else against_pass)(options, init)
+  length, blocks, begin = count // rows, [], time.monotonic()
+  with tqdm.tqdm(total=count, unit=" tokens", unit_scale=True, desc=f"{rule} {aggregation} {carry}") as progress:
+    for number, start in enumerate(range(0, length, block)):
+      x = tokens(options.rule, jax.random.fold_in(jax.random.key(1), number), rows, min(block, length - start))
+      y, cache = steps(options, x, init, cache)
+      y, fetched = jax.device_get((y, cache))
+      assert (fetched.position == min(start + block, length)).all()
+      errors = {name: float(f"{value:.3g}") for name, value in compare(x, y, fetched).items()}
+      done = rows * int(fetched.position[0])
+      largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(fetched.state))
+      del x, y
+      held = dict(resident_mib=round(resident(), 1), array_bytes=sum(array.nbytes for array in jax.live_arrays()))
+      seconds = round(time.monotonic() - begin, 1)
+      blocks.append(dict(tokens=done, seconds=seconds, **held, largest=round(largest, 3), **errors))
+      progress.update(done - progress.n)
+  return dict(rule=rule, aggregation=aggregation, carry=carry, blocks=blocks)
+
+
+def growth(record):
+  """MiB by which the process grew from its FIRST blocks on, but for the last block, shorter and so compiled anew."""
+  sizes = [block["resident_mib"] for block in record["blocks"]][FIRST:-1]
+  return max(sizes) - sizes[0] if sizes else 0.0
+
+
+def problems(record):
+  """What is not as it should be, one line each."""
+  found, blocks = [], record["blocks"]
+  for name in {"state", "cached", "answers"} & set(blocks[0]):
+    worst = max(blocks, key=lambda block: block[name])
+    if not worst[name] <= TOLERANCE[record["carry"]]:
+      found.append(f"{name} differs by {worst[name]} after {worst['tokens']:,} tokens")
+  if len({block["array_bytes"] for block in blocks}) > 1:
+    found.append("arrays are left behind")
+  if growth(record) > GROWTH:
+    found.append(f"the process grew by {growth(record)} MiB")
+  return found
+
+
+def write_json(path, run, records):
+  """The file, one line a block."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(run | {"streams": [record | {"blocks": []} for record in records]}, indent=1)
+  for record in records:
+    lines = ",\n".join(f"    {json.dumps(block)}" for block in record["blocks"])
+    text = text.replace('"blocks": []', f'"blocks": [\n{lines}\n   ]', 1)
+  path.write_text(text + "\n", encoding="utf-8")
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  parser.add_argument("--tokens", type=int, default=10_000_000, help="that each combination reads")
+  parser.add_argument("--json", type=pathlib.Path, help="file for the records, written after each combination")
+  arguments = parser.parse_args()
+  git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+  run = dict(command=shlex.join(["python", *sys.argv]), commit=git.stdout.strip(), jax=jax.__version__)
+  run |= dict(machine=platform.machine(), cores=os.cpu_count(), rows=ROWS, heads=HEADS, head_dim=HEAD_DIM)
+  run |= dict(segment_length=SEGMENT, chunk=CHUNK, capacity=CAPACITY)
+  records, failed = [], False
+  for combination in COMBINATIONS:
+    records.append(record := stream(*combination, arguments.tokens))
+    if arguments.json:
+      write_json(arguments.json, run, records)
+    last = record["blocks"][-1]
+    errors = ", ".join(f"{name} {last[name]:.1e}" for name in ("state", "cached", "answers", "pass") if name in last)
+    print(
+      f"{last['tokens']:,} tokens in {last['seconds']} s, {growth(record):+.1f} MiB; at the end {errors}", flush=True
+    )
+    for problem in problems(record):
+      print(f"  {problem}", flush=True)
+      failed = True
+  sys.exit(failed)
+
+
+if __name__ == "__main__":
+  main()
