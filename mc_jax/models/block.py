@@ -30,7 +30,7 @@ class Block(nnx.Module):
       document: [batch, length] int32, number of each token's document, 0 at padding; None: a row
         is one document.
     """
-    return self._rest(x, self.mixer(self.mixer_norm(x), document))
+    return self.after_mixer(x, self.mixer(self.mixer_norm(x), document))
 
   def init_cache(self, config: CacheConfig, batch: int) -> LayerCache:
     """The cache of sequences that have no token yet."""
@@ -39,15 +39,16 @@ class Block(nnx.Module):
   def prefill(self, x: jax.Array, lengths: jax.Array | None, config: CacheConfig) -> tuple[jax.Array, LayerCache]:
     """A call on whole prompts x [batch, length, d_model] of `lengths` [batch] tokens, and the cache after them."""
     y, cache = self.mixer.prefill(self.mixer_norm(x), lengths, config)
-    return self._rest(x, y), cache
+    return self.after_mixer(x, y), cache
 
   def step(
     self, x: jax.Array, cache: LayerCache, active: jax.Array | None, config: CacheConfig
   ) -> tuple[jax.Array, LayerCache]:
     """A call on the next token x [batch, 1, d_model] of the sequences that are active [batch] (None: all are)."""
     y, cache = self.mixer.step(self.mixer_norm(x), cache, active, config)
-    return self._rest(x, y), cache
+    return self.after_mixer(x, y), cache
 
-  def _rest(self, x: jax.Array, y: jax.Array) -> jax.Array:
+  def after_mixer(self, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The rest of a call on x, of which the mixer made y."""
     x = axes.constrain(x + y, axes.RESIDUAL)
     return axes.constrain(x + self.mlp(self.mlp_norm(x)), axes.RESIDUAL)

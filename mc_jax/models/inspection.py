@@ -19,8 +19,7 @@ def look(
 ) -> Found:
   """What `tell` makes of each layer's memories, every leaf stacked on a leading axis "layers".
 
-  The layers are run as always, twice (once to be looked at), by XLA. Of what is computed for the second look, only what
-  `tell` asks for is.
+  The layers are run as always, by XLA.
 
   Args:
     model: whose mixers are memories.
@@ -32,16 +31,17 @@ def look(
 
   def block(x, layer):
     block = nnx.merge(graph, layer)
-    return block(x, document), tell(_cached(block.mixer, block.mixer_norm(x), document))
+    y, cached = _read(block.mixer, block.mixer_norm(x), document)
+    return block.after_mixer(x, y), tell(cached)
 
   _, found = jax.lax.scan(block, model.embed(tokens), layers)
   return found
 
 
-def _cached(mixer: MemoryCaching, x: jax.Array, document: jax.Array | None) -> caching.Cached:
-  """Of one layer, whose mixer reads x [batch, length, d_model]."""
+def _read(mixer: MemoryCaching, x: jax.Array, document: jax.Array | None) -> tuple[jax.Array, caching.Cached]:
+  """A call of the mixer on x [batch, length, d_model], and what its passes leave behind."""
   options, inputs = mixer.config.memory, mixer.project(x, document)
-  _, cached = caching.caching_of_part(
+  y, cached = caching.caching_of_part(
     *inputs[:4],
     inputs.gates,
     mixer.initial_memory(),
@@ -59,4 +59,4 @@ def _cached(mixer: MemoryCaching, x: jax.Array, document: jax.Array | None) -> c
     implementation="xla",
     keep=True,
   )
-  return cached
+  return mixer.read_out(y, inputs.output_gate), cached
