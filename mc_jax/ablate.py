@@ -15,8 +15,8 @@ import sys
 from absl import flags, logging
 
 from mc_jax.data import ConfigError
-from mc_jax.evaluation import Options, ablation, tasks
-from mc_jax.training import cells, commandline, config, grid
+from mc_jax.evaluation import ablation, tasks
+from mc_jax.training import cells, commandline, config, grid, task_flags
 
 CONFIG = commandline.define_config()
 GRID = flags.DEFINE_multi_string("grid", [], "FIELD=VALUE,VALUE,... (model.memory.rule=linear,titans); repeatable")
@@ -27,10 +27,7 @@ CELL = flags.DEFINE_integer("cell", None, "run this one alone, counted from 0, w
 CELLS = flags.DEFINE_boolean("cells", False, "print how many cells there are, and end")
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "print the cells and their commands, and end")
 REPORT = flags.DEFINE_boolean("report", False, "only report, of the finished cells or of an earlier report's JSON")
-TASKS = flags.DEFINE_list("tasks", [], f"to evaluate each cell on: {', '.join(tasks.TASKS)}; default: none")
-LENGTHS = flags.DEFINE_list("lengths", [], "of rows, in tokens; default: the cell's")
-PAIRS = flags.DEFINE_list("pairs", [], "mqar: numbers of key-value pairs; default: the cell's data.mqar.pairs")
-ROWS = flags.DEFINE_integer("rows", 256, "rows of each setting of a recall task")
+task_flags.define()
 
 
 def main(_: list[str]) -> None:
@@ -49,7 +46,10 @@ def main(_: list[str]) -> None:
     return
   if CELL.value is not None and not 0 <= CELL.value < len(every):
     raise ConfigError(f"--cell must be one of 0 to {len(every) - 1}, got {CELL.value}")
-  jobs = [cells.Job(cell, workdir / cells.FOLDER / cell.name, evaluation()) for cell in every]
+  jobs = [
+    cells.Job(cell, workdir / cells.FOLDER / cell.name, told, command())
+    for cell, told in zip(every, evaluations(every), strict=True)
+  ]
   for job in jobs:
     job.require_same()
   if DRY_RUN.value:
@@ -98,13 +98,24 @@ def arguments() -> list[str]:
   return found
 
 
-def evaluation() -> tuple[str, ...]:
-  """What mc_jax.evaluate is told of all cells; empty without --tasks."""
-  Options(commandline.numbers(LENGTHS), commandline.numbers(PAIRS), ROWS.value).check()
-  if not TASKS.value:
-    return ()
-  lists = {"tasks": tasks.check(TASKS.value), "lengths": LENGTHS.value, "pairs": PAIRS.value}
-  return (*(f"--{name}={','.join(values)}" for name, values in lists.items() if values), f"--rows={ROWS.value}")
+def evaluations(every: list[grid.Cell]) -> list[tuple[str, ...]]:
+  """What mc_jax.evaluate is told of each cell; nothing without --tasks. Tells of tasks that do not suit a cell."""
+  task_flags.options()
+  asked, skipped, found = task_flags.names(), {}, []
+  for cell in every:
+    unsuited = tasks.unsuited(asked, cell.config.model)
+    names = [name for name in asked if name not in unsuited]
+    found.append((f"--tasks={','.join(names)}", *task_flags.arguments()) if names else ())
+    for name, why in unsuited.items():
+      skipped.setdefault(f"{name} is left out: {why}", []).append(cell.name)
+  for line, names in skipped.items():
+    print(f"{line} ({grid.in_cells(names)})", flush=True)
+  return found
+
+
+def command() -> str:
+  """This one, for all cells."""
+  return re.sub(r" --?cell[= ]\d+", "", shlex.join(["python", "-m", "mc_jax.ablate", *sys.argv[1:]]))
 
 
 def describe(job: cells.Job) -> str:

@@ -5,8 +5,8 @@ Any field of the run's configuration that leaves the parameters as they are can 
 """
 
 import dataclasses
-import json
 import re
+import shlex
 import sys
 import time
 
@@ -14,22 +14,14 @@ import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 from absl import flags, logging
 
 from mc_jax.data import ConfigError
-from mc_jax.evaluation import Options, Subject, report, tasks
-from mc_jax.training import commandline, config, outputs, state, trained
+from mc_jax.evaluation import Subject, report, tasks
+from mc_jax.training import commandline, config, outputs, state, task_flags, trained
 
 CONFIG = commandline.define_overrides()
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run of mc_jax.train, or gs://BUCKET/FOLDER")
-TASKS = flags.DEFINE_list(
-  "tasks", None, f"one or more of {', '.join(tasks.TASKS)}; {tasks.HARNESS}TASK for one of lm-evaluation-harness"
-)
-LENGTHS = flags.DEFINE_list("lengths", [], "of rows, in tokens; default: the run's")
-PAIRS = flags.DEFINE_list("pairs", [], "mqar: numbers of key-value pairs; default: data.mqar.pairs")
-ROWS = flags.DEFINE_integer("rows", 256, "rows of each setting of a recall task")
-LIMIT = flags.DEFINE_float("limit", None, "lm_eval: documents of each task, or below 1 their share; default: all")
-SHOTS = flags.DEFINE_integer("num_fewshot", None, "lm_eval: answered examples before each; default: the task's")
-INCLUDE = flags.DEFINE_string("include_path", None, "lm_eval: folder with tasks of your own")
 STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default: the newest")
 NAME = flags.DEFINE_string("name", None, "of the files in RUN/evaluation; default: tasks and fields that were changed")
+task_flags.define()
 
 
 def main(_: list[str]) -> None:
@@ -37,11 +29,11 @@ def main(_: list[str]) -> None:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   begin = time.monotonic()
-  harness = LIMIT.value, SHOTS.value, INCLUDE.value
-  options = Options(commandline.numbers(LENGTHS), commandline.numbers(PAIRS), ROWS.value, *harness).check()
-  names = tasks.check(TASKS.value, options.include_path)
+  options, names = task_flags.options(), task_flags.names()
   workdir, changes = outputs.workdir(WORKDIR.value), commandline.overrides(CONFIG)
   model = trained.load(workdir, changes, step=STEP.value)
+  if unsuited := tasks.unsuited(names, model.config.model):
+    raise ConfigError("\n".join(f"--tasks: {name}: {why}" for name, why in unsuited.items()))
   _require_lengths(model.config, options.lengths, model.mesh.size)
   changed = "".join(f", {field}={value}" for field, value in changes.items())
   print(f"{workdir}, step {model.step:,}{changed}", flush=True)
@@ -56,7 +48,7 @@ def main(_: list[str]) -> None:
   record = {
     "workdir": str(workdir),
     "step": model.step,
-    "command": " ".join(["python -m mc_jax.evaluate", *sys.argv[1:]]),
+    "command": shlex.join(["python", "-m", "mc_jax.evaluate", *sys.argv[1:]]),
     "changed": changes,
     "config": dataclasses.asdict(model.config),
     "results": report.to_json(results),
@@ -65,11 +57,11 @@ def main(_: list[str]) -> None:
   with outputs.outputs(workdir) as files:
     folder = files.folder / "evaluation"
     folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(report.dumps(record), encoding="utf-8")
     (folder / f"{name}.csv").write_text(report.to_csv(results), encoding="utf-8")
-    plotted = report.plot(folder / f"{name}.png", {name: results})
-  endings = "json, csv and png" if plotted else "json and csv"
-  print(f"written to {workdir / 'evaluation' / name}: {endings}")
+    drawn = report.plot(folder / f"{name}.png", {name: results})
+  written = ", ".join([f"{name}.json", f"{name}.csv", *(path.name for path in drawn)])
+  print(f"written to {workdir / 'evaluation'}: {written}")
 
 
 def _require_lengths(run: config.Config, lengths: tuple[int, ...], devices: int) -> None:

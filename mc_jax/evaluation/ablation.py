@@ -2,7 +2,8 @@
 
 A cell is a dict, as JSON has it:
 
-    {"values": {"rule": "linear", "aggregation": "grm"}, "seed": 0, "tokens_per_second": .., "results": [..], ..}
+    {"values": {"rule": "linear", "aggregation": "grm"}, "seed": 0, "tokens_per_second": .., "results": [..],
+     "grid": "python -m mc_jax.ablate ..", ..}
 
 with results of `report.to_json`; cells of the same values differ in their seed alone. Cells of several grids may be in
 one report.
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import matplotlib
 
-from mc_jax.evaluation import report
+from mc_jax.evaluation import heatmaps, report
 from mc_jax.evaluation.subject import Result
 
 matplotlib.use("Agg")  # files only: no display is needed
@@ -29,7 +30,13 @@ matplotlib.use("Agg")  # files only: no display is needed
 from matplotlib import pyplot
 
 JSON = "ablation.json"
-_MEASURES = {"accuracy": "accuracy", "bits_per_byte": "bits per byte"}  # what a task is judged by
+_TICKS = 6  # at the places themselves, where there are no more
+# What a task is judged by.
+_MEASURES = {
+  "accuracy": "accuracy",
+  "bits_per_byte": "bits per byte",
+  "gamma_right": "gamma of the memory that holds the answer",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +53,9 @@ class Mean:
     count = len(numbers)
     stderr = statistics.stdev(numbers) / math.sqrt(count) if count > 1 else math.nan
     return cls(statistics.fmean(numbers), stderr, count)
+
+
+Line = list[tuple[float, Mean]]  # places and what is there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +83,33 @@ class Group:
       for key, results in found.items()
     }
 
+  def settings(self, task: str) -> list[tuple]:
+    """Those of a task, in the order of its results: the last has the greatest length, or all the text."""
+    return [settings for name, settings in self.measured() if name == task]
+
+  def line(self, task: str, measure: str, x: str) -> Line:
+    """A value in the settings that differ from the last one in x at most, by x."""
+    own, measured = self.settings(task), self.measured()
+    rest = _without(own[-1], x) if own else ()
+    points = [(dict(s)[x], measured[task, s][measure]) for s in own if _without(s, x) == rest and x in dict(s)]
+    return sorted(points, key=lambda point: point[0])
+
+  def last(self, task: str, measure: str) -> Mean | None:
+    """A value in the last setting; None where the task was not evaluated."""
+    own = self.settings(task)
+    return self.measured()[task, own[-1]][measure] if own else None
+
+  @property
+  def speed(self) -> Mean:
+    """Tokens per second in training."""
+    return Mean.of([cell["tokens_per_second"] for cell in self.cells])
+
+  def reads(self, task: str) -> list[dict]:
+    """Of the last setting: Result.reads of all seeds together; [] where nobody looked."""
+    own = self.settings(task)
+    results = [result for cell in self.cells for result in report.from_json(cell["results"])]
+    return heatmaps.pooled([r.reads for r in results if own and (r.task, tuple(r.settings.items())) == (task, own[-1])])
+
   def curve(self, settings: tuple) -> list[tuple[float, Mean]]:
     """Loss by position in one setting of perplexity: the geometric middle of each bucket, and the mean there."""
     points: dict[float, list[float]] = {}
@@ -93,11 +130,11 @@ def groups(cells: Sequence[dict]) -> list[Group]:
 
 
 def write(folder: pathlib.Path, cells: Sequence[dict]) -> list[str]:
-  """Writes ablation.json, table.txt, table.csv and the plots that there is something for; their names."""
+  """Writes ablation.json, tables, commands.txt and the figures that there is something for; their names."""
   folder.mkdir(parents=True, exist_ok=True)
   every = groups(cells)
-  texts = {JSON: json.dumps({"cells": list(cells)}, indent=1) + "\n", "table.txt": table(cells) + "\n"}
-  texts["table.csv"] = to_csv(cells)
+  texts = {JSON: report.dumps({"cells": list(cells)}), "table.txt": table(cells) + "\n", "table.csv": to_csv(cells)}
+  texts["commands.txt"] = commands(folder, cells)
   for name, text in texts.items():
     (folder / name).write_text(text, encoding="utf-8")
   figures = {f"{name}.png": figure for name, figure in _figures(every)}
@@ -113,6 +150,17 @@ def read(folder: pathlib.Path) -> list[dict]:
   return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else []
 
 
+def commands(folder: pathlib.Path, cells: Sequence[dict]) -> str:
+  """What makes the report in `folder` again, and what its cells."""
+  lines = [
+    f"# Draws all of this again, from {JSON} alone",
+    f"python -m mc_jax.ablate --report --workdir={folder.parent}",
+  ]
+  if grids := dict.fromkeys(cell["grid"] for cell in cells if cell.get("grid")):
+    lines += ["", "# Trained and evaluated the cells, and does it again in another --workdir", *grids]
+  return "\n".join(lines) + "\n"
+
+
 def table(cells: Sequence[dict]) -> str:
   """A block for the speed and one for each task, a line for each combination of values: mean ± standard error."""
   every = groups(cells)
@@ -120,9 +168,8 @@ def table(cells: Sequence[dict]) -> str:
   seeds = {id(group): str(len(group.cells)) for group in every}
   blocks = {"training": [["seeds", "steps", "tokens per second"]]}
   for group in every:
-    speed = Mean.of([cell["tokens_per_second"] for cell in group.cells])
     steps = ", ".join(f"{n:,}" for n in sorted({cell["steps"] for cell in group.cells}))
-    blocks["training"].append([seeds[id(group)], steps, _text(speed, ",.0f")])
+    blocks["training"].append([seeds[id(group)], steps, _text(group.speed, ",.0f")])
   for task in _tasks(every):
     settings, shown = _settings(every, task)
     measured = [group.measured() for group in every]
@@ -146,8 +193,8 @@ def to_csv(cells: Sequence[dict]) -> str:
   """A line for each combination of values, task and setting: every value's mean and standard error over seeds."""
   rows = []
   for group in groups(cells):
-    speed = {"tokens_per_second": Mean.of([cell["tokens_per_second"] for cell in group.cells])}
-    for (task, settings), means in {("training", ()): speed, **group.measured()}.items():
+    speed = {("training", ()): {"tokens_per_second": group.speed}}
+    for (task, settings), means in {**speed, **group.measured()}.items():
       row = {**group.values, "task": task, **dict(settings)}
       for name, mean in means.items():
         row |= {"seeds": mean.count, name: mean.mean, f"{name}_stderr": "" if mean.count < 2 else mean.stderr}
@@ -159,65 +206,94 @@ def to_csv(cells: Sequence[dict]) -> str:
   return file.getvalue()
 
 
-Line = list[tuple[float, Mean]]  # places and what is there
-
-
 def _figures(every: list[Group]) -> Iterator[tuple[str, pyplot.Figure]]:
+  fields = max((tuple(group.values) for group in every), key=len, default=())
   for task in _tasks(every):
-    settings, shown = _settings(every, task)
-    measured = {id(group): group.measured() for group in every}
-    measure = _measure(measured.values(), task)
-    x = next((name for name in ("pairs", "length") if name in shown), None)
-    if x is not None:
-      # Of what else varies, the last: the greatest length, or all the text.
-      last = {name: value for name, value in settings[-1] if name != x}
-      chosen = [s for s in settings if {name: value for name, value in s if name != x} == last]
-
-      def line(group, task=task, measure=measure, x=x, chosen=chosen, measured=measured) -> Line:
-        found = ((dict(s)[x], measured[id(group)].get((task, s))) for s in chosen)
-        return sorted(((place, means[measure]) for place, means in found if means), key=lambda point: point[0])
-
-      title = ", ".join([task, *(f"{name} {value}" for name, value in last.items() if name in shown)])
-      yield task, _panels(every, line, title, x, _MEASURES.get(measure, measure))
+    measure = _measure((group.measured() for group in every), task)
+    y = _MEASURES.get(measure, measure)
+    if x := next((name for name in ("pairs", "length") if any(_varies(g.settings(task), name) for g in every)), None):
+      lines = [(group.values, group.line(task, measure, x)) for group in every]
+      yield task, _panels(lines, fields, _title(every, task, x), x, y)
+    for field in _numeric(every):
+      lines = _along(every, field, lambda group, task=task, measure=measure: group.last(task, measure))
+      yield f"{task}_by_{field}", _panels(lines, _others(fields, field), _title(every, task), field, y)
     if task == "perplexity":
-      longest = max(settings, key=lambda s: dict(s)["length"])
-      title = f"length {dict(longest)['length']}"
-      yield "position", _panels(every, lambda g, s=longest: g.curve(s), title, "tokens before", "loss, nats a token")
+      lines = [(group.values, group.curve(group.settings(task)[-1]) if group.settings(task) else []) for group in every]
+      yield "position", _panels(lines, fields, _title(every, task), "tokens before", "loss, nats a token")
+    if figure := heatmaps.draw({group.label or "all": reads for group in every if (reads := group.reads(task))}):
+      figure.suptitle(_title(every, task), fontsize=10)
+      yield f"{task}_map", figure
+  for field in _numeric(every):
+    lines = _along(every, field, lambda group: group.speed)
+    yield (
+      f"tokens_per_second_by_{field}",
+      _panels(lines, _others(fields, field), "training", field, "tokens per second"),
+    )
   if every:
     yield "tokens_per_second", _bars(every)
 
 
-def _panels(every: list[Group], line: Callable[[Group], Line], title: str, x: str, y: str) -> pyplot.Figure:
-  """A panel for each value of all fields but the last, a line for each of the last.
+def _numeric(every: list[Group]) -> dict[str, tuple[float, ...]]:
+  """The fields whose values are several numbers, and these, ascending."""
+  found: dict[str, set[float]] = {}
+  for field, value in (item for group in every for item in group.values.items()):
+    found.setdefault(field, set()).add(_number(value))
+  return {field: tuple(sorted(values)) for field, values in found.items() if len(values) > 1 and math.nan not in values}
 
-  Cells of another grid, such as a transformer without the fields of a memory, are dashed in every panel.
+
+def _number(text: str) -> float:
+  """nan if it is none."""
+  try:
+    return float(text) if math.isfinite(float(text)) else math.nan
+  except ValueError:
+    return math.nan
+
+
+def _along(every: list[Group], field: str, found: Callable[[Group], Mean | None]) -> list[tuple[dict[str, str], Line]]:
+  """Lines of groups that differ in a numeric field alone, by that field; of those without it level ones."""
+  places = _numeric(every)[field]
+  lines: dict[tuple, Line] = {}
+  for group in every:
+    if (mean := found(group)) is not None:
+      own = [_number(group.values[field])] if field in group.values else [places[0], places[-1]]
+      line = lines.setdefault((field in group.values, _without(tuple(group.values.items()), field)), [])
+      line += [(place, mean) for place in own]
+  return [(dict(values), sorted(line, key=lambda point: point[0])) for (_, values), line in lines.items()]
+
+
+def _panels(
+  lines: Sequence[tuple[dict[str, str], Line]], fields: tuple[str, ...], title: str, x: str, y: str
+) -> pyplot.Figure:
+  """A panel for each value of all `fields` but the last, a line for each of the last.
+
+  Lines of another grid, such as a transformer without the fields of a memory, are dashed in every panel.
   """
-  fields = max((tuple(group.values) for group in every), key=len)
-  own = [group for group in every if tuple(group.values) == fields]
-  others = [group for group in every if tuple(group.values) != fields]
-  panels: dict[tuple, list[Group]] = {}
-  for group in own:
-    panels.setdefault(tuple(group.values.values())[:-1], []).append(group)
-  lasts = list(dict.fromkeys(group.values[fields[-1]] for group in own)) if fields else [""]
+  own = [(values, line) for values, line in lines if tuple(values) == fields]
+  others = [(values, line) for values, line in lines if tuple(values) != fields]
+  panels: dict[tuple, list] = {}
+  for values, line in own:
+    panels.setdefault(tuple(values.values())[:-1], []).append((values, line))
+  panels = panels or {(): []}
+  lasts = list(dict.fromkeys(values[fields[-1]] for values, _ in own)) if fields else [""]
   columns = min(4, len(panels))
   rows = -(-len(panels) // columns)
   size = (max(5.0, 3.6 * columns), 3.4 * rows + 0.6)
   figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharex=True)
   for panel in axes.flat[len(panels) :]:
     panel.set_visible(False)
-  for panel, (values, lines) in zip(axes.flat, panels.items(), strict=False):
-    for group in (*others, *lines):
-      if points := line(group):
-        places, means = zip(*points, strict=True)
-        errors = [0.0 if math.isnan(mean.stderr) else mean.stderr for mean in means]
-        style = {"color": "0.4", "linestyle": "--"}
-        if group in lines:
-          style = {"color": f"C{lasts.index(group.values[fields[-1]]) % 10}" if fields else "C0"}
-        label = group.values[fields[-1]] if group in lines and fields else group.label or "all"
-        ys = [mean.mean for mean in means]
-        panel.errorbar(places, ys, errors, marker="o", markersize=3, linewidth=1.2, capsize=2, label=label, **style)
-    panel.set_xscale("log", base=2)
-    panel.xaxis.set_major_formatter("{x:,.0f}")
+  every = sorted({place for _, line in lines for place, _ in line})
+  for panel, (values, drawn) in zip(axes.flat, panels.items(), strict=False):
+    for other in others:
+      _draw(panel, other[1], ", ".join(other[0].values()) or "all", color="0.4", linestyle="--")
+    for of, line in drawn:
+      last = of[fields[-1]] if fields else ""
+      _draw(panel, line, last or "all", color=f"C{lasts.index(last) % 10}")
+    if every and every[0] > 0:
+      panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter(lambda place, _: f"{place:,.4g}" if place < 1000 else f"{place:,.0f}")
+    if len(every) <= _TICKS:
+      panel.set_xticks(every)
+      panel.minorticks_off()
     panel.set(title=", ".join(values), xlabel=x, ylabel=y)
     panel.grid(alpha=0.3)
     panel.legend(fontsize=7)
@@ -228,9 +304,17 @@ def _panels(every: list[Group], line: Callable[[Group], Line], title: str, x: st
   return figure
 
 
+def _draw(panel: pyplot.Axes, line: Line, label: str, **style: str) -> None:
+  if line:
+    places, means = zip(*line, strict=True)
+    errors = [0.0 if math.isnan(mean.stderr) else mean.stderr for mean in means]
+    ys = [mean.mean for mean in means]
+    panel.errorbar(places, ys, errors, marker="o", markersize=3, linewidth=1.2, capsize=2, label=label, **style)
+
+
 def _bars(every: list[Group]) -> pyplot.Figure:
   figure, axes = pyplot.subplots(figsize=(6, 1 + 0.28 * len(every)), layout="constrained")
-  speeds = [Mean.of([cell["tokens_per_second"] for cell in group.cells]) for group in every]
+  speeds = [group.speed for group in every]
   errors = [0.0 if math.isnan(speed.stderr) else speed.stderr for speed in speeds]
   axes.barh(range(len(every)), [speed.mean for speed in speeds], xerr=errors, color="C0", height=0.7)
   axes.set_yticks(range(len(every)), [group.label or "all" for group in every], fontsize=8)
@@ -243,6 +327,28 @@ def _bars(every: list[Group]) -> pyplot.Figure:
 
 def _tasks(every: list[Group]) -> list[str]:
   return list(dict.fromkeys(task for group in every for task, _ in group.measured()))
+
+
+def _title(every: list[Group], task: str, x: str | None = None) -> str:
+  """The task, and what all groups' last settings agree in of what varies, but for x."""
+  lasts = [dict(group.settings(task)[-1]) for group in every if group.settings(task)]
+  agreed = set.intersection(*(set(last.items()) for last in lasts))
+  _, shown = _settings(every, task)
+  told = {name: value for name, value in lasts[0].items() if (name, value) in agreed and name in shown and name != x}
+  return ", ".join([task, *(f"{name} {value}" for name, value in told.items())])
+
+
+def _without(pairs: tuple, name: str) -> tuple:
+  """Pairs of names and values but for one."""
+  return tuple(pair for pair in pairs if pair[0] != name)
+
+
+def _others(fields: tuple[str, ...], field: str) -> tuple[str, ...]:
+  return tuple(name for name in fields if name != field)
+
+
+def _varies(settings: Iterable[tuple], name: str) -> bool:
+  return len({dict(s).get(name) for s in settings}) > 1
 
 
 def _settings(every: list[Group], task: str) -> tuple[list[tuple], list[str]]:

@@ -2,7 +2,8 @@
 
     python -m mc_jax.evaluation.compare --png=OUT.png base=runs/a/evaluation/perplexity.json grm=runs/b/evaluation/...
 
-With --baseline=base, what is drawn is the difference to it.
+With --baseline=base, what is drawn is the difference to it. Of a FILE alone the label is its name: what mc_jax.evaluate
+drew of it is drawn again.
 """
 
 import json
@@ -14,15 +15,16 @@ from absl import app, flags
 from mc_jax.data import ConfigError
 from mc_jax.evaluation import report
 
-PNG = flags.DEFINE_string("png", None, "file to draw in; default: only the table is printed")
+PNG = flags.DEFINE_string("png", None, "file to draw in, and X_map.png beside X.png for gates; default: only print")
 BASELINE = flags.DEFINE_string("baseline", None, "label of what the others are compared with")
 
 
 def main(argv: list[str]) -> None:
-  """Compares the files given as LABEL=FILE."""
-  pairs = [argument.partition("=")[::2] for argument in argv[1:]]
+  """Compares the files given as LABEL=FILE, or as FILE."""
+  alone = {argument: pathlib.Path(argument) for argument in argv[1:]}
+  pairs = [(path.stem, path) if path.is_file() else name.partition("=")[::2] for name, path in alone.items()]
   if not pairs or not all(label and file for label, file in pairs):
-    raise ConfigError("what is compared must be given as LABEL=FILE, FILE being a JSON that mc_jax.evaluate wrote")
+    raise ConfigError("what is drawn must be given as LABEL=FILE or FILE, a JSON that mc_jax.evaluate wrote")
   series = {}
   for label, file in pairs:
     try:
@@ -33,8 +35,10 @@ def main(argv: list[str]) -> None:
     raise ConfigError(f"--baseline must be one of {', '.join(series)}, got {BASELINE.value}")
   for label, results in series.items():
     print(f"{label}\n{report.table(results)}\n")
-  if PNG.value and not report.plot(pathlib.Path(PNG.value), series, BASELINE.value):
-    raise ConfigError(f"--png={PNG.value}: nothing was evaluated at several lengths or numbers of pairs")
+  if PNG.value:
+    if not (files := report.plot(pathlib.Path(PNG.value), series, BASELINE.value)):
+      raise ConfigError(f"--png={PNG.value}: no gates, and nothing at several lengths or numbers of pairs")
+    print(f"drawn in {', '.join(map(str, files))}")
 
 
 if __name__ == "__main__":

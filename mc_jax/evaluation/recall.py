@@ -8,35 +8,63 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from mc_jax.data import DataConfig
+from mc_jax.data.windows import Batch
 from mc_jax.evaluation.scoring import Scored
 from mc_jax.evaluation.subject import Options, Result, Subject
 
 
-def mqar(subject: Subject, options: Options) -> Iterator[Result]:
-  """Accuracy over all keys asked for, at each length and number of pairs."""
-  settings = _settings_of(subject.data, "mqar")
-  for length in options.lengths or (subject.data.length,):
-    for pairs in options.pairs or settings["mqar"].pairs:
-      of_pairs = settings | {"mqar": dataclasses.replace(settings["mqar"], pairs=(pairs,))}
-      scored = _score(subject, "mqar", of_pairs, length, options.rows)
-      yield _result("mqar", {"length": length, "pairs": pairs}, scored, answers_of_rows)
+class Setting(NamedTuple):
+  """What a task asks of a model at one length.
+
+  Attributes:
+    settings: of its result, such as {"length": 64, "pairs": 8}.
+    data: that describes the batches.
+    batches: rows whose targets with weight 1 are the answers.
+  """
+
+  settings: dict[str, int]
+  data: DataConfig
+  batches: list[Batch]
 
 
-def niah(name: str, needle: str) -> Callable[[Subject, Options], Iterator[Result]]:
-  """The task `name`: accuracy over rows at each length; `needle` is one of data/recall/niah.TASKS."""
+Rows = Callable[[Subject, Options], Iterator[Setting]]
+Count = Callable[[Scored], tuple[np.ndarray, np.ndarray]]
+
+
+def accuracy(name: str, rows: Rows, count: Count) -> Callable[[Subject, Options], Iterator[Result]]:
+  """The task `name`: the share of what is right, as `count` counts it, in each setting."""
 
   def run(subject: Subject, options: Options) -> Iterator[Result]:
-    settings = _settings_of(subject.data, "niah")
-    settings["niah"] = dataclasses.replace(settings["niah"], tasks=(needle,))
-    for length in options.lengths or (subject.data.length,):
-      scored = _score(subject, "niah", settings, length, options.rows)
-      yield _result(name, {"length": length}, scored, rows_as_a_whole)
+    for settings, data, batches in rows(subject, options):
+      yield _result(name, settings, subject.score(data, batches), count)
 
   return run
+
+
+def mqar(subject: Subject, options: Options) -> Iterator[Setting]:
+  """Rows of each length and number of pairs."""
+  own = _settings_of(subject.data, "mqar")
+  for length in options.lengths or (subject.data.length,):
+    for pairs in options.pairs or own["mqar"].pairs:
+      of_pairs = own | {"mqar": dataclasses.replace(own["mqar"], pairs=(pairs,))}
+      yield _setting(subject, "mqar", {"length": length, "pairs": pairs}, of_pairs, options.rows)
+
+
+def niah(needle: str) -> Rows:
+  """Rows of each length; `needle` is one of data/recall/niah.TASKS."""
+
+  def rows(subject: Subject, options: Options) -> Iterator[Setting]:
+    own = _settings_of(subject.data, "niah")
+    own["niah"] = dataclasses.replace(own["niah"], tasks=(needle,))
+    for length in options.lengths or (subject.data.length,):
+      yield _setting(subject, "niah", {"length": length}, own, options.rows)
+
+  return rows
 
 
 def answers_of_rows(scored: Scored) -> tuple[np.ndarray, np.ndarray]:
@@ -57,14 +85,13 @@ def _settings_of(data: DataConfig, task: str) -> dict:
   return {"source": task, "sources": {}, "paths": part.paths if part else "", task: getattr(part or data, task)}
 
 
-def _score(subject: Subject, task: str, settings: dict, length: int, rows: int) -> list[Scored]:
-  data = subject.rows_of(length)
-  data = dataclasses.replace(data, **settings, validation_tokens=rows * length)
-  batches = subject.load(data, task).validation[task].batches
-  return subject.score(data, batches)
+def _setting(subject: Subject, task: str, settings: dict[str, int], own: dict, rows: int) -> Setting:
+  length = settings["length"]
+  data = dataclasses.replace(subject.rows_of(length), **own, validation_tokens=rows * length)
+  return Setting(settings, data, subject.load(data, task).validation[task].batches)
 
 
-def _result(task: str, settings: dict, scored: list[Scored], count: Callable) -> Result:
+def _result(task: str, settings: dict, scored: list[Scored], count: Count) -> Result:
   right, asked = (np.concatenate(arrays) for arrays in zip(*map(count, scored), strict=True))
   rows = int((asked > 0).sum())
   accuracy = right.sum() / asked.sum()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import json
 import math
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib
 
+from mc_jax.evaluation import heatmaps
 from mc_jax.evaluation.subject import Result
 
 matplotlib.use("Agg")  # files only: no display is needed
@@ -54,20 +57,56 @@ def to_json(results: Sequence[Result]) -> list[dict]:
 
 
 def from_json(results: Sequence[dict]) -> list[Result]:
-  """The results of `to_json`."""
-  return [Result(**{**result, "curve": tuple(result["curve"])}) for result in results]
+  """The results of `to_json`, also of those that were written before there were `reads`."""
+  return [
+    Result(**{**result, "curve": tuple(result["curve"]), "reads": tuple(result.get("reads", ()))}) for result in results
+  ]
 
 
-def plot(path: pathlib.Path, series: Mapping[str, Sequence[Result]], baseline: str | None = None) -> bool:
-  """Draws what has several lengths or numbers of pairs, {label: results}; False, and no file, where nothing has.
+def dumps(record: dict) -> str:
+  """As JSON, indented but for lists of numbers, which take a line each."""
+  text = json.dumps(record, indent=1)
+  return re.sub(r"\[\n[-+\d.e,\s]+\]", lambda found: "".join(found[0].split()).replace(",", ", "), text) + "\n"
+
+
+def plot(path: pathlib.Path, series: Mapping[str, Sequence[Result]], baseline: str | None = None) -> list[pathlib.Path]:
+  """Draws {label: results}: what has several lengths or numbers of pairs in `path`, gates in `map_path(path)`.
 
   Of perplexity there are two panels: by position in rows of the greatest length (of a single series: of every length),
   and at each length. Of other tasks, what they measure first, such as accuracy, with its standard error. With the label
-  of a `baseline`, everything is drawn as the difference to it.
+  of a `baseline`, everything but gates is drawn as the difference to it.
+
+  Returns:
+    The files, where there was something to draw.
   """
+  figures = {path: _lines(series, baseline), map_path(path): heatmaps.draw(_looked_at(series))}
+  figures = {path: figure for path, figure in figures.items() if figure}
+  for path, figure in figures.items():
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+  return list(figures)
+
+
+def map_path(path: pathlib.Path) -> pathlib.Path:
+  """Where gates are drawn: x_map.png beside x.png."""
+  return path.with_stem(f"{path.stem}_map")
+
+
+def _looked_at(series: Mapping[str, Sequence[Result]]) -> dict[str, Sequence[dict]]:
+  """{label and settings: reads} of what has any."""
+  found = {}
+  for label, results in series.items():
+    for result in results:
+      if result.reads:
+        name = ", ".join([result.task, *(f"{name} {value}" for name, value in result.settings.items())])
+        found[f"{label}\n{name}" if len(series) > 1 else name] = result.reads
+  return found
+
+
+def _lines(series: Mapping[str, Sequence[Result]], baseline: str | None) -> pyplot.Figure | None:
   panels = [_minus(panel, baseline) if baseline else panel for panel in _panels(series)]
   if not panels:
-    return False
+    return None
   figure, every = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), layout="constrained", squeeze=False)
   for axes, (title, x, y, lines) in zip(every[0], panels, strict=True):
     for label, points in lines.items():
@@ -78,9 +117,7 @@ def plot(path: pathlib.Path, series: Mapping[str, Sequence[Result]], baseline: s
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-  figure.savefig(path, dpi=110)
-  pyplot.close(figure)
-  return True
+  return figure
 
 
 Panel = tuple[str, str, str, dict[str, list[tuple[float, float, float | None]]]]  # title, x, y, {label: points}

@@ -110,9 +110,12 @@ class Result:
     settings: what it was, such as {"length": 512, "pairs": 8}.
     values: what came out, such as {"accuracy": 0.9, "stderr": 0.01}.
     curve: values by position, {"from", "to", "tokens", "loss"} each; empty where there are none.
+    reads: which memories were read, by the one that holds the answer, {"memory", "tokens", "gamma"} each, as
+      gates.reads says; empty where nobody looked.
   """
 
   task: str
   settings: dict[str, int | str]
   values: dict[str, float]
   curve: tuple[dict[str, float], ...] = ()
+  reads: tuple[dict, ...] = ()

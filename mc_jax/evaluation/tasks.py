@@ -9,18 +9,23 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from mc_jax.data import ConfigError
-from mc_jax.evaluation import perplexity, recall
+from mc_jax.evaluation import gates, perplexity, recall
 from mc_jax.evaluation.subject import Options, Result, Subject
+from mc_jax.models import ModelConfig
+
+_RECALL = {
+  "mqar": (recall.mqar, recall.answers_of_rows),
+  "niah1": (recall.niah("single_1"), recall.rows_as_a_whole),
+  "niah2": (recall.niah("single_2"), recall.rows_as_a_whole),
+  "niah3": (recall.niah("single_3"), recall.rows_as_a_whole),
+}
+_GATES = {f"gates_{name}": rows for name, (rows, _) in _RECALL.items()}
 
 TASKS = {
   "perplexity": perplexity.run,
-  "mqar": recall.mqar,
-  "niah1": recall.niah("niah1", "single_1"),
-  "niah2": recall.niah("niah2", "single_2"),
-  "niah3": recall.niah("niah3", "single_3"),
+  **{name: recall.accuracy(name, *how) for name, how in _RECALL.items()},
+  **{name: gates.reads(name, rows) for name, rows in _GATES.items()},
 }
-
-
 HARNESS = "lm_eval:"
 
 
@@ -35,6 +40,12 @@ def check(names: Sequence[str], include_path: str | None = None) -> tuple[str, .
   if asked := [name.removeprefix(HARNESS) for name in names if name.startswith(HARNESS)]:
     _harness().check(asked, include_path)
   return tuple(dict.fromkeys(names))
+
+
+def unsuited(names: Sequence[str], model: ModelConfig) -> dict[str, str]:
+  """Those of the names that such a model has no answer to, and why."""
+  why = gates.problem(model)
+  return {name: why for name in names if why and name in _GATES}
 
 
 def run(names: Sequence[str], subject: Subject, options: Options) -> Iterator[Result]:

@@ -50,11 +50,13 @@ class Job:
     cell: of the grid.
     folder: of the cell.
     evaluation: arguments of mc_jax.evaluate but --workdir and --name; empty: it is trained only.
+    grid: the command that runs this cell and the others, for people.
   """
 
   cell: Cell
   folder: pathlib.Path
   evaluation: tuple[str, ...]
+  grid: str = ""
 
   @property
   def step(self) -> int:
@@ -79,8 +81,10 @@ class Job:
   def _evaluated(self) -> bool:
     """Whether the last step was evaluated in this way."""
     record = evaluation(self.folder)
-    wanted = {*self.evaluation, f"--name={EVALUATION}"}
-    return record.get("step") == self.cell.config.train.steps and wanted <= set(record["command"].split())
+    if record.get("step") != self.cell.config.train.steps:
+      return False
+    told = {argument for argument in shlex.split(record["command"])[3:] if not argument.startswith("--workdir=")}
+    return told == {*self.evaluation, f"--name={EVALUATION}"}
 
   def require_same(self) -> None:
     """Raises ConfigError if the folder holds a run of another configuration; train.* and mesh.* may change."""
@@ -112,8 +116,9 @@ def collect(workdir: pathlib.Path) -> list[dict]:
     if records and records[-1]["step"] >= steps:
       last = {name: value for name, value in records[-1].items() if name.startswith("validation_bits")}
       speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
-      results = evaluation(path.parent).get("results", [])
-      found.append(facts | last | {"tokens_per_second": statistics.median(speeds), "steps": steps, "results": results})
+      facts |= last | {"tokens_per_second": statistics.median(speeds), "steps": steps}
+      record = evaluation(path.parent)
+      found.append(facts | {"evaluation": record.get("command", ""), "results": record.get("results", [])})
   return sorted(found, key=lambda facts: (facts["seed"], facts["number"]))
 
 
@@ -227,14 +232,16 @@ def _start(job: Job, environment: dict[str, str]) -> _Process | None:
   if not (commands := job.commands()):
     lock.close()
     return None
-  if not job.trained:
-    cell = job.cell
+  cell, path = job.cell, job.folder / FACTS
+  if job.trained and path.exists():
+    facts = json.loads(path.read_text(encoding="utf-8"))
+  else:
     facts = {"number": cell.number, "name": cell.name, "values": cell.values, "seed": cell.seed}
     facts |= {"command": shlex.join(["python", "-m", "mc_jax.train", *cell.arguments]), **_machine()}
-    text = json.dumps(facts | {"config": dataclasses.asdict(cell.config)}, indent=1)
-    temporary = job.folder / f".{FACTS}.tmp"
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(job.folder / FACTS)
+    facts |= {"config": dataclasses.asdict(cell.config)}
+  temporary = job.folder / f".{FACTS}.tmp"
+  temporary.write_text(json.dumps(facts | {"grid": job.grid}, indent=1) + "\n", encoding="utf-8")
+  temporary.replace(path)
   return _Process(job, commands, environment, lock)
 
 

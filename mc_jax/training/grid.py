@@ -63,7 +63,7 @@ def cells(arguments: Sequence[str], axes: Sequence[str], seeds: int = 1) -> list
       for problem in str(error).splitlines():
         problems.setdefault(problem, []).append(name)
   if problems:
-    lines = [f"{line} (in {cells[0]}{_others(cells)})" for line, cells in problems.items()]
+    lines = [f"{line} ({in_cells(cells)})" for line, cells in problems.items()]
     raise ConfigError("\n".join(lines))
   return found
 
@@ -93,6 +93,11 @@ def short_name(field: str) -> str:
   return next((end for end in ends if sum(name.endswith(f".{end}") for name in names) < 2), field)
 
 
+def in_cells(names: Sequence[str]) -> str:
+  """Where something is so, by the first: "in rule=linear,seed=0 and 3 more"."""
+  return f"in {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
 def _grid(axes: Sequence[str], arguments: Sequence[str]) -> dict[str, list[str]]:
   """{field: values}, checked but for the values."""
   grid = {}
@@ -120,7 +125,3 @@ def _grid(axes: Sequence[str], arguments: Sequence[str]) -> dict[str, list[str]]
 def _fit(value: str) -> str:
   """A value as a part of a folder's name: (2, 4) as 2+4."""
   return re.sub(r"[^\w.+-]+", "-", re.sub(r"[()\[\]'\" ]", "", value).replace(",", "+").rstrip("+"))
-
-
-def _others(cells: list[str]) -> str:
-  return f" and {len(cells) - 1} more" if len(cells) > 1 else ""

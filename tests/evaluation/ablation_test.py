@@ -71,6 +71,7 @@ def test_the_files_are_redrawn_from_the_json_alone(tmp_path):
     "ablation.json",
     "table.txt",
     "table.csv",
+    "commands.txt",
     "position.png",
     "mqar.png",
     "tokens_per_second.png",
@@ -81,6 +82,66 @@ def test_the_files_are_redrawn_from_the_json_alone(tmp_path):
   for name in names:
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
   assert json.loads((tmp_path / "a" / "ablation.json").read_text())["cells"] == json.loads(json.dumps(CELLS))
+
+
+def _swept(length, segment_length, pairs=(2, 4)):
+  cell = _cell("linear", "grm", 0, {n: length / segment_length / 100 + n for n in pairs}, 1e6 / length)
+  results = [r for r in report.from_json(cell["results"]) if r.task == "mqar"]
+  for result in results:
+    result.settings["length"] = length
+  values = {"aggregation": "grm", "length": str(length), "segment_length": str(segment_length)}
+  return cell | {"values": values, "results": report.to_json(results)}
+
+
+def test_numeric_fields_of_the_grid_are_axes(tmp_path):
+  cells = [_swept(length, segment) for length in (128, 64) for segment in (8, 16)]
+  none = _swept(64, 8) | {"values": {"aggregation": "none", "length": "64"}}
+  every = ablation.groups([*cells, none])
+  assert ablation._numeric(every) == {"length": (64, 128), "segment_length": (8, 16)}
+  lines = ablation._along(every, "segment_length", lambda group: group.last("mqar", "accuracy"))
+  by_values = {tuple(values.values()): [(place, mean.mean) for place, mean in line] for values, line in lines}
+  assert by_values == {
+    ("grm", "128"): [(8, 4.16), (16, 4.08)],
+    ("grm", "64"): [(8, 4.08), (16, 4.04)],
+    ("none", "64"): [(8, 4.08), (16, 4.08)],  # has no segments: as high everywhere
+  }
+  names = [f"{what}_by_{field}.png" for what in ("mqar", "tokens_per_second") for field in ("length", "segment_length")]
+  written = ablation.write(tmp_path, cells)
+  assert [name for name in written if "_by_" in name] == names
+  assert "mqar.png" in written  # against pairs, each cell at its own length
+
+
+def test_words_and_single_numbers_are_no_axes():
+  def every(*values):
+    return ablation.groups([_swept(64, 8) | {"values": {"x": value}} for value in values])
+
+  assert ablation._numeric(every("1e-3", "3e-3")) == {"x": (0.001, 0.003)}
+  for values in (("linear", "titans"), ("8",), ("8", "logarithmic"), ("(2,)", "4"), ("nan", "1")):
+    assert ablation._numeric(every(*values)) == {}
+
+
+def test_gates_are_pooled_over_seeds_and_drawn(tmp_path):
+  cells = []
+  for seed, (tokens, gamma) in enumerate([(10, 0.25), (30, 0.75)]):
+    reads = ({"memory": 1, "tokens": tokens, "gamma": [[[1 - gamma, gamma, 0.0]]]},)
+    result = Result("gates_mqar", {"length": 24, "pairs": 2}, {"gamma_right": gamma, "tokens": tokens}, reads=reads)
+    cells.append(_cell("linear", "grm", seed, {}) | {"results": report.to_json([result])})
+  (group,) = ablation.groups(cells)
+  (read,) = group.reads("gates_mqar")
+  assert (read["memory"], read["tokens"]) == (1, 40)
+  assert read["gamma"] == [[pytest.approx([0.375, 0.625, 0.0])]]
+  assert group.reads("mqar") == []
+  assert "gates_mqar_map.png" in ablation.write(tmp_path, cells)
+
+
+def test_the_commands_of_a_report_are_written(tmp_path):
+  grids = ["python -m mc_jax.ablate --grid=a", "python -m mc_jax.ablate --grid=b"]
+  ablation.write(tmp_path / "report", [cell | {"grid": grids[n % 2]} for n, cell in enumerate(CELLS)])
+  lines = (tmp_path / "report" / "commands.txt").read_text().splitlines()
+  assert [line for line in lines if not line.startswith("#") and line] == [
+    f"python -m mc_jax.ablate --report --workdir={tmp_path}",
+    *grids,
+  ]
 
 
 def test_without_tasks_there_are_the_speeds():

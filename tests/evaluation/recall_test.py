@@ -43,7 +43,7 @@ def test_needles_count_where_all_of_the_answer_is_right(oracle):
 @pytest.mark.parametrize(
   ("names", "options", "fields", "message"),
   [
-    (["niah4", "mqar"], {}, {}, "niah2, niah3, or lm_eval:TASK for one of lm-evaluation-harness; got niah4"),
+    (["niah4", "mqar"], {}, {}, "gates_niah3, or lm_eval:TASK for one of lm-evaluation-harness; got niah4"),
     ([], {}, {}, "got none"),
     (["mqar"], {"lengths": (16,), "pairs": (8,)}, {"mqar": VOCAB}, "data.length must be even and at least 32"),
     (["mqar"], {}, {"length": 64}, "mqar needs a model.vocab_size of at least 8192"),

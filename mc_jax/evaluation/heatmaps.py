@@ -1,0 +1,75 @@
+"""Gates as pictures: gamma of the memories that are read, by the memory that holds the answer (gates.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # files only: no display is needed
+
+from matplotlib import pyplot
+
+_HEADS = 8  # heat maps side by side; of more layers and heads, the means over heads are drawn
+
+
+def pooled(looks: Sequence[Sequence[dict]]) -> list[dict]:
+  """The reads of several results as of one: means over all their answer tokens."""
+  by_memory: dict[int, list[dict]] = {}
+  for read in (read for reads in looks for read in reads):
+    by_memory.setdefault(read["memory"], []).append(read)
+  found = []
+  for held, reads in sorted(by_memory.items()):
+    tokens = [read["tokens"] for read in reads]
+    gamma = np.average([read["gamma"] for read in reads], axis=0, weights=tokens)
+    found.append({"memory": held, "tokens": sum(tokens), "gamma": gamma.tolist()})
+  return found
+
+
+def draw(rows: Mapping[str, Sequence[dict]]) -> pyplot.Figure | None:
+  """A row of panels for each {label: Result.reads}, a panel for each layer and head; None of no rows.
+
+  A panel has a line for each memory that holds answers, the frame, and a column for each that is read. The rows may be
+  of models of different sizes.
+  """
+  if not rows:
+    return None
+  gammas = {label: np.array([read["gamma"] for read in reads]) for label, reads in rows.items()}  # [held, l, h, read]
+  by_head = max(gamma[0, ..., 0].size for gamma in gammas.values()) <= _HEADS
+  panels = {label: _panels(gamma, by_head) for label, gamma in gammas.items()}
+  columns = max(map(len, panels.values()))
+  heights = [0.9 + 0.2 * len(gamma) for gamma in gammas.values()]
+  size = (2.2 + 2.2 * columns, 0.6 + sum(heights))
+  figure, every = pyplot.subplots(
+    len(rows), columns, figsize=size, height_ratios=heights, layout="constrained", squeeze=False
+  )
+  for line, (label, row) in zip(every, panels.items(), strict=True):
+    held = [read["memory"] for read in rows[label]]
+    for axes, (title, gamma) in zip(line, row.items(), strict=False):
+      image = axes.imshow(gamma, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+      for y, x in enumerate(held):
+        axes.add_patch(pyplot.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="white"))
+      read = range(0, gamma.shape[1], -(-gamma.shape[1] // 9))
+      axes.set_xticks(read, _names(read), fontsize=7)
+      axes.set_yticks(range(len(held)), _names(held), fontsize=7)
+      axes.set_title(title, fontsize=8)
+    for axes in line[len(row) :]:
+      axes.set_visible(False)
+    line[0].set_ylabel(label, fontsize=8)
+  figure.supxlabel("memory that is read: online, or of a segment", fontsize=9)
+  figure.supylabel("memory that holds the answer", fontsize=9)
+  figure.colorbar(image, ax=every, label="gamma", fraction=0.05)
+  return figure
+
+
+def _panels(gamma: np.ndarray, by_head: bool) -> dict[str, np.ndarray]:
+  """{title: [held, read]} of gamma [held, layers, heads, read]."""
+  _, layers, heads, _ = gamma.shape
+  if not by_head:
+    return {f"layer {i}, all heads": gamma[:, i].mean(1) for i in range(layers)}
+  return {f"layer {i}, head {j}": gamma[:, i, j] for i in range(layers) for j in range(heads)}
+
+
+def _names(memories: Iterable[int]) -> list[str]:
+  return ["online" if memory == 0 else f"{memory - 1}" for memory in memories]
