@@ -2,10 +2,10 @@
 
 from mc_jax.memory import decode, documents, gates, networks, rules, segments
 from mc_jax.memory.aggregate import NAMES as AGGREGATIONS
-from mc_jax.memory.arguments import CARRIES, IMPLEMENTATIONS
 from mc_jax.memory.caching import memory_caching
 from mc_jax.memory.gates import NAMES as GATES
 from mc_jax.memory.gates import POOLS
+from mc_jax.memory.options import CARRIES, IMPLEMENTATIONS, Options
 from mc_jax.memory.rules import NAMES as RULES
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
   "IMPLEMENTATIONS",
   "POOLS",
   "RULES",
+  "Options",
   "decode",
   "documents",
   "gates",

@@ -3,12 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from mc_jax.memory import aggregate, gates, segments
+from mc_jax.memory import segments
 from mc_jax.memory.networks import Weights
 from mc_jax.memory.rules import Rule
-
-CARRIES = ("checkpoint", "independent")
-IMPLEMENTATIONS = ("xla", "pallas", "reference")
 
 
 def one_of(name: str, value: object, valid: tuple) -> None:
@@ -21,28 +18,6 @@ def at_least_one(name: str, value: int) -> None:
   """Raises ValueError unless value >= 1."""
   if not isinstance(value, int) or value < 1:
     raise ValueError(f"{name} must be at least 1, got {value!r}")
-
-
-def check_options(
-  aggregation: str,
-  carry: str,
-  top_k: int,
-  pool: str,
-  gate: str,
-  gate_scale: float,
-  segment_group: int,
-  implementation: str | None,
-) -> None:
-  """Checks the names and sizes that do not depend on any array."""
-  one_of("aggregation", aggregation, aggregate.NAMES)
-  one_of("carry", carry, CARRIES)
-  one_of("pool", pool, gates.POOLS)
-  one_of("gate", gate, gates.NAMES)
-  one_of("implementation", implementation, (None, *IMPLEMENTATIONS))
-  at_least_one("top_k", top_k)
-  at_least_one("segment_group", segment_group)
-  if not 0 < gate_scale < float("inf"):
-    raise ValueError(f"gate_scale must be positive, got {gate_scale}")
 
 
 def check_arrays(

@@ -16,6 +16,7 @@ from mc_jax.memory import aggregate, arguments, fused, online, passes, reference
 from mc_jax.memory import documents as documents_lib
 from mc_jax.memory import gates as gating
 from mc_jax.memory.networks import Weights
+from mc_jax.memory.options import Options
 from mc_jax.memory.passes import Tokens, Written
 from mc_jax.memory.rules import Rule
 
@@ -141,17 +142,16 @@ def memory_caching(
   Raises:
     ValueError: an unknown name, a size that is not positive, shapes that do not fit.
   """
-  arguments.check_options(aggregation, carry, top_k, pool, gate, gate_scale, segment_group, implementation)
+  options = Options(
+    rule, segmentation, aggregation, carry, top_k, pool, gate, gate_scale, segment_group, implementation
+  )
   arguments.check_arrays(dict(q=q, k=k, v=v, u=u), gates, init, rule, segmentation, gate, segment_ids, token_scores)
   if implementation == "reference":
-    options = dict(rule=rule, aggregation=aggregation, segmentation=segmentation, carry=carry, top_k=top_k, pool=pool)
-    options |= dict(gate=gate, gate_scale=gate_scale, segment_ids=segment_ids, token_scores=token_scores)
-    return reference.memory_caching(q, k, v, u, gates, init, **options)
-
+    names = ("rule", "aggregation", "segmentation", "carry", "top_k", "pool", "gate", "gate_scale")
+    told = {name: getattr(options, name) for name in names}
+    return reference.memory_caching(q, k, v, u, gates, init, segment_ids=segment_ids, token_scores=token_scores, **told)
   documents = None if segment_ids is None else documents_lib.index(segment_ids)
-  options = dict(rule=rule, aggregation=aggregation, segmentation=segmentation, carry=carry, top_k=top_k, pool=pool)
-  options |= dict(gate=gate, gate_scale=gate_scale, segment_group=segment_group, implementation=implementation)
-  return caching_of_part(q, k, v, u, gates, init, documents, token_scores, **options)
+  return caching_of_part(q, k, v, u, gates, init, documents, token_scores, options)
 
 
 def caching_of_part(
@@ -163,17 +163,8 @@ def caching_of_part(
   init: Weights,
   documents: documents_lib.Documents | None,
   token_scores: jax.Array | None,
+  options: Options,
   *,
-  rule: Rule,
-  aggregation: str,
-  segmentation: segments.Segmentation,
-  carry: str,
-  top_k: int,
-  pool: str,
-  gate: str,
-  gate_scale: float,
-  segment_group: int,
-  implementation: str | None,
   parts: Whole = Whole(),  # noqa: B008  (it never changes)
   keep: bool = False,
 ) -> jax.Array | tuple[jax.Array, Cached]:
@@ -182,45 +173,24 @@ def caching_of_part(
   Its arguments, but for documents: arrays [batch, length] that documents.index made of the whole sequence. With `keep`,
   also what the write pass leaves behind.
   """
-  lengths = segmentation.lengths(q.shape[1])
-  run = functools.partial(
-    _memory_caching,
-    parts=parts,
-    rule=rule,
-    aggregation=aggregation,
-    lengths=lengths,
-    carries=carry == "checkpoint",
-    top_k=top_k,
-    pool=pool,
-    gate=gate,
-    gate_scale=gate_scale,
-    segment_group=segment_group,
-    keep=keep,
-  )
+  run = functools.partial(_memory_caching, options=options, parts=parts, keep=keep)
   xla = functools.partial(run, _XLA)
   arrays = q, k, v, u, gates, init, documents, token_scores
-  if implementation == "xla":
+  if options.implementation == "xla":
     return xla(*arrays)
-  unsupported = fused.unsupported(rule, lengths, q, init)
+  unsupported = fused.unsupported(options.rule, options.segmentation.lengths(q.shape[1]), q, init)
   if unsupported:
-    if implementation == "pallas":
+    if options.implementation == "pallas":
       raise ValueError(f"implementation='pallas' does not support {unsupported}")
     fused.log_fallback(unsupported)
     return xla(*arrays)
   kernels = functools.partial(run, _KERNELS)
   # Off TPU the kernels are only for tests: interpreted, and slow.
-  elsewhere = xla if implementation is None else functools.partial(run, _INTERPRETED)
+  elsewhere = xla if options.implementation is None else functools.partial(run, _INTERPRETED)
   return jax.lax.platform_dependent(*arrays, tpu=kernels, default=elsewhere)
 
 
-@functools.partial(
-  jax.jit,
-  static_argnums=0,
-  static_argnames=(
-    *("parts", "rule", "aggregation", "lengths", "carries"),
-    *("top_k", "pool", "gate", "gate_scale", "segment_group", "keep"),
-  ),
-)
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("options", "parts", "keep"))
 def _memory_caching(
   by: Passes,
   q: jax.Array,
@@ -232,32 +202,25 @@ def _memory_caching(
   documents: documents_lib.Documents | None,
   token_scores: jax.Array | None,
   *,
+  options: Options,
   parts: Whole,
-  rule: Rule,
-  aggregation: str,
-  lengths: tuple[int, ...],
-  carries: bool,
-  top_k: int,
-  pool: str,
-  gate: str,
-  gate_scale: float,
-  segment_group: int,
   keep: bool,
 ) -> jax.Array | tuple[jax.Array, Cached]:
   """`memory_caching` by the passes given; under jit, so that layers that are alike are traced once."""
-  by = parts.passes(by)
+  by, rule, gate = parts.passes(by), options.rule, options.gate
+  lengths = options.segmentation.lengths(q.shape[1])
   tokens = heads_first(q, k, v, u, gates, documents)
   dtype, wide = q.dtype, online.state_dtype(q.dtype)
   fresh = {name: w.astype(wide) for name, w in init.items()}
   caches = parts.count * len(lengths) - 1  # of the whole sequence; no token comes after the last segment
   segment = parts.index() * len(lengths) + segments.index(lengths)
   visible = _visible(tokens.documents, lengths, segment, parts)
-  side_by_side = 1 if carries else segment_group
-  write = functools.partial(by.write, rule, fresh, lengths=lengths, carries=carries, side_by_side=side_by_side)
+  side_by_side = 1 if options.carries else options.segment_group
+  write = functools.partial(by.write, rule, fresh, lengths=lengths, carries=options.carries, side_by_side=side_by_side)
   # Only what the aggregation looks at is pooled and scored.
-  by_content, summaries = gating.scored(aggregation, gate), None
+  by_content, summaries = gating.scored(options.aggregation, gate), None
   if by_content and gate != "token":
-    scores, summaries = passes.summarize(rule, tokens, lengths, pool, side_by_side=segment_group)
+    scores, summaries = passes.summarize(rule, tokens, lengths, options.pool, side_by_side=options.segment_group)
     scores = scores, gating.cached_scores(tokens.u, parts.gather(summaries)[:-1])
   elif by_content:
     scores = jnp.moveaxis(token_scores, 2, 1).astype(wide)
@@ -268,10 +231,10 @@ def _memory_caching(
     shape = tokens.q.shape[:3]
     scores = jnp.zeros(shape, wide), jnp.zeros((*shape, caches), wide)
 
-  if aggregation == "soup":
+  if options.aggregation == "soup":
     # The network runs once, over weights that are a mixture: each layer writes the online memory for its own read of it
     # and makes one gated read over all memories. The mixture is never built.
-    gamma_online, gamma = gating.weigh(gate, gate_scale, *scores, visible)
+    gamma_online, gamma = gating.weigh(gate, options.gate_scale, *scores, visible)
     reads = Reads(visible, gamma_online, gamma)
     states = []
 
@@ -289,19 +252,19 @@ def _memory_caching(
   else:
     y, states, _ = write(tokens, read=functools.partial(_read_network, rule, dtype))
     reads = None
-    match aggregation:
+    match options.aggregation:
       case "residual":
-        gamma_online, gamma = gating.weigh("constant", gate_scale, *scores, visible)
+        gamma_online, gamma = gating.weigh("constant", options.gate_scale, *scores, visible)
         reads = Reads(visible, gamma_online, gamma)
         y += by.read_caches(aggregate.whole(rule.network), tokens.q, gamma, states.memory, lengths, segment)
       case "grm":
-        gamma_online, gamma = gating.weigh(gate, gate_scale, *scores, visible)
+        gamma_online, gamma = gating.weigh(gate, options.gate_scale, *scores, visible)
         reads = Reads(visible, gamma_online, gamma)
         y = gamma_online[..., None] * y
         y += by.read_caches(aggregate.whole(rule.network), tokens.q, gamma, states.memory, lengths, segment)
       case "ssc":
-        index, kept_scores, kept = gating.select(scores[1], visible, top_k)
-        gamma_online, gamma = gating.weigh(gate, gate_scale, scores[0], kept_scores, kept)
+        index, kept_scores, kept = gating.select(scores[1], visible, options.top_k)
+        gamma_online, gamma = gating.weigh(gate, options.gate_scale, scores[0], kept_scores, kept)
         reads = Reads(visible, gamma_online, gamma, index, kept)
         y = gamma_online[..., None] * y
         if caches:

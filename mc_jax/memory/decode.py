@@ -21,7 +21,6 @@ from mc_jax.memory import documents as documents_lib
 from mc_jax.memory import gates as gating
 from mc_jax.memory.networks import Weights
 from mc_jax.memory.online import state_dtype
-from mc_jax.memory.rules import Rule
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
 MEMORIES = ("device", "host")
@@ -32,12 +31,11 @@ class CacheFull(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-  """What a layer's memories are; fields as `memory_caching` documents them. Static under jit.
+class Options(caching.Options):
+  """What a layer's memories are, and its cache. Static under jit.
 
   Attributes:
-    segment_length: tokens in a segment. Only constant segments can be decoded: where logarithmic ones are cut depends
-      on the sequence's length.
+    segmentation: constant. Where logarithmic segments are cut depends on the sequence's length.
     capacity: segments whose states can be cached; see `capacity_for`.
     cache_dtype: of the cached states: float32, bfloat16, or int8 with a scale for each matrix. None: what they are
       multiplied in, q's dtype, which changes no number.
@@ -45,35 +43,17 @@ class Options:
       selects. Summaries are on the device.
 
   Raises:
-    ValueError: an unknown name, a size that is not positive, states in host memory that are all read.
+    ValueError: as of any options; also logarithmic segments, or states in host memory that are all read.
   """
 
-  rule: Rule
-  segment_length: int
-  capacity: int
-  aggregation: str = "grm"
-  carry: str = "checkpoint"
-  top_k: int = 2
-  pool: str = "mean"
-  gate: str = "softmax"
-  gate_scale: float = 1.0
-  segment_group: int = 8
-  implementation: str | None = None
-  cache_dtype: str | None = None
-  memory: str = "device"
+  capacity: int = dataclasses.field(kw_only=True)
+  cache_dtype: str | None = dataclasses.field(default=None, kw_only=True)
+  memory: str = dataclasses.field(default="device", kw_only=True)
 
   def __post_init__(self):
-    arguments.check_options(
-      self.aggregation,
-      self.carry,
-      self.top_k,
-      self.pool,
-      self.gate,
-      self.gate_scale,
-      self.segment_group,
-      self.implementation,
-    )
-    arguments.at_least_one("segment_length", self.segment_length)
+    super().__post_init__()
+    if not isinstance(self.segmentation, segments.Constant):
+      raise ValueError(f"only constant segments can be decoded, got {self.segmentation}")
     arguments.at_least_one("capacity", self.capacity)
     arguments.one_of("cache_dtype", self.cache_dtype, (None, *CACHE_DTYPES))
     arguments.one_of("memory", self.memory, MEMORIES)
@@ -82,6 +62,11 @@ class Options:
         f"memory='host' needs aggregation='ssc', which reads few states; {self.aggregation!r} would fetch all of them "
         "for every token"
       )
+
+  @property
+  def segment_length(self) -> int:
+    """Tokens in a segment."""
+    return self.segmentation.length
 
   @property
   def slots(self) -> int:
@@ -205,23 +190,15 @@ def prefill(
   """
   rule, size = options.rule, options.segment_length
   tokens = dict(q=q, k=k, v=v, u=u)
-  arguments.check_arrays(tokens, gates, init, rule, segments.constant(size), options.gate, None, token_scores)
+  arguments.check_arrays(tokens, gates, init, rule, options.segmentation, options.gate, None, token_scores)
   batch, length = q.shape[:2]
   documents = None
   if lengths is not None:
     documents = documents_lib.index((jnp.arange(length) < lengths[:, None]).astype(jnp.int32))
+  passes_by = "xla" if options.implementation == "reference" else options.implementation
   y, cached = caching.caching_of_part(
     *(q, k, v, u, gates, init, documents, token_scores),
-    rule=rule,
-    aggregation=options.aggregation,
-    segmentation=segments.constant(size),
-    carry=options.carry,
-    top_k=options.top_k,
-    pool=options.pool,
-    gate=options.gate,
-    gate_scale=options.gate_scale,
-    segment_group=options.segment_group,
-    implementation="xla" if options.implementation == "reference" else options.implementation,
+    dataclasses.replace(options, implementation=passes_by),
     keep=True,
   )
   position = jnp.full(batch, length, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
@@ -244,7 +221,7 @@ def prefill(
   if options.chunked:
     fresh = {name: w.astype(wide) for name, w in init.items()}
     first = online.start_state(rule, fresh, tokens.k)
-    if options.carry == "checkpoint":
+    if options.carries:
       before = _of_rows(cached.states, jnp.maximum(segment - 1, 0))
       first = _where(segment > 0, before, first)
     one = jnp.ones((batch, 1, size), jnp.int32)
@@ -326,7 +303,7 @@ def _enter(options: Options, fresh: Weights, cache: Cache, k: jax.Array, active:
     finished = begins & (cache.position > 0) & (True if active is None else active)
     cache = _append(options, cache, finished, k.dtype)
   state = cache.state
-  if options.carry == "independent":
+  if not options.carries:
     state = _where(begins, online.start_state(options.rule, fresh, k), state)
   chunk_start = cache.chunk_start
   if options.chunked:

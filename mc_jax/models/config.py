@@ -105,6 +105,12 @@ class MemoryConfig:
       return memory.segments.logarithmic()
     return memory.segments.constant(self.segment_length)
 
+  def build_options(self, kind: type[memory.Options] = memory.Options, **others) -> memory.Options:
+    """What `memory_caching` is told of it; or decoding, whose kind of options has `others` besides."""
+    names = ("aggregation", "carry", "top_k", "pool", "gate", "gate_scale", "segment_group", "implementation")
+    told = {name: getattr(self, name) for name in names}
+    return kind(self.build_rule(), self.build_segmentation(), **told, **others)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:

@@ -1,5 +1,6 @@
 """Looking into a model while it reads: what its memories hold, and which caches its tokens read."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -40,23 +41,14 @@ def look(
 
 def _read(mixer: MemoryCaching, x: jax.Array, document: jax.Array | None) -> tuple[jax.Array, caching.Cached]:
   """A call of the mixer on x [batch, length, d_model], and what its passes leave behind."""
-  options, inputs = mixer.config.memory, mixer.project(x, document)
+  inputs = mixer.project(x, document)
   y, cached = caching.caching_of_part(
     *inputs[:4],
     inputs.gates,
     mixer.initial_memory(),
     None if document is None else memory.documents.index(document),
     inputs.token_scores,
-    rule=mixer.rule,
-    aggregation=options.aggregation,
-    segmentation=options.build_segmentation(),
-    carry=options.carry,
-    top_k=options.top_k,
-    pool=options.pool,
-    gate=options.gate,
-    gate_scale=options.gate_scale,
-    segment_group=options.segment_group,
-    implementation="xla",
+    dataclasses.replace(mixer.config.memory.build_options(), implementation="xla"),
     keep=True,
   )
   return mixer.read_out(y, inputs.output_gate), cached

@@ -104,18 +104,9 @@ class MemoryCaching(nnx.Module):
       inputs.u,
       inputs.gates,
       self.initial_memory(),
-      rule=self.rule,
-      aggregation=config.aggregation,
-      segmentation=config.build_segmentation(),
-      carry=config.carry,
-      top_k=config.top_k,
-      pool=config.pool,
-      gate=config.gate,
-      gate_scale=config.gate_scale,
+      config.build_options(),
       segment_ids=document,
-      segment_group=config.segment_group,
       token_scores=inputs.token_scores,
-      implementation=config.implementation,
       read_buffer=config.read_buffer_mib << 20,
     )
     return self.read_out(y, inputs.output_gate)
@@ -172,11 +163,8 @@ class MemoryCaching(nnx.Module):
 
   def options(self, config: CacheConfig) -> decode.Options:
     """What the layer's memories are, for decoding."""
-    memory = self.config.memory
-    fields = ("aggregation", "segment_length", "carry", "top_k", "pool", "gate", "gate_scale", "segment_group")
-    values = {name: getattr(memory, name) for name in fields}
-    values |= {"capacity": config.segments(self.config), "cache_dtype": config.dtype, "memory": config.memory}
-    return decode.Options(self.rule, implementation=memory.implementation, **values)
+    sizes = {"capacity": config.segments(self.config), "cache_dtype": config.dtype, "memory": config.memory}
+    return self.config.memory.build_options(decode.Options, **sizes)
 
   def project(
     self, x: jax.Array, document: jax.Array | None = None, tails: dict[str, jax.Array] | None = None

@@ -6,6 +6,7 @@ segments' summaries (all of them, everywhere: one key for each segment and head)
 that were selected (selecting.py).
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -36,19 +37,10 @@ def memory_caching(
   u: jax.Array,
   gates: dict[str, jax.Array],
   init: memory.networks.Weights,
+  options: memory.Options,
   *,
-  rule: memory.rules.Rule,
-  segmentation: memory.segments.Segmentation,
-  aggregation: str = "grm",
-  carry: str = "checkpoint",
-  top_k: int = 2,
-  pool: str = "mean",
-  gate: str = "softmax",
-  gate_scale: float = 1.0,
   segment_ids: jax.Array | None = None,
   token_scores: jax.Array | None = None,
-  segment_group: int = 8,
-  implementation: str | None = None,
   read_buffer: int = 256 << 20,
 ) -> jax.Array:
   """`memory.memory_caching` on the mesh that is set (`jax.set_mesh`); the same numbers as without one.
@@ -60,13 +52,13 @@ def memory_caching(
     ValueError: as `memory.memory_caching`, or sizes that the mesh does not divide.
   """
   sizes = mesh.sizes_in_context()
-  options = dict(rule=rule, aggregation=aggregation, segmentation=segmentation, carry=carry, top_k=top_k, pool=pool)
-  options |= dict(gate=gate, gate_scale=gate_scale, segment_group=segment_group, implementation=implementation)
   if all(size == 1 for size in sizes.values()):
-    return memory.memory_caching(q, k, v, u, gates, init, segment_ids=segment_ids, token_scores=token_scores, **options)
-  arguments.check_options(aggregation, carry, top_k, pool, gate, gate_scale, segment_group, implementation)
-  arguments.check_arrays(dict(q=q, k=k, v=v, u=u), gates, init, rule, segmentation, gate, segment_ids, token_scores)
-  check(q.shape, sizes, rule, segmentation, implementation)
+    told = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    return memory.memory_caching(q, k, v, u, gates, init, segment_ids=segment_ids, token_scores=token_scores, **told)
+  rule, segmentation = options.rule, options.segmentation
+  tokens = dict(q=q, k=k, v=v, u=u)
+  arguments.check_arrays(tokens, gates, init, rule, segmentation, options.gate, segment_ids, token_scores)
+  check(q.shape, sizes, rule, segmentation, options.implementation)
 
   def spec(*names):
     return axes.spec(names, sizes)
@@ -84,7 +76,7 @@ def memory_caching(
   parts = caching.Whole()
   if sizes["context"] > 1:
     parts = Parts(sizes["context"], "context", read_buffer)
-  run = functools.partial(caching.caching_of_part, parts=parts, **options)
+  run = functools.partial(caching.caching_of_part, options=options, parts=parts)
   sharded = jax.shard_map(run, in_specs=tuple(arrays.values()), out_specs=heads, check_vma=False)
   return sharded(q, k, v, u, gates, init, documents, token_scores)
 

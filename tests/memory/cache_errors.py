@@ -30,7 +30,7 @@ def errors(name: str) -> dict[str, dict[str, float]]:
   prompt, token = (samples.map_tokens(lambda a: a[:, part], x) for part in (slice(-1), slice(-1, None)))
 
   def options(aggregation, dtype="float32"):
-    return decode.Options(rule, SEGMENT, SEGMENTS, aggregation, cache_dtype=dtype)
+    return decode.Options(rule, memory.segments.constant(SEGMENT), aggregation, capacity=SEGMENTS, cache_dtype=dtype)
 
   @samples.jit
   def run(prompt, token):

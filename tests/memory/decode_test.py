@@ -18,8 +18,9 @@ COMBINATIONS = list(itertools.product(memory.RULES, memory.AGGREGATIONS, memory.
 
 
 def options_of(rule, aggregation, carry, **changes):
-  options = dict(segment_length=samples.SEGMENT, capacity=5, aggregation=aggregation, carry=carry) | changes
-  return decode.Options(memory.rules.get(rule, chunk=samples.CHUNK), **options)
+  options = dict(rule=memory.rules.get(rule, chunk=samples.CHUNK), aggregation=aggregation, carry=carry)
+  options |= dict(segmentation=memory.segments.constant(samples.SEGMENT), capacity=5) | changes
+  return decode.Options(**options)
 
 
 def forward(options, x, **changes):
@@ -28,7 +29,7 @@ def forward(options, x, **changes):
     *x[:6],
     rule=options.rule,
     aggregation=options.aggregation,
-    segmentation=memory.segments.constant(options.segment_length),
+    segmentation=options.segmentation,
     carry=options.carry,
     top_k=options.top_k,
     pool=options.pool,
@@ -191,7 +192,7 @@ def test_rows_that_are_not_active_stay_as_they_are():
   ("changes", "message"),
   [
     ({"aggregation": "mean"}, "aggregation must be one of"),
-    ({"segment_length": 0}, "segment_length must be at least 1, got 0"),
+    ({"segmentation": memory.segments.logarithmic()}, "only constant segments can be decoded"),
     ({"capacity": 0}, "capacity must be at least 1, got 0"),
     ({"cache_dtype": "int4"}, "cache_dtype must be one of None, float32, bfloat16, int8; got 'int4'"),
   ],

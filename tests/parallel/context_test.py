@@ -38,10 +38,16 @@ def on(axes):
   return mesh.make(mesh.MeshConfig(**axes), jax.devices()[:count])
 
 
+def on_mesh(*arrays, segment_ids=None, token_scores=None, read_buffer=256 << 20, **options):
+  """`context.memory_caching`, told as `memory.memory_caching` is."""
+  others = dict(segment_ids=segment_ids, token_scores=token_scores, read_buffer=read_buffer)
+  return context.memory_caching(*arrays, memory.Options(**options), **others)
+
+
 def run(x, rule, axes=None, *, segment=SEGMENT, **options):
   """Outputs and the gradients of a sum over them, by one device or a mesh."""
   options = dict(rule=rule, segmentation=memory.segments.constant(segment), implementation="xla") | options
-  function = memory.memory_caching if axes is None else context.memory_caching
+  function = memory.memory_caching if axes is None else on_mesh
 
   def loss(x):
     y = function(x.q, x.k, x.v, x.u, x.gates, x.init, token_scores=x.token_scores, **options)
@@ -167,7 +173,7 @@ def test_no_token_sees_its_future(aggregation, carry):
 
   @samples.jit
   def call(x):
-    return context.memory_caching(*x[:6], aggregation=aggregation, carry=carry, **options)
+    return on_mesh(*x[:6], aggregation=aggregation, carry=carry, **options)
 
   with jax.set_mesh(on(MESHES[0])):
     before = jax.device_get(call(x))
@@ -246,7 +252,7 @@ def kept_bytes(rule, aggregation, carry, count):
   options = dict(rule=rule, aggregation=aggregation, carry=carry, implementation="xla")
 
   def call(arrays):
-    return context.memory_caching(*arrays, x.init, segmentation=memory.segments.constant(8), **options)
+    return on_mesh(*arrays, x.init, segmentation=memory.segments.constant(8), **options)
 
   with jax.set_mesh(on(dict(data=1, context=count))):
     _, pull = samples.jit(lambda arrays: jax.vjp(call, arrays))(tuple(x[:5]))
@@ -285,7 +291,7 @@ def test_what_a_read_gathers_fits_the_buffer(monkeypatch, to_states):
   rule = build("dla")
   x = jax.tree.map(np.float32, samples.inputs(rule, batch=1, length=256, head_dim=16))
   call = functools.partial(
-    context.memory_caching, rule=rule, gate="constant", carry="independent", segmentation=memory.segments.constant(8)
+    on_mesh, rule=rule, gate="constant", carry="independent", segmentation=memory.segments.constant(8)
   )
   most = {}
   for read_buffer in (1 << 16, 1 << 24):
@@ -328,4 +334,4 @@ def test_without_a_mesh():
   rule = build("linear")
   x = samples.inputs(rule, length=LENGTH)
   options = dict(rule=rule, segmentation=memory.segments.constant(SEGMENT))
-  chex.assert_trees_all_equal(context.memory_caching(*x[:6], **options), memory.memory_caching(*x[:6], **options))
+  chex.assert_trees_all_equal(on_mesh(*x[:6], **options), memory.memory_caching(*x[:6], **options))
