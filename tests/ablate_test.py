@@ -3,10 +3,14 @@
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 
 import pytest
+
+from mc_jax.training import cells
+from mc_jax.training.grid import Cell
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = {
@@ -44,6 +48,9 @@ def test_cells_are_trained_evaluated_reported_and_not_run_again(tmp_path):
   assert [result["settings"]["pairs"] for result in cell["results"]] == [1, 2]
   assert "linear" in (tmp_path / "report" / "table.txt").read_text()
   assert (tmp_path / "report" / "mqar.png").exists()
+  commands = (tmp_path / "report" / "commands.txt").read_text().splitlines()
+  assert f"python -m mc_jax.ablate --report --workdir={tmp_path}" in commands
+  assert "--grid=model.memory.rule=linear" in commands[-1]
 
   folder = tmp_path / "cells" / cell["name"]
   finished = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -60,6 +67,30 @@ def test_cells_are_trained_evaluated_reported_and_not_run_again(tmp_path):
   folder.rename(tmp_path / "elsewhere")
   assert _ablate("--report", f"--workdir={tmp_path}").returncode == 0
   assert (tmp_path / "report" / "mqar.png").exists()
+
+
+def test_cells_are_told_what_suits_them(tmp_path):
+  told = ["--rows=4", "--limit=0.5", "--num_fewshot=1", f"--include_path={tmp_path}"]
+  flags = [f"--workdir={tmp_path}", "--grid=model.mixer=transformer,memory_caching", "--tasks=gates_mqar,mqar"]
+  listed = _ablate(*flags, "--config.model.memory.aggregation=grm", *told, "--dry_run").stdout
+  assert "gates_mqar is left out: it needs gates, which model.mixer=transformer does not have" in listed
+  assert "(in mixer=transformer,seed=0)" in listed
+  transformer, caching = (line for line in listed.splitlines() if "mc_jax.evaluate" in line)
+  assert f" --tasks=mqar {' '.join(told)} --name=ablation" in transformer
+  assert f" --tasks=gates_mqar,mqar {' '.join(told)} --name=ablation" in caching
+
+
+def test_a_cell_is_evaluated_again_where_it_is_told_otherwise(tiny, tmp_path, monkeypatch):
+  monkeypatch.setattr(cells.Job, "trained", True)
+  told = ("--tasks=mqar", "--rows=4", "--include_path=my tasks")
+  cell = Cell(0, "cell", {}, 0, (), tiny())
+  record = cells.Job(cell, tmp_path, told).commands()[0]
+  (tmp_path / "evaluation").mkdir()
+  facts = {"step": cell.config.train.steps, "command": shlex.join(["python", *record])}
+  (tmp_path / "evaluation" / f"{cells.EVALUATION}.json").write_text(json.dumps(facts))
+  assert cells.Job(cell, tmp_path, told).commands() == []
+  for other in (told[:2], (*told, "--limit=3"), ("--tasks=niah1", *told[1:])):
+    assert cells.Job(cell, tmp_path, other).commands() == [["-m", *record[1:3], *other, record[-1]]]
 
 
 @pytest.mark.parametrize(

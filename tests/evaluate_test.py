@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from etils import epath
 
@@ -35,26 +36,30 @@ def run(tiny, alone, tmp_path_factory):
 def test_results_are_printed_and_written(run):
   done = _evaluate(
     f"--workdir={run}",
-    "--tasks=perplexity,mqar",
+    "--tasks=perplexity,mqar,gates_mqar",
     "--lengths=16,32",
     "--pairs=2,4",
     "--rows=4",
     "--config.data.mqar.vocab_size=256",
-    "--config.model.memory.after_training=moving_average",
+    "--config.model.memory.after_training=grm",
     "--name=both",
   )
   assert done.returncode == 0, done.stderr
   record = json.loads((run / "evaluation" / "both.json").read_text())
   assert record["step"] == 3
-  assert record["changed"] == {"data.mqar.vocab_size": 256, "model.memory.after_training": "moving_average"}
+  assert record["changed"] == {"data.mqar.vocab_size": 256, "model.memory.after_training": "grm"}
   assert record["config"]["model"]["memory"]["segment_length"] == 16  # the training length
   settings = [(result["task"], result["settings"]["length"]) for result in record["results"]]
-  assert settings == [("perplexity", n) for n in (16, 32)] + [("mqar", n) for n in (16, 16, 32, 32)]
+  recall = [(task, n) for task in ("mqar", "gates_mqar") for n in (16, 16, 32, 32)]
+  assert settings == [("perplexity", n) for n in (16, 32)] + recall
   for result in record["results"]:
     if result["task"] == "perplexity":
       assert f"{result['values']['loss']:.4f}" in done.stdout
-  assert (run / "evaluation" / "both.csv").read_text().count("\n") == 7
+  assert (run / "evaluation" / "both.csv").read_text().count("\n") == 11
   assert (run / "evaluation" / "both.png").exists()
+  assert (run / "evaluation" / "both_map.png").exists()
+  (read, *_) = record["results"][-1]["reads"]
+  assert np.shape(read["gamma"]) == (1, 2, 2)  # layers, heads, the online memory and one cache
 
 
 @pytest.mark.parametrize(
@@ -62,6 +67,7 @@ def test_results_are_printed_and_written(run):
   [
     (["--tasks=perplexitty"], "or lm_eval:TASK for one of lm-evaluation-harness; got perplexitty"),
     (["--tasks=perplexity", "--lengths=16,long"], "--lengths must be numbers separated by commas, got 16,long"),
+    (["--tasks=mqar,gates_mqar"], "--tasks: gates_mqar: it needs memories that are told apart"),
     (["--tasks=perplexity", "--config.model.layers=2"], "--config.model.layers: 1 in the checkpoint, 2 asked for"),
   ],
   ids=lambda value: value[-1] if isinstance(value, list) else "",

@@ -67,8 +67,8 @@ class Group:
 
   @property
   def label(self) -> str:
-    """Such as "linear, grm"."""
-    return ", ".join(self.values.values())
+    """Such as "linear, grm, segment_length 16"."""
+    return _label(self.values)
 
   def measured(self) -> dict[tuple[str, tuple], dict[str, Mean]]:
     """{(task, settings): {value's name: its mean}}; settings as pairs of name and value."""
@@ -233,6 +233,11 @@ def _figures(every: list[Group]) -> Iterator[tuple[str, pyplot.Figure]]:
     yield "tokens_per_second", _bars(every)
 
 
+def _label(values: dict[str, str]) -> str:
+  """Words speak for themselves, numbers with their field."""
+  return ", ".join(value if math.isnan(_number(value)) else f"{name} {value}" for name, value in values.items())
+
+
 def _numeric(every: list[Group]) -> dict[str, tuple[float, ...]]:
   """The fields whose values are several numbers, and these, ascending."""
   found: dict[str, set[float]] = {}
@@ -272,9 +277,9 @@ def _panels(
   others = [(values, line) for values, line in lines if tuple(values) != fields]
   panels: dict[tuple, list] = {}
   for values, line in own:
-    panels.setdefault(tuple(values.values())[:-1], []).append((values, line))
+    panels.setdefault(tuple(values.items())[:-1], []).append((values, line))
   panels = panels or {(): []}
-  lasts = list(dict.fromkeys(values[fields[-1]] for values, _ in own)) if fields else [""]
+  lasts = [dict(last) for last in dict.fromkeys(tuple(values.items())[-1:] for values, _ in own)]
   columns = min(4, len(panels))
   rows = -(-len(panels) // columns)
   size = (max(5.0, 3.6 * columns), 3.4 * rows + 0.6)
@@ -284,17 +289,17 @@ def _panels(
   every = sorted({place for _, line in lines for place, _ in line})
   for panel, (values, drawn) in zip(axes.flat, panels.items(), strict=False):
     for other in others:
-      _draw(panel, other[1], ", ".join(other[0].values()) or "all", color="0.4", linestyle="--")
+      _draw(panel, other[1], _label(other[0]) or "all", color="0.4", linestyle="--")
     for of, line in drawn:
-      last = of[fields[-1]] if fields else ""
-      _draw(panel, line, last or "all", color=f"C{lasts.index(last) % 10}")
+      last = {name: of[name] for name in fields[-1:]}
+      _draw(panel, line, _label(last) or "all", color=f"C{lasts.index(last) % 10}")
     if every and every[0] > 0:
       panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter(lambda place, _: f"{place:,.4g}" if place < 1000 else f"{place:,.0f}")
     if len(every) <= _TICKS:
       panel.set_xticks(every)
       panel.minorticks_off()
-    panel.set(title=", ".join(values), xlabel=x, ylabel=y)
+    panel.set(title=_label(dict(values)), xlabel=x, ylabel=y)
     panel.grid(alpha=0.3)
     panel.legend(fontsize=7)
   low, high = zip(*(panel.get_ylim() for panel in axes.flat[: len(panels)]), strict=True)
