@@ -2,20 +2,20 @@
 
   JAX_PLATFORMS=cpu python tests/memory/long_stream.py --tokens=10000000 --json=docs/faults/long_stream.json
 
-Each of COMBINATIONS reads that many tokens, ROWS streams side by side, in compiled blocks of steps; seven minutes of one
+Each of COMBINATIONS reads that many tokens, ROWS streams side by side, in compiled blocks of steps; six minutes of one
 core. Tokens come block by block from a counter-based generator: random ones, keys of unit length, gates near where they
-start in training. No row is as long as all its tokens: it has tokens / ROWS of them, and ends in the middle of a segment
-and of a chunk.
+start in training. No row is as long as all its tokens: it has tokens / ROWS of them, and ends in the middle of a
+segment and of a chunk.
 
 After every block the cache is compared, each array's largest difference relative to its largest number, with
 
 * carry="independent": a fresh prefill of the tokens of the segments that the cache still holds. Answers, online state,
   cached states and summaries.
-* carry="checkpoint": what prefill's pass over the whole stream leaves, in float64; the pass goes on from block to block.
+* carry="checkpoint": what prefill's pass over the whole stream leaves, in float64, going on from block to block.
   Online state and cached states. "pass" is the same pass in float32: what prefill itself drifts by.
 
-Exits with 1 if a difference is above TOLERANCE, the arrays that are alive take more bytes after one block than after
-another, or the process grows by more than GROWTH.
+Exits with 1 if a difference is above its bar (`allowed`), the arrays that are alive take more bytes after one block
+than after another, or the process grows by more than GROWTH. A run that was stopped goes on from its file.
 """
 
 import argparse
@@ -42,28 +42,29 @@ ROWS, HEADS, HEAD_DIM = 16, 2, 8
 SEGMENT, CHUNK, CAPACITY = 64, 16, 4
 BLOCK = 64 * SEGMENT
 COMBINATIONS = [
-  ("titans", "ssc", "independent"),
-  ("titans", "grm", "checkpoint"),
-  ("linear", "ssc", "checkpoint"),
+  ("titans", "ssc", "independent", "float32"),
+  ("titans", "grm", "checkpoint", "float32"),
+  ("titans", "grm", "checkpoint", "float64"),
+  ("linear", "ssc", "checkpoint", "float32"),
 ]
-# States that go on add up roundings: a step has one at every token, a pass at every chunk.
-TOLERANCE = {"independent": 1e-5, "checkpoint": 1e-3}
+NAMES = ("rule", "aggregation", "carry", "dtype")
 GROWTH = 32.0  # MiB of resident memory; a block's tokens alone are as much
-FIRST = 8  # blocks after which all has been allocated
 
 
 def options_of(rule, aggregation, carry):
   """A layer whose cache holds CAPACITY segments: each new one takes the oldest one's place."""
-  return decode.Options(memory.rules.get(rule, chunk=CHUNK), SEGMENT, CAPACITY, aggregation, carry)
+  return decode.Options(
+    memory.rules.get(rule, chunk=CHUNK), memory.segments.constant(SEGMENT), aggregation, carry, capacity=CAPACITY
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def tokens(rule, key, rows, length):
   """Inputs of rows x length tokens, float32; without M_0."""
   *keys, gate_key = jax.random.split(key, 5)
-  q, k, v, u = (jax.random.normal(key, (rows, length, HEADS, HEAD_DIM)) for key in keys)
+  q, k, v, u = (jax.random.normal(key, (rows, length, HEADS, HEAD_DIM), jnp.float32) for key in keys)
   unit = [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k)]
-  noise = 0.5 * jax.random.normal(gate_key, (len(rule.gates), rows, length, HEADS))
+  noise = 0.5 * jax.random.normal(gate_key, (len(rule.gates), rows, length, HEADS), jnp.float32)
   starts = rule.gate_init(SEGMENT)
   gates = {
     name: start.maximum * jax.nn.sigmoid(start.bias + x) for (name, start), x in zip(starts.items(), noise, strict=True)
@@ -84,12 +85,12 @@ def steps(options, x, init, cache):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def prefill(options, x, init):
-  return decode.prefill(options, *x[:5], init)
+def prefill(options, x, init, lengths):
+  return decode.prefill(options, *x[:5], init, lengths=lengths)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def write(rule, x, init, start):
+def write_block(rule, x, init, start):
   """Prefill's pass over a block: the state after it, and the memories at the ends of its segments."""
   x = caching.heads_first(*x[:5], None)
   lengths = segments.constant(SEGMENT).lengths(x.k.shape[2])
@@ -120,15 +121,17 @@ def against_prefill(options, init):
     partial = (int(cache.position[0]) - 1) % SEGMENT + 1
     x = samples.map_tokens(lambda a: np.asarray(a)[:, -(CAPACITY + 1) * SEGMENT :].copy(), x)  # not a view of it all
     recent = x if recent is None else samples.map_tokens(lambda a, b: np.concatenate([a, b], 1), recent, x)
-    recent = samples.map_tokens(lambda a: a[:, -(CAPACITY * SEGMENT + partial) :], recent)
-    expected_y, expected = jax.device_get(prefill(options, recent, init))
+    length = CAPACITY * SEGMENT + partial
+    recent = samples.map_tokens(lambda a: a[:, -length:], recent)
+    padded = samples.map_tokens(lambda a: np.pad(a, [(0, 0), (0, SEGMENT - partial)] + [(0, 0)] * (a.ndim - 2)), recent)
+    expected_y, expected = jax.device_get(prefill(options, padded, init, np.full(len(y), length)))
     # Where a chunk ends, a step has yet to move chunk_start, and does when it begins the next one.
     chunk_start = (lambda c: c.chunk_start) if partial % CHUNK else (lambda c: None)
     own, fresh = ((c.state, c.keys, chunk_start(c)) for c in (cache, expected))
     return {
       "state": error(own, fresh),
       "cached": error(in_order(cache), in_order(expected)),
-      "answers": error(y[:, -partial:], expected_y[:, -partial:]),
+      "answers": error(y[:, -partial:], expected_y[:, length - partial : length]),
     }
 
   return compare
@@ -143,21 +146,23 @@ def against_pass(options, init):
     start = states.get(dtype)
     if start is None:
       start = online.start_state(options.rule, m_0, np.moveaxis(x.k, 1, 2))
-    states[dtype], ends = jax.device_get(write(options.rule, x, m_0, start))
+    states[dtype], ends = jax.device_get(write_block(options.rule, x, m_0, start))
     return ends
 
   def compare(x, _, cache):
     nonlocal ends
-    goes_on(np.float32, x)
     with jax.enable_x64(True):
       new = goes_on(np.float64, x)
     ends = new if ends is None else jax.tree.map(lambda a, b: np.concatenate([a, b]), ends, new)
     ends = jax.tree.map(lambda a: a[-CAPACITY - 1 :], ends)
-    return {
+    errors = {
       "state": error(cache.state, states[np.float64]),
       "cached": error(in_order(cache)[0], jax.tree.map(lambda a: a[:-1], ends)),
-      "pass": error(states[np.float32], states[np.float64]),
     }
+    if cache.keys.dtype == np.float32:
+      goes_on(np.float32, x)
+      errors["pass"] = error(states[np.float32], states[np.float64])
+    return errors
 
   return compare
 
@@ -167,17 +172,22 @@ def resident():
   return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def stream(rule, aggregation, carry, count, *, rows=ROWS, block=BLOCK):
+def stream(rule, aggregation, carry, dtype, count, *, rows=ROWS, block=BLOCK):
   """A combination's record: after each block what it has read, its memory, the largest state, and the errors."""
   options = options_of(rule, aggregation, carry)
   init = jax.device_get(options.rule.init(jax.random.key(0), heads=HEADS, head_dim=HEAD_DIM))
-  empty = functools.partial(decode.init_cache, options, batch=rows, head_dim=HEAD_DIM, dtype=jnp.float32)
-  cache = jax.jit(empty)(init)  # compiled: no array is there twice, so that all can be donated
   compare = (against_prefill if carry == "independent" else against_pass)(options, init)
   length, blocks, begin = count // rows, [], time.monotonic()
-  with tqdm.tqdm(total=count, unit=" tokens", unit_scale=True, desc=f"{rule} {aggregation} {carry}") as progress:
+  names = dict(zip(NAMES, (rule, aggregation, carry, dtype), strict=True))
+  with (
+    jax.enable_x64(dtype == "float64"),
+    tqdm.tqdm(total=count, unit=" tokens", unit_scale=True, desc=" ".join(names.values())) as progress,
+  ):
+    empty = functools.partial(decode.init_cache, options, batch=rows, head_dim=HEAD_DIM, dtype=jnp.dtype(dtype))
+    cache = jax.jit(empty)(init)  # compiled: no array is there twice, so that all can be donated
     for number, start in enumerate(range(0, length, block)):
       x = tokens(options.rule, jax.random.fold_in(jax.random.key(1), number), rows, min(block, length - start))
+      x = samples.map_tokens(lambda a: a.astype(dtype), x)
       y, cache = steps(options, x, init, cache)
       y, fetched = jax.device_get((y, cache))
       assert (fetched.position == min(start + block, length)).all()
@@ -189,30 +199,57 @@ def stream(rule, aggregation, carry, count, *, rows=ROWS, block=BLOCK):
       seconds = round(time.monotonic() - begin, 1)
       blocks.append(dict(tokens=done, seconds=seconds, **held, largest=round(largest, 3), **errors))
       progress.update(done - progress.n)
-  return dict(rule=rule, aggregation=aggregation, carry=carry, blocks=blocks)
+  return names | dict(blocks=blocks)
 
 
 def growth(record):
-  """MiB by which the process grew from its FIRST blocks on, but for the last block, shorter and so compiled anew."""
-  sizes = [block["resident_mib"] for block in record["blocks"]][FIRST:-1]
-  return max(sizes) - sizes[0] if sizes else 0.0
+  """MiB by which the process was larger in the stream's second half, but for its last block: shorter, compiled anew."""
+  sizes = [block["resident_mib"] for block in record["blocks"][:-1]]
+  half = len(sizes) // 2
+  return max(sizes[half:]) - max(sizes[:half]) if half else 0.0
+
+
+def allowed(record, block):
+  """The bar of a block's errors.
+
+  States that go on add up roundings, and a deep memory's inner training amplifies them (docs/faults.md): in float32 a
+  step, which rounds its state at every token, is measured by the pass, which does so at every chunk.
+  """
+  if record["carry"] == "independent":
+    return 1e-5
+  return 1e-7 if record["dtype"] == "float64" else 10 * block["pass"]
 
 
 def problems(record):
   """What is not as it should be, one line each."""
   found, blocks = [], record["blocks"]
   for name in {"state", "cached", "answers"} & set(blocks[0]):
-    worst = max(blocks, key=lambda block: block[name])
-    if not worst[name] <= TOLERANCE[record["carry"]]:
-      found.append(f"{name} differs by {worst[name]} after {worst['tokens']:,} tokens")
+    bad = [block for block in blocks if not block[name] <= allowed(record, block)]
+    found += [f"{name} differs by {block[name]} after {block['tokens']:,} tokens" for block in bad[:1]]
   if len({block["array_bytes"] for block in blocks}) > 1:
     found.append("arrays are left behind")
   if growth(record) > GROWTH:
-    found.append(f"the process grew by {growth(record)} MiB")
+    found.append(f"the process grew by {growth(record):.1f} MiB")
   return found
 
 
-def write_json(path, run, records):
+def report(record):
+  """A line about a combination, and its problems."""
+  last = record["blocks"][-1]
+  errors = ", ".join(f"{name} {last[name]:.1e}" for name in ("state", "cached", "answers", "pass") if name in last)
+  name = " ".join(record[name] for name in NAMES)
+  lines = [f"{name}: {last['tokens']:,} tokens in {last['seconds']} s, {growth(record):+.1f} MiB; at the end {errors}"]
+  return "\n  ".join(lines + problems(record))
+
+
+def read(path, count):
+  """Records of an earlier run of as many tokens, by the same JAX."""
+  record = json.loads(path.read_text()) if path and path.exists() else {}
+  same = (record.get("tokens"), record.get("jax")) == (count, jax.__version__)
+  return {tuple(stream[name] for name in NAMES): stream for stream in record["streams"]} if same else {}
+
+
+def write(path, run, records):
   """The file, one line a block."""
   path.parent.mkdir(parents=True, exist_ok=True)
   text = json.dumps(run | {"streams": [record | {"blocks": []} for record in records]}, indent=1)
@@ -228,23 +265,17 @@ def main():
   parser.add_argument("--json", type=pathlib.Path, help="file for the records, written after each combination")
   arguments = parser.parse_args()
   git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-  run = dict(command=shlex.join(["python", *sys.argv]), commit=git.stdout.strip(), jax=jax.__version__)
+  run = dict(command=shlex.join(["python", *sys.argv]), tokens=arguments.tokens, jax=jax.__version__)
   run |= dict(machine=platform.machine(), cores=os.cpu_count(), rows=ROWS, heads=HEADS, head_dim=HEAD_DIM)
   run |= dict(segment_length=SEGMENT, chunk=CHUNK, capacity=CAPACITY)
-  records, failed = [], False
+  records = read(arguments.json, arguments.tokens)
   for combination in COMBINATIONS:
-    records.append(record := stream(*combination, arguments.tokens))
-    if arguments.json:
-      write_json(arguments.json, run, records)
-    last = record["blocks"][-1]
-    errors = ", ".join(f"{name} {last[name]:.1e}" for name in ("state", "cached", "answers", "pass") if name in last)
-    print(
-      f"{last['tokens']:,} tokens in {last['seconds']} s, {growth(record):+.1f} MiB; at the end {errors}", flush=True
-    )
-    for problem in problems(record):
-      print(f"  {problem}", flush=True)
-      failed = True
-  sys.exit(failed)
+    if combination not in records:
+      records[combination] = dict(commit=git.stdout.strip()) | stream(*combination, arguments.tokens)
+      if arguments.json:
+        write(arguments.json, run, [records[each] for each in COMBINATIONS if each in records])
+    print(report(records[combination]), flush=True)
+  sys.exit(any(map(problems, records.values())))
 
 
 if __name__ == "__main__":
