@@ -121,26 +121,38 @@ def repeat(cache: Cache, times: int) -> Cache:
 
 
 def placed(tree: Pytree, mesh: jax.sharding.Mesh | None) -> Pytree:
-  """Abstract arrays, a cache's among them, with the places where they go: what restores a saved cache.
+  """Abstract arrays, caches among them, with the places where they go: what restores a saved cache.
 
-  Pages go to host memory, split as steps split them: to split them later, XLA would move them through the devices. The
-  rest is whole on every device until the first step moves it.
+  Slots are split as steps split them, pages in host memory: were they whole on every device first, a cache that fills a
+  mesh could not be read. The rest, small, is whole until the first step moves it.
   """
   # A mesh of one device and not a SingleDeviceSharding, with which jax 0.10 makes arrays from files that lie in host
   # memory and are not of that type.
   mesh = meshes.make(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
-  whole = axes.sharding(mesh, ())
 
-  def at(x, place=whole):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+  def at(x, sharding):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  def whole(x):
+    return at(x, axes.sharding(mesh, ()))
+
+  def split(x):
+    return axes.sharding(mesh, (None, "batch", "heads"), x.shape)
+
+  def of_slots(x):
+    if isinstance(x, decode.Paged):
+      pages = at(x.pages, split(x.pages).with_memory_kind("pinned_host"))
+      return decode.Paged(pages, jax.tree.map(of_slots, x.scale))
+    return at(x, split(x))
 
   def place(x):
-    if not isinstance(x, decode.Paged):
-      return at(x)
-    split = axes.sharding(mesh, (None, "batch", "heads"), x.pages.shape)
-    return decode.Paged(at(x.pages, split.with_memory_kind("pinned_host")), jax.tree.map(at, x.scale))
+    if not isinstance(x, Cache):
+      return whole(x)
+    slots = jax.tree.map(of_slots, x.layers.slots, is_leaf=lambda x: isinstance(x, decode.Paged))
+    rest = jax.tree.map(whole, x._replace(layers=x.layers._replace(slots=None)))
+    return rest._replace(layers=rest.layers._replace(slots=slots))
 
-  return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, decode.Paged))
+  return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, Cache))
 
 
 def nbytes(tree: Pytree) -> int:

@@ -47,6 +47,8 @@ def test_what_is_loaded_goes_on_as_what_was_saved(saved):
 def test_on_another_mesh(saved):
   mesh = meshes.make(MeshConfig(data=1, model=2), jax.devices()[:2])
   loaded = prompts.load(saved[0], decoder(mesh=mesh))
+  for x in jax.tree.leaves(loaded[1].layers.slots):
+    assert x.sharding.shard_shape(x.shape)[2] == x.shape[2] // 2  # heads
   np.testing.assert_array_equal(
     continued(decoder(mesh=mesh), loaded), continued(decoder(), prompts.load(saved[0], decoder()))
   )
