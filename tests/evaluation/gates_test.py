@@ -12,6 +12,8 @@ from mc_jax.data import ConfigError
 from mc_jax.data.recall import MQARConfig, NIAHConfig
 from mc_jax.evaluation import Options, Subject, gates, recall, tasks
 from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig
+from mc_jax.parallel import mesh as meshes
+from mc_jax.parallel.mesh import MeshConfig
 
 LENGTH, SEGMENT, PAIRS, ROWS = 32, 8, 8, 5
 MQAR = MQARConfig(vocab_size=64, pairs=(PAIRS,))
@@ -71,6 +73,17 @@ def test_gamma_is_averaged_by_the_memory_that_holds_the_answer(subject, options)
   assert result.values["tokens"] == ROWS * PAIRS
   assert result.values["gamma_right"] == pytest.approx(total.mean() / (ROWS * PAIRS), rel=1e-4)
   assert result.values["best_head"] == pytest.approx(total.max() / (ROWS * PAIRS), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_on_a_mesh_it_is_the_same(subject):
+  subject = subject(aggregation="ssc", top_k=1)
+  spread = dataclasses.replace(subject, mesh=meshes.make(MeshConfig(data=2, context=2, model=2), jax.devices()[:8]))
+  results = [list(tasks.run(["gates_mqar"], each, Options(rows=ROWS))) for each in (subject, spread)]
+  for alone, together in zip(*results, strict=True):
+    assert alone.values == pytest.approx(together.values, rel=1e-5)
+    for a, b in zip(alone.reads, together.reads, strict=True):
+      np.testing.assert_allclose(a["gamma"], b["gamma"], atol=1.1e-4)  # rounded
 
 
 def test_answers_stand_where_their_tokens_do(oracle):
