@@ -56,7 +56,7 @@ def draw(rows: Mapping[str, Sequence[dict]]) -> pyplot.Figure | None:
       axes.set_title(title, fontsize=8)
     for axes in line[len(row) :]:
       axes.set_visible(False)
-    line[0].set_ylabel(label, fontsize=8)
+    line[0].set_ylabel(label.replace(", ", "\n"), fontsize=8)
   figure.supxlabel("memory that is read: online, or of a segment", fontsize=9)
   figure.supylabel("memory that holds the answer", fontsize=9)
   figure.colorbar(image, ax=every, label="gamma", fraction=0.05)

@@ -99,7 +99,7 @@ def _looked_at(series: Mapping[str, Sequence[Result]]) -> dict[str, Sequence[dic
     for result in results:
       if result.reads:
         name = ", ".join([result.task, *(f"{name} {value}" for name, value in result.settings.items())])
-        found[f"{label}\n{name}" if len(series) > 1 else name] = result.reads
+        found[f"{label}, {name}" if len(series) > 1 else name] = result.reads
   return found
 
 

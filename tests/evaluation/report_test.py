@@ -70,7 +70,7 @@ def test_gates_are_heat_maps_beside_the_rest(tmp_path):
   figure = heatmaps.draw(report._looked_at({"run": GATES}))
   drawn = [axes for axes in figure.axes if axes.get_title()]
   assert [axes.get_title() for axes in drawn] == ["layer 0, head 0", "layer 0, head 1"] * 2
-  assert drawn[0].get_ylabel() == "gates_mqar, length 24, pairs 2"
+  assert drawn[0].get_ylabel() == "gates_mqar\nlength 24\npairs 2"
   (image,) = drawn[1].images
   np.testing.assert_allclose(image.get_array(), [[0.5, 0.5, 0.0], [0.0, 0.25, 0.75]])
   assert [frame.get_xy() for frame in drawn[1].patches] == [(-0.5, -0.5), (1.5, 0.5)]  # own memory: online, segment 1
