@@ -277,8 +277,15 @@ def step(
 
   Returns:
     [batch, 1, heads, head_dim] in q's dtype, without meaning where not active; and the cache.
+
+  Raises:
+    ValueError: shapes that do not fit, each other or the cache.
   """
   rule, dtype, before = options.rule, q.dtype, cache
+  tokens = dict(q=q, k=k, v=v, u=u)
+  arguments.check_arrays(tokens, gates, init, rule, options.segmentation, options.gate, None, token_scores)
+  if q.shape != (shape := (cache.keys.shape[0], 1, *cache.keys.shape[1:])):
+    raise ValueError(f"q must be [batch, 1, heads, head_dim] = {shape}, as the cache has it; got {q.shape}")
   fresh = {name: w.astype(state_dtype(dtype)) for name, w in init.items()}
   x = caching.heads_first(q, k, v, u, gates, None)
   cache = _enter(options, fresh, cache, x.k, active)

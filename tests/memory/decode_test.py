@@ -203,6 +203,24 @@ def test_options_that_cannot_be_are_named(changes, message):
     options_of("linear", **options)
 
 
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda x: samples.map_tokens(lambda a: jnp.repeat(a, 2, axis=1), x), r"\(2, 1, 2, 4\), as the cache has it; got"),
+    (lambda x: samples.map_tokens(lambda a: a[:1], x), r"\(2, 1, 2, 4\), as the cache has it; got \(1, 1"),
+    (lambda x: x._replace(k=x.k[..., :1]), "k must have q's shape"),
+    (lambda x: x._replace(gates={}), "needs gates"),
+  ],
+)
+def test_a_token_that_does_not_fit_the_cache(change, message):
+  options = options_of("titans", "grm", "checkpoint")
+  x = samples.inputs(options.rule, batch=2)
+  _, cache = jax.eval_shape(lambda x: decode.prefill(options, *x[:6]), x)
+  token = change(samples.map_tokens(lambda a: a[:, :1], x))
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(lambda token, cache: decode.step(options, *token[:6], cache), token, cache)
+
+
 def test_a_cache_that_is_too_small_is_refused_before():
   decode.require_room(6, 2, 18)
   with pytest.raises(decode.CacheFull, match="19 tokens in segments of 6 need a capacity of 3 segments, got 2"):
