@@ -204,7 +204,7 @@ def stream(rule, aggregation, carry, dtype, count, *, rows=ROWS, block=BLOCK):
 
 
 def growth(record):
-  """MiB by which the median of a stream's second half is above the first half's. The last block, compiled anew, is left out.
+  """MiB by which the median of a stream's second half is above that of its first, without the last block's compiling.
 
   Not the largest: the allocator keeps some blocks' arrays a while and gives them back.
   """
