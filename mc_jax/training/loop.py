@@ -94,9 +94,11 @@ def train(
     if int(current.step) < train.steps:
       checkpoints.require_space(current)
       update, meter = _compile(config, mesh)
-      with deferred() as interrupt:
-        current, result = _steps(run, current, update, meter, checkpoints, interrupt, profile)
-        checkpoints.wait()
+      with deferred() as interrupt, Watchdog(train.hang_minutes) as watchdog:
+        try:
+          current, result = _steps(run, current, update, meter, checkpoints, interrupt, watchdog, profile)
+        finally:
+          checkpoints.wait()  # while somebody watches, also where an error ends the run
       if int(current.step) < train.steps:
         return Result(int(current.step), result, interrupt.signal)
     if result is None:  # the run was complete already
@@ -140,6 +142,7 @@ def _steps(
   meter: metrics.Meter,
   checkpoints: Checkpoints,
   interrupt: Interrupt,
+  watchdog: Watchdog,
   profile: range,
 ) -> tuple[state.TrainState, float | None]:
   """The steps that are left; returns the state and the latest validation bits."""
@@ -149,7 +152,6 @@ def _steps(
     metrics.MetricsLog(run.files.folder, first - 1) as log,
     Progress(first - 1, train.steps, run.data.unit, run.data.units_per_token) as progress,
     Trace(profile, run.files.folder) as trace,
-    Watchdog(train.hang_minutes) as watchdog,
   ):
     probe = stability.probe(run.config, run.mesh) if train.probe_every else None
     faulty = Faulty(run.config, run.workdir, metrics.read(run.files.folder))
@@ -219,12 +221,15 @@ def _first(run: _Run) -> state.TrainState:
   config, mesh, origin = run.config, run.mesh, run.config.train.start_from
   if not origin:
     return state.create(config, mesh)
-  reading = {name: value for name, value in config_lib.fields(config).items() if name in (*AGGREGATION, *HOW)}
-  found = trained.load(origin, reading, mesh=mesh)
+  own = (*AGGREGATION, *HOW, "train.seed")
+  reading = {name: value for name, value in config_lib.fields(config).items() if name in own}
+  found = trained.load(origin, reading, mesh=mesh, scores_may_differ=True)
   changed(found.config, config, epath.Path(origin))  # refuses what else differs in the model
   print(f"starting with the parameters of step {found.step} in {origin}")
   for name, (then, now) in config_lib.differences(found.stored, found.config).items():
     print(f"  {name} was {then!r} there and is {now!r} here")
+  for change in found.changes:
+    print(f"  {change}")
   return dataclasses.replace(state.create(config, mesh), params=found.params)
 
 

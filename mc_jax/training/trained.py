@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from flax import traverse_util
 
 from mc_jax.data import ConfigError
 from mc_jax.parallel.mesh import MeshConfig
@@ -28,6 +31,7 @@ class Trained:
     params: nested dict of float32 arrays, as TrainState.params; `nnx.merge(state.graph(config), params)` is the model.
     step: of the checkpoint.
     mesh: that the parameters lie on.
+    changes: how the parameters differ from the checkpoint's, a line each; see `scores_may_differ` of `load`.
   """
 
   config: Config
@@ -35,6 +39,7 @@ class Trained:
   params: dict
   step: int
   mesh: jax.sharding.Mesh
+  changes: tuple[str, ...] = ()
 
 
 def load(
@@ -43,6 +48,7 @@ def load(
   *,
   step: int | None = None,
   mesh: jax.sharding.Mesh | None = None,
+  scores_may_differ: bool = False,
 ) -> Trained:
   """The model of a checkpoint; the optimiser's moments are not read.
 
@@ -55,6 +61,8 @@ def load(
     overrides: {"data.length": 2048}: fields of the configuration that differ from the run's.
     step: of the checkpoint; None: the newest.
     mesh: where the parameters go; None: all devices if the overrides say how (mesh.*), else the first one.
+    scores_may_differ: the overrides may also add and drop what tells caches apart, connectors and age scores. What the
+      checkpoint lacks starts as train.seed of the overrides has it.
 
   Raises:
     ConfigError: no such folder, checkpoint or field; a damaged checkpoint; settings that do not go together; or
@@ -72,13 +80,18 @@ def load(
     if mesh is None:
       everywhere = any(name.startswith("mesh.") for name in overrides)
       mesh = config.make_mesh(None if everywhere else jax.devices()[:1])
-    target = {"params": state.abstract(config, mesh).params}
-    _require_parameters_of(stored, config, overrides, mesh)
+    target = {"params": state.abstract(stored, mesh).params}
+    new_scores = _differ_in_scores_alone(target["params"], state.abstract(config, mesh).params)
+    if not (new_scores and scores_may_differ):
+      _require_parameters_of(stored, config, overrides, mesh)
     args = ocp.args.PyTreeRestore(
       item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
     )
     params = manager.restore(step, args=ocp.args.Composite(state=args))["state"]["params"]
-  return Trained(config, stored, params, step, mesh)
+  changes = ()
+  if new_scores:
+    params, changes = _put_into(params, state.create(config, mesh).params)
+  return Trained(config, stored, params, step, mesh, changes)
 
 
 def _open(workdir: epath.Path) -> ocp.CheckpointManager:
@@ -125,6 +138,56 @@ def _defaults(stored: Config, overrides: dict) -> dict[str, object]:
   # A state that has read no more than in training, and each time from M_0: on longer rows states that go on wear out,
   # and their average with them (docs/extrapolation.md).
   return {"model.memory.segment_length": stored.data.length, "model.memory.carry": "independent"}
+
+
+# What a model has to tell caches apart, and may lack: the projection's last part, the connectors W_u, and age scores.
+_PROJECTION, _PROJECTIONS = ("projection", "kernel"), -3  # the axis of queries, keys, values, output gates, connectors
+_AGE_SCORES = ("age_scores", "kernel")
+
+
+def _differ_in_scores_alone(stored: dict, wanted: dict) -> bool:
+  """Whether two models differ in their parameters, and that in connectors and age scores alone."""
+  stored, wanted = (
+    {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree).items()} for tree in (stored, wanted)
+  )
+
+  def fits(path: tuple[str, ...]) -> bool:
+    if path not in stored or path not in wanted:
+      return path[-2:] == _AGE_SCORES
+    if path[-2:] == _PROJECTION:
+      return np.delete(stored[path], _PROJECTIONS).tolist() == np.delete(wanted[path], _PROJECTIONS).tolist()
+    return stored[path] == wanted[path]
+
+  return stored != wanted and all(map(fits, stored | wanted))
+
+
+def _put_into(stored: dict, fresh: dict) -> tuple[dict, tuple[str, ...]]:
+  """The parameters `stored`, with what they lack from `fresh` and without what that has not; and a line for each."""
+  stored, fresh = traverse_util.flatten_dict(stored), traverse_util.flatten_dict(fresh)
+  changes = []
+
+  def told(path: tuple[str, ...], name: str, lacking: bool) -> None:
+    place = "/".join(path)
+    if lacking:
+      changes.append(f"the checkpoint has no {name} ({place}): they start as train.seed has them")
+    else:
+      changes.append(f"the checkpoint has {name} ({place}): they are left out")
+
+  def joined(old: jax.Array, new: jax.Array) -> jax.Array:
+    count = min(x.shape[_PROJECTIONS] for x in (old, new))
+    return jnp.concatenate([old[..., :count, :, :], new[..., count:, :, :]], _PROJECTIONS)
+
+  params = {}
+  for path, new in fresh.items():
+    old = params[path] = stored.get(path, new)
+    if old is new:
+      told(path, "age scores", lacking=True)
+    elif old.shape != new.shape:
+      told(path, "connectors", lacking=old.shape < new.shape)
+      params[path] = jax.jit(joined, out_shardings=new.sharding)(old, new)
+  for path in stored.keys() - fresh.keys():
+    told(path, "age scores", lacking=False)
+  return traverse_util.unflatten_dict(params), tuple(changes)
 
 
 def _require_parameters_of(stored: Config, config: Config, overrides: dict, mesh: jax.sharding.Mesh) -> None:

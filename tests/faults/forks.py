@@ -54,6 +54,12 @@ def run(job):
       return draw(self)
 
     loader.Batches.__next__ = hanging
+  if "never_completes" in job:
+
+    def hanging_completion(self, step):
+      time.sleep(60)
+
+    Checkpoints._complete = hanging_completion
   if "largest_file" in job:
     resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"], job["largest_file"]))
   jax.config.update("jax_compilation_cache_dir", job["cache"])

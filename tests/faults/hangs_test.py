@@ -71,3 +71,13 @@ def test_a_step_that_never_ends_ends_the_run(forks, tiny, tmp_path):
   assert "step 2/6: " in printed
   assert "no step, evaluation or checkpoint has ended for 0:04" in printed
   assert "in hanging" in printed
+
+
+def test_a_last_checkpoint_that_is_never_complete_ends_the_run(forks, tiny, tmp_path):
+  config = tiny(mixer="transformer", hang_minutes=4 / 60, eval_every=100, checkpoint_every=100)
+  forks.start(config, tmp_path, never_completes=True)
+  status, printed = forks.finish()
+  assert status == 1
+  assert "step 6/6: " in printed
+  assert "no step, evaluation or checkpoint has ended for 0:04" in printed
+  assert "in hanging_completion" in printed
