@@ -22,14 +22,17 @@ def _probed(config, mesh):
 
 def test_norms_are_those_of_what_was_written_and_equal_gates_have_the_largest_entropy(tiny, alone):
   memory = dataclasses.replace(tiny().model.memory, aggregation="grm", gate="uniform")
-  config = tiny(memory=memory)
+  config = tiny(memory=memory, layers=2)
   params, batch, found = _probed(config, alone)
   model = nnx.merge(state.graph(config), params)
   blocks, layers = nnx.split(model.blocks)
-  block = nnx.merge(blocks, jax.tree.map(lambda x: x[0], layers))
-  _, k, v, *_ = block.mixer.project(block.mixer_norm(model.embed(batch["tokens"][:1])))
-  k, v = np.asarray(k[0], np.float64), np.asarray(v[0], np.float64)
-  ends = [np.einsum("lhi,lho->hio", k[:end], v[:end]) for end in (8, 16)]  # the linear rule sums; it has no momentum
+  x, ends = model.embed(batch["tokens"][:1]), []
+  for layer in range(2):
+    block = nnx.merge(blocks, jax.tree.map(lambda x, layer=layer: x[layer], layers))
+    _, k, v, *_ = block.mixer.project(block.mixer_norm(x))
+    k, v = np.asarray(k[0], np.float64), np.asarray(v[0], np.float64)
+    ends += [np.einsum("lhi,lho->hio", k[:end], v[:end]) for end in (8, 16)]  # the linear rule sums
+    x = block(x)
   norms = np.sqrt(np.square(ends).sum(axis=(-2, -1)))
   assert set(found) == NORMS | {"gate_entropy"}
   assert found["memory_norm"] == pytest.approx(norms.mean(), rel=1e-4)
