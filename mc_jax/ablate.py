@@ -47,7 +47,7 @@ def main(_: list[str]) -> None:
   if CELL.value is not None and not 0 <= CELL.value < len(every):
     raise ConfigError(f"--cell must be one of 0 to {len(every) - 1}, got {CELL.value}")
   jobs = [
-    cells.Job(cell, workdir / cells.FOLDER / cell.name, told, command())
+    cells.Job(cell, workdir / cells.FOLDER / cell.name, told, grid=command())
     for cell, told in zip(every, evaluations(every), strict=True)
   ]
   for job in jobs:

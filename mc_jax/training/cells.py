@@ -56,7 +56,7 @@ class Job:
   cell: Cell
   folder: pathlib.Path
   evaluation: tuple[str, ...]
-  grid: str = ""
+  grid: str = dataclasses.field(default="", kw_only=True)
 
   @property
   def step(self) -> int:
