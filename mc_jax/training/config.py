@@ -32,13 +32,15 @@ class TrainConfig:
 
   steps: int = 1000  # optimiser steps
   start_from: str = ""  # workdir of another run, whose parameters a new one starts with; only how caches are read may
-  # differ between the two (checkpointing.AGGREGATION). A run that has a checkpoint of its own goes on from that
+  # differ between the two (checkpointing.AGGREGATION); connectors and age scores that the other lacks start as
+  # train.seed has them. A run that has a checkpoint of its own goes on from that
   microbatches: int = 1  # gradients are accumulated over this many parts of a batch
   seed: int = 0  # of the parameters' starting values and of the sample
   max_skipped: int = 5  # updates in a row, skipped as their loss or gradient is not finite, that end the run
   hang_minutes: float = 30.0  # without a step, evaluation or checkpoint that ends, which end the process; 0: never
   log_every: int = 10  # steps between two reports
-  probe_every: int = 0  # steps between two looks into the memories (norms, gates, caches read); 0: none
+  probe_every: int = 0  # steps between two looks into the memories (norms, gates, caches read); 0: none; 10 costs a
+  # hundredth of the time (docs/stability.md)
   eval_every: int = 100  # steps between two evaluations; the last step is always evaluated
   checkpoint_every: int = 200  # steps between two checkpoints; the last step always leaves one
   keep_checkpoints: int = 2  # newest ones kept; the one before the newest is there for when that is damaged

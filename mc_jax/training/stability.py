@@ -27,7 +27,7 @@ def probe(config: Config, mesh: jax.sharding.Mesh) -> Callable[[dict, Batch], di
     tokens that have a cache to read. Gates that do not sum to 1 are scaled to.
   * caches_never_selected: under ssc the share of caches that tokens of their row could have read, and none did.
 
-  One forward pass of these rows, by XLA: to be looked at every few steps (docs/stability.md says what it costs).
+  One forward pass of these rows, by XLA: no small part of a step, but done every few steps (docs/stability.md).
   """
   graph = state.graph(config)
   rows = mesh.shape["data"] * mesh.shape["fsdp"]

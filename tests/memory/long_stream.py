@@ -2,7 +2,7 @@
 
   JAX_PLATFORMS=cpu python tests/memory/long_stream.py --tokens=10000000 --json=docs/faults/long_stream.json
 
-Each of COMBINATIONS reads that many tokens, ROWS streams side by side, in compiled blocks of steps; six minutes of one
+Each of COMBINATIONS reads that many tokens, ROWS streams side by side, in compiled blocks of steps; ten minutes of one
 core. Tokens come block by block from a counter-based generator: random ones, keys of unit length, gates near where they
 start in training. No row is as long as all its tokens: it has tokens / ROWS of them, and ends in the middle of a
 segment and of a chunk.
