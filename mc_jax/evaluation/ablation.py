@@ -195,7 +195,8 @@ def to_csv(cells: Sequence[dict]) -> str:
   for group in groups(cells):
     speed = {("training", ()): {"tokens_per_second": group.speed}}
     for (task, settings), means in {**speed, **group.measured()}.items():
-      row = {**group.values, "task": task, **dict(settings)}
+      own = {f"{task}_{name}" if name in group.values else name: value for name, value in settings}
+      row = {**group.values, "task": task, **own}  # data.length of the cell is not the length it was evaluated at
       for name, mean in means.items():
         row |= {"seeds": mean.count, name: mean.mean, f"{name}_stderr": "" if mean.count < 2 else mean.stderr}
       rows.append(row)

@@ -111,6 +111,12 @@ def test_numeric_fields_of_the_grid_are_axes(tmp_path):
   assert "mqar.png" in written  # against pairs, each cell at its own length
 
 
+def test_a_cells_own_length_is_not_that_of_its_rows():
+  cell = _swept(64, 8, pairs=(2,))
+  rows = list(csv.DictReader(ablation.to_csv([cell | {"values": cell["values"] | {"length": "32"}}]).splitlines()))
+  assert [(row["length"], row["mqar_length"]) for row in rows] == [("32", ""), ("32", "64")]
+
+
 def test_words_and_single_numbers_are_no_axes():
   def every(*values):
     return ablation.groups([_swept(64, 8) | {"values": {"x": value}} for value in values])
