@@ -221,8 +221,8 @@ def _figures(every: list[Group]) -> Iterator[tuple[str, pyplot.Figure]]:
     if task == "perplexity":
       lines = [(group.values, group.curve(group.settings(task)[-1]) if group.settings(task) else []) for group in every]
       yield "position", _panels(lines, fields, _title(every, task), "tokens before", "loss, nats a token")
-    if figure := heatmaps.draw({group.label or "all": reads for group in every if (reads := group.reads(task))}):
-      figure.suptitle(_title(every, task), fontsize=10)
+    looked_at = {_parts(group.values): reads for group in every if (reads := group.reads(task))}
+    if figure := heatmaps.draw(looked_at, _title(every, task)):
       yield f"{task}_map", figure
   for field in _numeric(every):
     lines = _along(every, field, lambda group: group.speed)
@@ -234,9 +234,13 @@ def _figures(every: list[Group]) -> Iterator[tuple[str, pyplot.Figure]]:
     yield "tokens_per_second", _bars(every)
 
 
-def _label(values: dict[str, str]) -> str:
+def _parts(values: dict[str, str]) -> tuple[str, ...]:
   """Words speak for themselves, numbers with their field."""
-  return ", ".join(value if math.isnan(_number(value)) else f"{name} {value}" for name, value in values.items())
+  return tuple(value if math.isnan(_number(value)) else f"{name} {value}" for name, value in values.items())
+
+
+def _label(values: dict[str, str]) -> str:
+  return ", ".join(_parts(values))
 
 
 def _numeric(every: list[Group]) -> dict[str, tuple[float, ...]]:

@@ -27,36 +27,41 @@ def pooled(looks: Sequence[Sequence[dict]]) -> list[dict]:
   return found
 
 
-def draw(rows: Mapping[str, Sequence[dict]]) -> pyplot.Figure | None:
-  """A row of panels for each {label: Result.reads}, a panel for each layer and head; None of no rows.
+def draw(rows: Mapping[tuple[str, ...], Sequence[dict]], title: str = "") -> pyplot.Figure | None:
+  """A row of panels for each {what it is of: Result.reads}, a panel for each layer and head; None of no rows.
 
   A panel has a line for each memory that holds answers, the frame, and a column for each that is read. The rows may be
-  of models of different sizes.
+  of models of different sizes. What they are of, such as ("length 64", "pairs 4"), is told beside them where they
+  differ in it, and after the figure's title where they do not.
   """
   if not rows:
     return None
-  gammas = {label: np.array([read["gamma"] for read in reads]) for label, reads in rows.items()}  # [held, l, h, read]
+  shared = [part for part in next(iter(rows)) if all(part in row for row in rows)]
+  labels = {row: [part for part in row if part not in shared] for row in rows}
+  gammas = {row: np.array([read["gamma"] for read in reads]) for row, reads in rows.items()}  # [held, l, h, read]
   by_head = max(gamma[0, ..., 0].size for gamma in gammas.values()) <= _HEADS
-  panels = {label: _panels(gamma, by_head) for label, gamma in gammas.items()}
+  panels = {row: _panels(gamma, by_head) for row, gamma in gammas.items()}
   columns = max(map(len, panels.values()))
   heights = [0.9 + 0.2 * len(gamma) for gamma in gammas.values()]
-  size = (2.2 + 2.2 * columns, 0.6 + sum(heights))
+  margin = 2.2 + 0.07 * max((len(part) for label in labels.values() for part in label), default=0)
+  size = (margin + 2.2 * columns, 0.8 + sum(heights))
   figure, every = pyplot.subplots(
     len(rows), columns, figsize=size, height_ratios=heights, layout="constrained", squeeze=False
   )
-  for line, (label, row) in zip(every, panels.items(), strict=True):
-    held = [read["memory"] for read in rows[label]]
-    for axes, (title, gamma) in zip(line, row.items(), strict=False):
+  for line, (row, of_row) in zip(every, panels.items(), strict=True):
+    held = [read["memory"] for read in rows[row]]
+    for axes, (name, gamma) in zip(line, of_row.items(), strict=False):
       image = axes.imshow(gamma, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
       for y, x in enumerate(held):
         axes.add_patch(pyplot.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="white"))
       read = range(0, gamma.shape[1], -(-gamma.shape[1] // 9))
       axes.set_xticks(read, _names(read), fontsize=7)
       axes.set_yticks(range(len(held)), _names(held), fontsize=7)
-      axes.set_title(title, fontsize=8)
-    for axes in line[len(row) :]:
+      axes.set_title(name, fontsize=8)
+    for axes in line[len(of_row) :]:
       axes.set_visible(False)
-    line[0].set_ylabel(label.replace(", ", "\n"), fontsize=8)
+    line[0].set_ylabel("\n".join(labels[row]), fontsize=8, rotation=0, ha="right", va="center", labelpad=8)
+  figure.suptitle(", ".join([title] * bool(title) + shared), fontsize=10)
   figure.supxlabel("memory that is read: online, or of a segment", fontsize=9)
   figure.supylabel("memory that holds the answer", fontsize=9)
   figure.colorbar(image, ax=every, label="gamma", fraction=0.05)

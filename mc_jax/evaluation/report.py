@@ -92,14 +92,14 @@ def map_path(path: pathlib.Path) -> pathlib.Path:
   return path.with_stem(f"{path.stem}_map")
 
 
-def _looked_at(series: Mapping[str, Sequence[Result]]) -> dict[str, Sequence[dict]]:
-  """{label and settings: reads} of what has any."""
+def _looked_at(series: Mapping[str, Sequence[Result]]) -> dict[tuple[str, ...], Sequence[dict]]:
+  """{(label, task, each setting): reads} of what has any; a single series needs no label."""
   found = {}
   for label, results in series.items():
     for result in results:
       if result.reads:
-        name = ", ".join([result.task, *(f"{name} {value}" for name, value in result.settings.items())])
-        found[f"{label}, {name}" if len(series) > 1 else name] = result.reads
+        name = result.task, *(f"{name} {value}" for name, value in result.settings.items())
+        found[(label, *name) if len(series) > 1 else name] = result.reads
   return found
 
 

@@ -70,7 +70,11 @@ def test_gates_are_heat_maps_beside_the_rest(tmp_path):
   figure = heatmaps.draw(report._looked_at({"run": GATES}))
   drawn = [axes for axes in figure.axes if axes.get_title()]
   assert [axes.get_title() for axes in drawn] == ["layer 0, head 0", "layer 0, head 1"] * 2
-  assert drawn[0].get_ylabel() == "gates_mqar\nlength 24\npairs 2"
+  assert figure.get_suptitle() == "gates_mqar, length 24"
+  assert [axes.get_ylabel() for axes in drawn[::2]] == ["pairs 2", "pairs 4"]  # all that the rows differ in
+  figure.canvas.draw()
+  above, below = (axes.yaxis.label.get_window_extent() for axes in drawn[::2])
+  assert above.y0 > below.y1
   (image,) = drawn[1].images
   np.testing.assert_allclose(image.get_array(), [[0.5, 0.5, 0.0], [0.0, 0.25, 0.75]])
   assert [frame.get_xy() for frame in drawn[1].patches] == [(-0.5, -0.5), (1.5, 0.5)]  # own memory: online, segment 1
@@ -79,7 +83,7 @@ def test_gates_are_heat_maps_beside_the_rest(tmp_path):
 
 def test_of_many_heads_the_means_are_drawn():
   gamma = np.random.default_rng(0).random((3, 4, 5))
-  figure = heatmaps.draw({"run": [{"memory": 1, "tokens": 2, "gamma": gamma.tolist()}]})
+  figure = heatmaps.draw({("run",): [{"memory": 1, "tokens": 2, "gamma": gamma.tolist()}]})
   drawn = [axes for axes in figure.axes if axes.get_title()]
   assert [axes.get_title() for axes in drawn] == [f"layer {i}, all heads" for i in range(3)]
   np.testing.assert_allclose(drawn[2].images[0].get_array(), gamma[2].mean(0)[None])
