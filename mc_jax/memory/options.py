@@ -14,7 +14,7 @@ class Options:
   """Fields as `memory_caching` documents them. Static under jit.
 
   Raises:
-    ValueError: an unknown name, a size that is not positive.
+    ValueError: an unknown name, a size that is not positive, a rule or a segmentation that is none.
   """
 
   rule: Rule
@@ -29,6 +29,12 @@ class Options:
   implementation: str | None = None
 
   def __post_init__(self):
+    if not isinstance(self.rule, Rule):
+      raise ValueError(f"rule must come from rules.get, got {self.rule!r}")
+    if not isinstance(self.segmentation, segments.Segmentation):
+      raise ValueError(
+        f"segmentation must be segments.constant(length) or segments.logarithmic(), got {self.segmentation!r}"
+      )
     arguments.one_of("aggregation", self.aggregation, aggregate.NAMES)
     arguments.one_of("carry", self.carry, CARRIES)
     arguments.one_of("pool", self.pool, gates.POOLS)

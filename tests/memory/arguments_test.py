@@ -21,6 +21,7 @@ def call(rule=RULE, inputs=(), **options):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
+    (dict(segmentation=2), "segmentation must be segments.constant(length) or segments.logarithmic(), got 2"),
     (dict(aggregation="mean"), "aggregation must be one of none, residual, grm, soup, ssc; got 'mean'"),
     (dict(carry="both"), "carry must be one of checkpoint, independent; got 'both'"),
     (dict(pool="max"), "pool must be one of mean, sum; got 'max'"),
@@ -37,6 +38,11 @@ def call(rule=RULE, inputs=(), **options):
 def test_names_and_sizes(options, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     call(**options)
+
+
+def test_a_rule_is_more_than_its_name():
+  with pytest.raises(ValueError, match=r"rule must come from rules\.get, got 'titans'"):
+    samples.call(samples.inputs(RULE), rule="titans", segmentation=segments.constant(2))
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 2), (1, 5, 3, 3), (2, 5, 3)])
