@@ -99,8 +99,9 @@ def of_memories(read: Reads) -> jax.Array:
   """gamma of the online memory and of every cache, [b, h, length, 1 + n]; 0 of those that are not read."""
   cached = read.cached
   if read.index is not None:  # of the selected ones
-    n = read.visible.shape[-1]
-    cached = jnp.einsum("bhlk,bhlkn->bhln", cached, jax.nn.one_hot(read.index, n, dtype=cached.dtype))
+    # Compared, not multiplied: a TPU would round a product's gamma, and keep its [b, h, length, k, n].
+    chosen = read.index[..., None] == jnp.arange(read.visible.shape[-1])
+    cached = jnp.where(chosen, cached[..., None], 0.0).sum(-2)
   return jnp.concatenate([read.online[..., None], cached], axis=-1)
 
 
