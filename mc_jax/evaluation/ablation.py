@@ -17,6 +17,7 @@ import io
 import json
 import math
 import pathlib
+import shlex
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -154,7 +155,7 @@ def commands(folder: pathlib.Path, cells: Sequence[dict]) -> str:
   """What makes the report in `folder` again, and what its cells."""
   lines = [
     f"# Draws all of this again, from {JSON} alone",
-    f"python -m mc_jax.ablate --report --workdir={folder.parent}",
+    f"python -m mc_jax.ablate --report --workdir={shlex.quote(str(folder.parent))}",
   ]
   if grids := dict.fromkeys(cell["grid"] for cell in cells if cell.get("grid")):
     lines += ["", "# Trained and evaluated the cells, and does it again in another --workdir", *grids]

@@ -142,10 +142,11 @@ def test_gates_are_pooled_over_seeds_and_drawn(tmp_path):
 
 def test_the_commands_of_a_report_are_written(tmp_path):
   grids = ["python -m mc_jax.ablate --grid=a", "python -m mc_jax.ablate --grid=b"]
-  ablation.write(tmp_path / "report", [cell | {"grid": grids[n % 2]} for n, cell in enumerate(CELLS)])
-  lines = (tmp_path / "report" / "commands.txt").read_text().splitlines()
+  folder = tmp_path / "my runs" / "report"
+  ablation.write(folder, [cell | {"grid": grids[n % 2]} for n, cell in enumerate(CELLS)])
+  lines = (folder / "commands.txt").read_text().splitlines()
   assert [line for line in lines if not line.startswith("#") and line] == [
-    f"python -m mc_jax.ablate --report --workdir={tmp_path}",
+    f"python -m mc_jax.ablate --report --workdir='{folder.parent}'",
     *grids,
   ]
 
