@@ -100,7 +100,7 @@ def arguments() -> list[str]:
 
 def evaluations(every: list[grid.Cell]) -> list[tuple[str, ...]]:
   """What mc_jax.evaluate is told of each cell; nothing without --tasks. Tells of tasks that do not suit a cell."""
-  task_flags.options()
+  task_flags.options()  # checked here: a cell would find out after its training
   asked, skipped, found = task_flags.names(), {}, []
   for cell in every:
     unsuited = tasks.unsuited(asked, cell.config.model)

@@ -11,6 +11,7 @@ from mc_jax import memory
 from mc_jax.memory import caching
 from mc_jax.models.language_model import LanguageModel, number_documents
 from mc_jax.models.mixer import MemoryCaching
+from mc_jax.parallel import axes
 
 Found = TypeVar("Found")  # a pytree of arrays
 
@@ -35,7 +36,7 @@ def look(
     y, cached = _read(block.mixer, block.mixer_norm(x), document)
     return block.after_mixer(x, y), tell(cached)
 
-  _, found = jax.lax.scan(block, model.embed(tokens), layers)
+  _, found = jax.lax.scan(block, axes.constrain(model.embed(tokens), axes.RESIDUAL), layers)
   return found
 
 
