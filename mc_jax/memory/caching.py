@@ -145,8 +145,27 @@ def memory_caching(
   options = Options(
     rule, segmentation, aggregation, carry, top_k, pool, gate, gate_scale, segment_group, implementation
   )
-  arguments.check_arrays(dict(q=q, k=k, v=v, u=u), gates, init, rule, segmentation, gate, segment_ids, token_scores)
-  if implementation == "reference":
+  return with_options(q, k, v, u, gates, init, options, segment_ids=segment_ids, token_scores=token_scores)
+
+
+def with_options(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  u: jax.Array,
+  gates: dict[str, jax.Array],
+  init: Weights,
+  options: Options,
+  *,
+  segment_ids: jax.Array | None = None,
+  token_scores: jax.Array | None = None,
+) -> jax.Array:
+  """`memory_caching`, told by Options."""
+  tokens = dict(q=q, k=k, v=v, u=u)
+  arguments.check_arrays(
+    tokens, gates, init, options.rule, options.segmentation, options.gate, segment_ids, token_scores
+  )
+  if options.implementation == "reference":
     names = ("rule", "aggregation", "segmentation", "carry", "top_k", "pool", "gate", "gate_scale")
     told = {name: getattr(options, name) for name in names}
     return reference.memory_caching(q, k, v, u, gates, init, segment_ids=segment_ids, token_scores=token_scores, **told)

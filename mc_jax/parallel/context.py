@@ -6,7 +6,6 @@ segments' summaries (all of them, everywhere: one key for each segment and head)
 that were selected (selecting.py).
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -53,8 +52,7 @@ def memory_caching(
   """
   sizes = mesh.sizes_in_context()
   if all(size == 1 for size in sizes.values()):
-    told = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    return memory.memory_caching(q, k, v, u, gates, init, segment_ids=segment_ids, token_scores=token_scores, **told)
+    return caching.with_options(q, k, v, u, gates, init, options, segment_ids=segment_ids, token_scores=token_scores)
   rule, segmentation = options.rule, options.segmentation
   tokens = dict(q=q, k=k, v=v, u=u)
   arguments.check_arrays(tokens, gates, init, rule, segmentation, options.gate, segment_ids, token_scores)

@@ -14,6 +14,7 @@ from mc_jax.models import MemoryConfig, ModelConfig
 from mc_jax.models.config import AFTER_TRAINING
 from mc_jax.models.linear import Linear
 from mc_jax.models.mixer import MemoryCaching, has_connector
+from mc_jax.parallel import context
 
 # See language_model_test.py.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -181,11 +182,11 @@ def test_options_reach_the_memories(monkeypatch):
   }
   given = {}
 
-  def memory_caching(q, *_, **kwargs):
-    given.update(kwargs)
+  def memory_caching(q, k, v, u, gates, init, options, **kwargs):
+    given.update(vars(options) | kwargs)
     return jnp.zeros_like(q)
 
-  monkeypatch.setattr(memory, "memory_caching", memory_caching)
+  monkeypatch.setattr(context, "memory_caching", memory_caching)
   config = tiny(rule="swla", window=3, segmentation="logarithmic", **options)
   document = jnp.ones((1, 12), jnp.int32)
   jax.eval_shape(make(config), tokens(config), document)
