@@ -29,7 +29,7 @@ def get_config():
   c.model.remat = "none"  # so small a model has nothing to save memory for
   c.model.memory.rule = "linear"
   c.model.memory.aggregation = "grm"
-  c.model.memory.gate_scale = 4.0  # gates that start less alike find the right segments sooner, under ssc by far
+  c.model.memory.gate_scale = 4.0  # sharper gates from the start, for ssc's sake: docs/results.md
   c.model.memory.carry = "independent"
   c.model.memory.segment_length = 4  # a row has 16 segments: up to 15 cached memories to read
   c.model.memory.chunk = 4  # tokens between two writes
