@@ -1,8 +1,10 @@
 """XLA settings that the programs of this package start with; import before anything computes with JAX.
 
-jaxlib 0.10.2 gives reductions on CPU to a library that is slower at them than XLA's own loops; for the layer of
-`python -m mc_jax.bench` that is a good third of the time. An unknown flag ends the process, so it is only set for
-versions that are known to have it, and not where XLA_FLAGS has it already.
+jaxlib 0.10.2 gives reductions on CPU to a library (YNN) that is slower at them than XLA's own loops; they are taken from
+it. Nothing is given to it that XLA does not: fusions of matrix products, which made a linear memory faster still, read
+memory that nobody wrote, and one process in two got other numbers for a deep memory (tests/xla_flags_test.py). An
+unknown flag ends the process, so it is only set for versions that are known to have it, and not where XLA_FLAGS has it
+already.
 """
 
 import importlib.metadata
@@ -12,4 +14,4 @@ _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 _KNOWN = ("0.10.2",)
 
 if importlib.metadata.version("jaxlib") in _KNOWN and _FLAG not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=LIBRARY_FUSION_TYPE_DOT".strip()
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=-LIBRARY_FUSION_TYPE_REDUCE".strip()
