@@ -1,9 +1,10 @@
 """XLA settings that the programs of this package start with; import before anything computes with JAX.
 
-jaxlib 0.10.2 gives reductions on CPU to a library (YNN) that is slower at them than XLA's own loops; here they stay with
-XLA. The library gets nothing that XLA would not give it by itself: to let it fuse matrix products made linear memories
-faster, and deep ones wrong, in one process of two (tests/xla_flags_test.py). An unknown flag ends the process, so this
-one is only set for versions that are known to have it, and not where XLA_FLAGS has it already.
+jaxlib 0.10.2 gives reductions on CPU to a library (YNN) that is slower at them than XLA's own loops; here they are
+XLA's. The library gets nothing that XLA would not give it by itself: to let it fuse matrix products made linear
+memories faster, and deep ones with independent segments wrong, in one process of two (tests/xla_flags_test.py). An
+unknown flag ends the process, so this one is only set for versions that are known to have it, and not where XLA_FLAGS
+has it already.
 """
 
 import importlib.metadata
