@@ -33,7 +33,7 @@ def get_config():
   c.model.memory.carry = "independent"
   c.model.memory.segment_length = 4  # a row has 16 segments: up to 15 cached memories to read
   c.model.memory.chunk = 4  # tokens between two writes
-  c.model.memory.max_step = 1.0  # titans, dla: a pair is written at once, as by linear; by default 40 times less
+  c.model.memory.max_step = 1.0  # titans, dla: a pair is written at once, as by linear; docs/results.md
 
   c.optimizer.learning_rate = 5e-3
   c.optimizer.warmup_steps = 30

@@ -72,7 +72,11 @@ def main(_: list[str]) -> None:
 def report(workdir: pathlib.Path) -> None:
   """Prints the table and writes the report of all cells that are finished, of this grid or another, or were once."""
   folder = workdir / "report"
-  finished = {cell["name"]: cell for cell in (*ablation.read(folder), *cells.collect(workdir))}
+  finished = {cell["name"]: cell for cell in ablation.read(folder)}
+  for cell in cells.collect(workdir):
+    earlier = finished.get(cell["name"], {}).get("results")
+    if cell["results"] or not earlier:  # what was evaluated once stays until it is again
+      finished[cell["name"]] = cell
   if not finished:
     print(f"{workdir} has no finished cell to report")
     return
@@ -99,15 +103,23 @@ def arguments() -> list[str]:
 
 
 def evaluations(every: list[grid.Cell]) -> list[tuple[str, ...]]:
-  """What mc_jax.evaluate is told of each cell; nothing without --tasks. Tells of tasks that do not suit a cell."""
-  task_flags.options()  # checked here: a cell would find out after its training
-  asked, skipped, found = task_flags.names(), {}, []
+  """What mc_jax.evaluate is told of each cell; nothing without --tasks. Tells of tasks that do not suit a cell.
+
+  Raises:
+    ConfigError: tasks or options that no cell's data have an answer to.
+  """
+  options = task_flags.options()  # checked here: a cell would find out after its training
+  asked, skipped, found, problems = task_flags.names(), {}, [], {}
   for cell in every:
+    for problem in tasks.problems(asked, cell.config.data, options):
+      problems.setdefault(problem, []).append(cell.name)
     unsuited = tasks.unsuited(asked, cell.config.model)
     names = [name for name in asked if name not in unsuited]
     found.append((f"--tasks={','.join(names)}", *task_flags.arguments()) if names else ())
     for name, why in unsuited.items():
       skipped.setdefault(f"{name} is left out: {why}", []).append(cell.name)
+  if problems:
+    raise ConfigError("\n".join(f"{line} ({grid.in_cells(names)})" for line, names in problems.items()))
   for line, names in skipped.items():
     print(f"{line} ({grid.in_cells(names)})", flush=True)
   return found

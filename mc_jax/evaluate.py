@@ -57,7 +57,7 @@ def main(_: list[str]) -> None:
   with outputs.outputs(workdir) as files:
     folder = files.folder / "evaluation"
     folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(report.dumps(record), encoding="utf-8")
+    report.save(folder / f"{name}.json", report.dumps(record))
     (folder / f"{name}.csv").write_text(report.to_csv(results), encoding="utf-8")
     drawn = report.plot(folder / f"{name}.png", {name: results})
   written = ", ".join([f"{name}.json", f"{name}.csv", *(path.name for path in drawn)])

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from mc_jax import ablate
+from mc_jax.evaluation import ablation
 from mc_jax.training import cells
 from mc_jax.training.grid import Cell
 
@@ -93,6 +95,16 @@ def test_a_cell_is_evaluated_again_where_it_is_told_otherwise(tiny, tmp_path, mo
     assert cells.Job(cell, tmp_path, other).commands() == [["-m", *record[1:3], *other, record[-1]]]
 
 
+def test_what_was_evaluated_once_stays_until_it_is_again(tmp_path, monkeypatch):
+  result = {"task": "mqar", "settings": {"pairs": 2}, "values": {"accuracy": 0.5}, "curve": [], "reads": []}
+  cell = {"name": "a", "values": {"rule": "a"}, "seed": 0, "steps": 2, "tokens_per_second": 1.0, "results": [result]}
+  for found, steps in ((cell, 2), (cell | {"steps": 4, "results": []}, 2), (cell | {"steps": 4}, 4)):
+    monkeypatch.setattr(cells, "collect", lambda _, found=found: [found])
+    ablate.report(tmp_path)
+    (reported,) = ablation.read(tmp_path / "report")
+    assert (reported["steps"], reported["results"]) == (steps, [result])
+
+
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
@@ -101,6 +113,7 @@ def test_a_cell_is_evaluated_again_where_it_is_told_otherwise(tiny, tmp_path, mo
       "there is no --config.model.memory.rul; the nearest field is model.memory.rule",
     ),
     (["--grid=model.memory.rule=linear", "--config.model.heads", "4"], "--config.FIELD=VALUE, each one argument"),
+    (["--grid=model.memory.rule=linear", "--tasks=mqar", "--pairs=4"], "got 8 (in rule=linear,seed=0)"),
   ],
   ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

@@ -75,8 +75,8 @@ class Group:
     """{(task, settings): {value's name: its mean}}; settings as pairs of name and value."""
     found: dict[tuple[str, tuple], list[Result]] = {}
     for cell in self.cells:
-      for result in report.from_json(cell["results"]):
-        found.setdefault((result.task, tuple(result.settings.items())), []).append(result)
+      for key, result in _results(cell).items():
+        found.setdefault(key, []).append(result)
     return {
       key: {
         name: Mean.of([r.values[name] for r in results]) for name in results[0].values if not name.endswith("stderr")
@@ -108,18 +108,22 @@ class Group:
   def reads(self, task: str) -> list[dict]:
     """Of the last setting: Result.reads of all seeds together; [] where nobody looked."""
     own = self.settings(task)
-    results = [result for cell in self.cells for result in report.from_json(cell["results"])]
-    return heatmaps.pooled([r.reads for r in results if own and (r.task, tuple(r.settings.items())) == (task, own[-1])])
+    results = [_results(cell).get((task, own[-1])) for cell in self.cells if own]
+    return heatmaps.pooled([result.reads for result in results if result])
 
   def curve(self, settings: tuple) -> list[tuple[float, Mean]]:
     """Loss by position in one setting of perplexity: the geometric middle of each bucket, and the mean there."""
     points: dict[float, list[float]] = {}
     for cell in self.cells:
-      for result in report.from_json(cell["results"]):
-        if result.task == "perplexity" and tuple(result.settings.items()) == settings:
-          for bucket in result.curve:
-            points.setdefault(math.sqrt(max(bucket["from"], 1) * bucket["to"]), []).append(bucket["loss"])
+      if result := _results(cell).get(("perplexity", settings)):
+        for bucket in result.curve:
+          points.setdefault(math.sqrt(max(bucket["from"], 1) * bucket["to"]), []).append(bucket["loss"])
     return [(place, Mean.of(losses)) for place, losses in points.items()]
+
+
+def _results(cell: dict) -> dict[tuple[str, tuple], Result]:
+  """Those of one cell by task and settings: one each, for what was asked twice is no second seed."""
+  return {(result.task, tuple(result.settings.items())): result for result in report.from_json(cell["results"])}
 
 
 def groups(cells: Sequence[dict]) -> list[Group]:
@@ -137,7 +141,7 @@ def write(folder: pathlib.Path, cells: Sequence[dict]) -> list[str]:
   texts = {JSON: report.dumps({"cells": list(cells)}), "table.txt": table(cells) + "\n", "table.csv": to_csv(cells)}
   texts["commands.txt"] = commands(folder, cells)
   for name, text in texts.items():
-    (folder / name).write_text(text, encoding="utf-8")
+    report.save(folder / name, text)
   figures = {f"{name}.png": figure for name, figure in _figures(every)}
   for name, figure in figures.items():
     figure.savefig(folder / name, dpi=110)
@@ -166,11 +170,10 @@ def table(cells: Sequence[dict]) -> str:
   """A block for the speed and one for each task, a line for each combination of values: mean ± standard error."""
   every = groups(cells)
   fields = list(dict.fromkeys(name for group in every for name in group.values))
-  seeds = {id(group): str(len(group.cells)) for group in every}
   blocks = {"training": [["seeds", "steps", "tokens per second"]]}
   for group in every:
     steps = ", ".join(f"{n:,}" for n in sorted({cell["steps"] for cell in group.cells}))
-    blocks["training"].append([seeds[id(group)], steps, _text(group.speed, ",.0f")])
+    blocks["training"].append([str(len(group.cells)), steps, _text(group.speed, ",.0f")])
   for task in _tasks(every):
     settings, shown = _settings(every, task)
     measured = [group.measured() for group in every]
@@ -178,9 +181,10 @@ def table(cells: Sequence[dict]) -> str:
     heads = [", ".join(f"{name} {value}" for name, value in s if name in shown) or measure for s in settings]
     title = f"{task}: {_MEASURES.get(measure, measure)}, mean ± standard error over seeds"
     blocks[title] = [["seeds", *heads]]
-    for group, found in zip(every, measured, strict=True):
-      means = (found.get((task, s), {}).get(measure) for s in settings)
-      blocks[title].append([seeds[id(group)], *(_text(mean, ".3f") if mean else "" for mean in means)])
+    for found in measured:
+      means = [found.get((task, s), {}).get(measure) for s in settings]
+      seeds = max((mean.count for mean in means if mean), default=0)  # that were evaluated
+      blocks[title].append([str(seeds or ""), *(_text(mean, ".3f") if mean else "" for mean in means)])
   lines = []
   for title, rows in blocks.items():
     own = [fields, *([group.values.get(field, "") for field in fields] for group in every)]

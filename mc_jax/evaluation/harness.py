@@ -177,12 +177,14 @@ def _result(task: str, length: int, values: dict[str, float], found: dict) -> Re
 
 
 def _values(metrics: dict) -> dict[str, float]:
-  """{"acc,none": 0.5, "exact_match,strict": 0.25} as {"acc": 0.5, "exact_match/strict": 0.25}."""
+  """{"acc,none": 0.5, "f1,all": 0.2, "f1_stderr,all": 0.1} as {"acc": 0.5, "f1/all": 0.2, "f1/all_stderr": 0.1}."""
   values = {}
   for key, value in metrics.items():
     metric, comma, filtering = key.partition(",")
     if comma and isinstance(value, numbers.Real):
-      values[metric if filtering == "none" else f"{metric}/{filtering}"] = float(value)
+      name = metric.removesuffix("_stderr")
+      filtered = name if filtering == "none" else f"{name}/{filtering}"
+      values[filtered + metric.removeprefix(name)] = float(value)
   return values
 
 

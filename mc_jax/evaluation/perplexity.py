@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -25,11 +25,8 @@ def run(subject: Subject, options: Options) -> Iterator[Result]:
   """
   lengths = sorted(set(options.lengths)) or [subject.data.length]
   longest = lengths[-1]
-  if odd := [length for length in lengths if longest % length]:
-    raise ConfigError(
-      f"--lengths of perplexity must divide the longest, {longest}, so that all score the same text; "
-      f"got {', '.join(map(str, odd))}"
-    )
+  if line := problem(lengths):
+    raise ConfigError(line)
   data = subject.rows_of(longest)
   dataset = subject.load(data, "perplexity")
   texts = {name: part for name, part in dataset.validation.items() if part.unit == "byte"}
@@ -44,6 +41,17 @@ def run(subject: Subject, options: Options) -> Iterator[Result]:
     if len(texts) > 1:
       every = [batch for part in scored.values() for batch in part]
       yield _result({"length": length, "source": "all"}, every, sum(part.count for part in texts.values()))
+
+
+def problem(lengths: Sequence[int]) -> str | None:
+  """Why rows cannot be cut into these lengths, or None."""
+  longest = max(lengths, default=1)
+  if odd := [length for length in lengths if longest % length]:
+    return (
+      f"--lengths of perplexity must divide the longest, {longest}, so that all score the same text; "
+      f"got {', '.join(map(str, odd))}"
+    )
+  return None
 
 
 def cut(batch: Batch, length: int) -> Batch:

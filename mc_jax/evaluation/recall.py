@@ -48,11 +48,8 @@ def accuracy(name: str, rows: Rows, count: Count) -> Callable[[Subject, Options]
 
 def mqar(subject: Subject, options: Options) -> Iterator[Setting]:
   """Rows of each length and number of pairs."""
-  own = _settings_of(subject.data, "mqar")
-  for length in options.lengths or (subject.data.length,):
-    for pairs in options.pairs or own["mqar"].pairs:
-      of_pairs = own | {"mqar": dataclasses.replace(own["mqar"], pairs=(pairs,))}
-      yield _setting(subject, "mqar", {"length": length, "pairs": pairs}, of_pairs, options.rows)
+  for settings, own in _mqar_settings(subject.data, options):
+    yield _setting(subject, "mqar", settings, own, options.rows)
 
 
 def niah(needle: str) -> Rows:
@@ -67,6 +64,14 @@ def niah(needle: str) -> Rows:
   return rows
 
 
+def problems(name: str, data: DataConfig, options: Options) -> list[str]:
+  """Why rows of a recall task cannot be made, one line each."""
+  if name != "mqar":  # which prompts fit depends on the tokenizer
+    return []
+  every = (own["mqar"].problems("data.mqar", settings["length"]) for settings, own in _mqar_settings(data, options))
+  return [problem for found in every for problem in found]
+
+
 def answers_of_rows(scored: Scored) -> tuple[np.ndarray, np.ndarray]:
   """(answers that are right, answers), by row, where each target that counts is an answer."""
   asked = scored.batch["weights"] > 0
@@ -77,6 +82,14 @@ def rows_as_a_whole(scored: Scored) -> tuple[np.ndarray, np.ndarray]:
   """(1 where all targets that count are right, 1), by row; 0 and 0 where a row only fills up its batch."""
   right, asked = answers_of_rows(scored)
   return ((right == asked) & (asked > 0)).astype(int), (asked > 0).astype(int)
+
+
+def _mqar_settings(data: DataConfig, options: Options) -> Iterator[tuple[dict[str, int], dict]]:
+  """Each length and number of pairs, and the fields of the data that make such rows."""
+  own = _settings_of(data, "mqar")
+  for length in options.lengths or (data.length,):
+    for pairs in options.pairs or own["mqar"].pairs:
+      yield {"length": length, "pairs": pairs}, own | {"mqar": dataclasses.replace(own["mqar"], pairs=(pairs,))}
 
 
 def _settings_of(data: DataConfig, task: str) -> dict:

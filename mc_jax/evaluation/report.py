@@ -69,12 +69,19 @@ def dumps(record: dict) -> str:
   return re.sub(r"\[\n[-+\d.e,\s]+\]", lambda found: "".join(found[0].split()).replace(",", ", "), text) + "\n"
 
 
+def save(path: pathlib.Path, text: str) -> None:
+  """Writes a file whole or not at all: a kill leaves what was there before."""
+  temporary = path.with_name(f".{path.name}.tmp")
+  temporary.write_text(text, encoding="utf-8")
+  temporary.replace(path)
+
+
 def plot(path: pathlib.Path, series: Mapping[str, Sequence[Result]], baseline: str | None = None) -> list[pathlib.Path]:
   """Draws {label: results}: what has several lengths or numbers of pairs in `path`, gates in `map_path(path)`.
 
   Of perplexity there are two panels: by position in rows of the greatest length (of a single series: of every length),
   and at each length. Of other tasks, what they measure first, such as accuracy, with its standard error. With the label
-  of a `baseline`, everything but gates is drawn as the difference to it.
+  of a `baseline`, everything but gates is drawn as the difference to it, without errors: both are of the same rows.
 
   Returns:
     The files, where there was something to draw.
@@ -136,7 +143,7 @@ def _minus(panel: Panel, baseline: str) -> Panel:
   title, x, y, lines = panel
   start = {place: value for place, value, _ in lines.get(baseline, ())}
   differences = {
-    label: [(place, value - start[place], error) for place, value, error in points if place in start]
+    label: [(place, value - start[place], None) for place, value, _ in points if place in start]
     for label, points in lines.items()
   }
   return title, x, f"{y}, less that of {baseline}", differences

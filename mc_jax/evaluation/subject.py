@@ -90,6 +90,8 @@ class Options:
     for name in ("lengths", "pairs"):
       if any(value < 1 for value in getattr(self, name)):
         raise ConfigError(f"--{name} must be numbers of at least 1, got {', '.join(map(str, getattr(self, name)))}")
+      if len(set(getattr(self, name))) < len(getattr(self, name)):
+        raise ConfigError(f"--{name} must be numbers that differ, got {', '.join(map(str, getattr(self, name)))}")
     if self.rows < 1:
       raise ConfigError(f"--rows must be at least 1, got {self.rows}")
     if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and self.limit == int(self.limit))):

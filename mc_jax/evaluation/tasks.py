@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
-from mc_jax.data import ConfigError
+from mc_jax.data import ConfigError, DataConfig
+from mc_jax.data.config import TASKS as RECALL_TASKS
 from mc_jax.evaluation import gates, perplexity, recall
 from mc_jax.evaluation.subject import Options, Result, Subject
 from mc_jax.models import ModelConfig
@@ -46,6 +47,19 @@ def unsuited(names: Sequence[str], model: ModelConfig) -> dict[str, str]:
   """Those of the names that such a model has no answer to, and why."""
   why = gates.problem(model)
   return {name: why for name in names if why and name in _GATES}
+
+
+def problems(names: Sequence[str], data: DataConfig, options: Options) -> list[str]:
+  """Why the tasks cannot be asked of models of such data, one line each, as far as can be told before there is one."""
+  found = []
+  for name in names:
+    if (rows := name.removeprefix("gates_")) in _RECALL:
+      found += [f"--tasks={name}: {line}" for line in recall.problems(rows, data, options)]
+    elif all(part.source in RECALL_TASKS for part in data.parts.values()):
+      found.append(f"--tasks={name} is of text; data.source={data.source} is a recall task")
+    elif name == "perplexity" and (line := perplexity.problem(options.lengths)):
+      found.append(line)
+  return list(dict.fromkeys(found))
 
 
 def run(names: Sequence[str], subject: Subject, options: Options) -> Iterator[Result]:

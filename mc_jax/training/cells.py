@@ -78,6 +78,11 @@ class Job:
       return [training, evaluation] if self.evaluation else [training]
     return [evaluation] if self.evaluation and not self._evaluated() else []
 
+  def _newest(self) -> int:
+    """The step of the newest complete checkpoint, 0 without one."""
+    folders = (epath.Path(self.folder) / checkpointing.FOLDER).glob("*")
+    return max((int(path.name) for path in folders if path.name.isdigit() and digests.complete(path)), default=0)
+
   def _evaluated(self) -> bool:
     """Whether the last step was evaluated in this way."""
     record = evaluation(self.folder)
@@ -87,14 +92,23 @@ class Job:
     return told == {*self.evaluation, f"--name={EVALUATION}"}
 
   def require_same(self) -> None:
-    """Raises ConfigError if the folder holds a run of another configuration; train.* and mesh.* may change."""
+    """Raises ConfigError if the folder holds a run of another configuration, or a longer one.
+
+    train.* and mesh.* may change, for they say how long and how a run goes on; but not where it started.
+    """
+    trained = self._newest()
+    if trained > self.cell.config.train.steps:
+      raise ConfigError(
+        f"{self.folder} holds a model of step {trained:,}: train.steps must be at least that, got "
+        f"{self.cell.config.train.steps:,}, or use another --workdir"
+      )
     if (self.folder / FACTS).exists():
       facts = json.loads((self.folder / FACTS).read_text(encoding="utf-8"))
       changed = config_lib.differences(config_lib.from_dict(facts["config"]), self.cell.config)
       if lines := [
         f"  {field} was {then!r} and is now {now!r}"
         for field, (then, now) in changed.items()
-        if not field.startswith(("train.", "mesh."))
+        if not field.startswith(("train.", "mesh.")) or field == "train.start_from"
       ]:
         raise ConfigError("\n".join([f"{self.folder} holds another run:", *lines, "Use another --workdir"]))
 
@@ -118,6 +132,8 @@ def collect(workdir: pathlib.Path) -> list[dict]:
       speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
       facts |= last | {"tokens_per_second": statistics.median(speeds), "steps": steps}
       record = evaluation(path.parent)
+      if record.get("step") != steps:  # of a shorter run: the new one's is still to come
+        record = {}
       found.append(facts | {"evaluation": record.get("command", ""), "results": record.get("results", [])})
   return sorted(found, key=lambda facts: (facts["seed"], facts["number"]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import re
@@ -65,6 +66,8 @@ def cells(arguments: Sequence[str], axes: Sequence[str], seeds: int = 1) -> list
   if problems:
     lines = [f"{line} ({in_cells(cells)})" for line, cells in problems.items()]
     raise ConfigError("\n".join(lines))
+  if twice := [name for name, count in collections.Counter(cell.name for cell in found).items() if count > 1]:
+    raise ConfigError(f"--grid: two cells would be called {twice[0]}; give values that differ in letters or numbers")
   return found
 
 

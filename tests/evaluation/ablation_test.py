@@ -161,3 +161,24 @@ def test_a_task_without_accuracy_is_judged_by_its_first_value():
     cell | {"results": report.to_json([Result("x", {"length": 8}, {"f1": 0.5, "f1_stderr": 0.1})])} for cell in CELLS
   ]
   assert "x: f1, mean ± standard error over seeds" in ablation.table(cells)
+
+
+def test_what_was_asked_twice_is_no_second_seed():
+  cells = [cell | {"results": cell["results"] * 2} for cell in CELLS]
+  assert ablation.table(cells) == ablation.table(CELLS)
+  assert ablation.to_csv(cells) == ablation.to_csv(CELLS)
+
+
+def test_seeds_are_those_that_were_evaluated():
+  cells = [cell | {"results": [] if cell["seed"] == 2 else cell["results"]} for cell in CELLS]
+  lines = [" ".join(line.split()) for line in ablation.table(cells).splitlines()]
+  assert "linear none 3 10 200 ± 58" in lines
+  assert "linear none 2 0.600 ± 0.100 0.250 ± 0.000" in lines
+
+
+def test_a_write_that_fails_leaves_the_last_report(tmp_path, monkeypatch):
+  ablation.write(tmp_path, CELLS)
+  monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+  with pytest.raises(OSError, match="killed"):
+    ablation.write(tmp_path, CELLS[:1])
+  assert ablation.read(tmp_path) == json.loads(json.dumps(CELLS))

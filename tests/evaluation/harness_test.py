@@ -154,3 +154,8 @@ def test_what_cannot_be_is_said(subject, folder, monkeypatch):
   monkeypatch.setattr(harness, "_index", lambda path, _: TaskManager(include_path=path, include_defaults=False))
   with pytest.raises(ConfigError, match=r"has no task facts_choise; it has facts_choice, .* lists all 3"):
     _run(["facts_choise"], subject, folder)
+
+
+def test_the_error_of_a_filtered_metric_is_called_its_error():
+  metrics = {"alias": "x", "f1,none": 0.5, "f1_stderr,none": 0.1, "f1,strict": 0.25, "f1_stderr,strict": 0.05}
+  assert harness._values(metrics) == {"f1": 0.5, "f1_stderr": 0.1, "f1/strict": 0.25, "f1/strict_stderr": 0.05}

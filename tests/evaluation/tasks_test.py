@@ -1,11 +1,12 @@
 """Which tasks there are, and what is said of others."""
 
+import re
 import sys
 
 import pytest
 
 from mc_jax import evaluation
-from mc_jax.data import ConfigError
+from mc_jax.data import ConfigError, DataConfig
 from mc_jax.evaluation import Options, tasks
 
 
@@ -21,6 +22,7 @@ def test_tasks_of_the_harness_need_its_package(monkeypatch):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
+    ({"pairs": (8, 4, 8)}, "--pairs must be numbers that differ, got 8, 4, 8"),
     ({"limit": 0}, "--limit must be .* got 0"),
     ({"limit": 2.5}, "--limit must be .* got 2.5"),
     ({"num_fewshot": -1}, "--num_fewshot must be at least 0, got -1"),
@@ -30,3 +32,27 @@ def test_tasks_of_the_harness_need_its_package(monkeypatch):
 def test_options_that_cannot_be(options, message):
   with pytest.raises(ConfigError, match=message):
     Options(**options).check()
+
+
+@pytest.mark.parametrize(
+  ("source", "names", "options", "message"),
+  [
+    ("mqar", ["mqar"], {"pairs": (4, 64)}, r"--tasks=mqar: data.length must be .* pairs=\(64,\), got 64"),
+    ("stdlib", ["gates_mqar"], {"pairs": (64,)}, r"--tasks=gates_mqar: data.length must be .* pairs=\(64,\), got 64"),
+    ("mqar", ["mqar", "perplexity"], {}, r"--tasks=perplexity is of text; data.source=mqar is a recall task"),
+    ("niah", ["lm_eval:piqa"], {}, r"--tasks=lm_eval:piqa is of text"),
+    (
+      "stdlib",
+      ["perplexity"],
+      {"lengths": (24, 64)},
+      r"--lengths of perplexity must divide .* got 24",
+    ),
+    ("stdlib", ["perplexity", "mqar", "niah1"], {"lengths": (32, 64)}, None),
+    ("mqar", ["mqar", "gates_mqar", "niah3"], {"pairs": (2, 16)}, None),
+  ],
+)
+def test_what_data_have_no_answer_to(source, names, options, message):
+  found = tasks.problems(names, DataConfig(source=source, length=64), Options(**options))
+  assert len(found) == (message is not None)
+  if message:
+    assert re.search(message, found[0])

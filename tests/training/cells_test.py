@@ -124,3 +124,36 @@ def test_a_folder_of_another_configuration_is_refused(script, tmp_path, tiny):
   other = dataclasses.replace(job, cell=dataclasses.replace(job.cell, config=tiny(length=32)))
   with pytest.raises(ConfigError, match=r"data.length was 16 and is now 32"):
     other.require_same()
+
+
+def test_a_longer_run_is_not_called_shorter(script, tmp_path, tiny, monkeypatch):
+  monkeypatch.setattr(cells.digests, "complete", lambda folder: folder.name == "6")
+  job = script("cell")
+  for step in (6, 9):  # the last one is not complete
+    (job.folder / "checkpoints" / str(step)).mkdir(parents=True)
+  job.require_same()
+  shorter = dataclasses.replace(job, cell=dataclasses.replace(job.cell, config=tiny(steps=5)))
+  with pytest.raises(ConfigError, match=r"holds a model of step 6: train.steps must be at least that, got 5"):
+    shorter.require_same()
+
+
+def test_a_run_that_started_elsewhere_is_refused(script, tmp_path, tiny):
+  job = script("cell")
+  cells.run([job], tmp_path, 1)
+  other = dataclasses.replace(job, cell=dataclasses.replace(job.cell, config=tiny(start_from="runs/other")))
+  with pytest.raises(ConfigError, match=r"train.start_from was '' and is now 'runs/other'"):
+    other.require_same()
+
+
+@pytest.mark.parametrize(("step", "results"), [(6, [{"task": "mqar"}]), (3, [])])
+def test_results_are_those_of_the_last_step(script, tmp_path, monkeypatch, step, results):
+  job = script("cell")
+  cells.run([job], tmp_path, 1)
+  records = [{"step": 3, "tokens_per_second": 5.0}, {"step": 6, "tokens_per_second": 7.0}]
+  monkeypatch.setattr(cells.metrics, "read", lambda folder: records)
+  (job.folder / "evaluation").mkdir()
+  record = {"step": step, "command": "evaluate", "results": [{"task": "mqar"}]}
+  (job.folder / "evaluation" / f"{cells.EVALUATION}.json").write_text(json.dumps(record))
+  (facts,) = cells.collect(tmp_path)
+  assert facts["steps"] == 6
+  assert facts["results"] == results

@@ -52,6 +52,7 @@ def test_names_are_as_short_as_they_can_be(field, short):
     (["train.steps=1,2"], "train.steps is given twice"),
     (["data.seed=1,2"], "seeds are what --seeds is for"),
     (["model.layers=1,two"], "two"),
+    (["data.mqar.pairs=(2,4),(2,4,)"], r"two cells would be called pairs=2\+4,seed=3"),
     (["model.memory.rule=linear,lin,swla", "model.heads=1,2"], r"'lin' is not one of .* \(in rule=lin,heads=1,seed=3"),
     (["model.heads=2,3"], r"model.heads=3 does not divide .* \(in heads=3,seed=3\)"),
   ],
