@@ -37,8 +37,8 @@ def test_options_that_cannot_be(options, message):
 @pytest.mark.parametrize(
   ("source", "names", "options", "message"),
   [
-    ("mqar", ["mqar"], {"pairs": (4, 64)}, r"--tasks=mqar: data.length must be .* pairs=\(64,\), got 64"),
-    ("stdlib", ["gates_mqar"], {"pairs": (64,)}, r"--tasks=gates_mqar: data.length must be .* pairs=\(64,\), got 64"),
+    ("mqar", ["mqar"], {"pairs": (4, 64)}, r"--tasks=mqar: data.length must be .*pairs=\(64,\), got 64"),
+    ("stdlib", ["gates_mqar"], {"pairs": (64,)}, r"--tasks=gates_mqar: data.length must be .*pairs=\(64,\), got 64"),
     ("mqar", ["mqar", "perplexity"], {}, r"--tasks=perplexity is of text; data.source=mqar is a recall task"),
     ("niah", ["lm_eval:piqa"], {}, r"--tasks=lm_eval:piqa is of text"),
     (
