@@ -2,7 +2,7 @@
 
 jaxlib 0.10.2 gives reductions on CPU to a library (YNN) that is slower at them than XLA's own loops; here they are
 XLA's. The library gets nothing that XLA would not give it by itself: to let it fuse matrix products made linear
-memories faster, and deep ones with independent segments wrong, in one process of two (tests/xla_flags_test.py). An
+memories faster, and of programs with deep ones and independent segments one in two wrong (tests/xla_flags_test.py). An
 unknown flag ends the process, so this one is only set for versions that are known to have it, and not where XLA_FLAGS
 has it already.
 """
