@@ -28,6 +28,7 @@ import tqdm
 from etils import epath
 
 from mc_jax.data import ConfigError
+from mc_jax.evaluation import report
 from mc_jax.training import checkpointing, digests, metrics
 from mc_jax.training import config as config_lib
 from mc_jax.training.grid import Cell
@@ -255,9 +256,7 @@ def _start(job: Job, environment: dict[str, str]) -> _Process | None:
     facts = {"number": cell.number, "name": cell.name, "values": cell.values, "seed": cell.seed}
     facts |= {"command": shlex.join(["python", "-m", "mc_jax.train", *cell.arguments]), **_machine()}
     facts |= {"config": dataclasses.asdict(cell.config)}
-  temporary = job.folder / f".{FACTS}.tmp"
-  temporary.write_text(json.dumps(facts | {"grid": job.grid}, indent=1) + "\n", encoding="utf-8")
-  temporary.replace(path)
+  report.save(path, json.dumps(facts | {"grid": job.grid}, indent=1) + "\n")
   return _Process(job, commands, environment, lock)
 
 
