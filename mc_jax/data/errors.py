@@ -1,5 +1,18 @@
 """The one error that bad input raises."""
 
+from __future__ import annotations
+
 
 class ConfigError(ValueError):
   """A setting or an input that cannot work: the message names it and what would."""
+
+
+def missing_package(what: str, package: str, extra: str) -> ConfigError:
+  """The error for an optional package that is not installed.
+
+  Args:
+    what: The setting or file that needs the package.
+    package: The package's name.
+    extra: The extra of pyproject.toml that installs it. The package is not on an index: extras come from a clone.
+  """
+  return ConfigError(f"{what} needs the package {package}: pip install -e '.[{extra}]' in the clone of mc_jax")

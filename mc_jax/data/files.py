@@ -10,8 +10,14 @@ from typing import IO
 
 import fsspec
 import fsspec.core
+from etils import epath
 
-from mc_jax.data.errors import ConfigError
+from mc_jax.data.errors import ConfigError, missing_package
+
+
+def path(text: str) -> epath.Path:
+  """The file or folder that a user wrote: ~ and ~NAME are home folders, gs:// and other schemes stay as they are."""
+  return epath.Path(text) if "://" in text else epath.Path(os.path.expanduser(text))
 
 
 def find(paths: str, suffixes: Sequence[str] = (), field: str = "data.paths") -> dict[str, str]:
@@ -97,7 +103,7 @@ def pyarrow_module(where: str):
     import pyarrow
     import pyarrow.parquet
   except ImportError as error:
-    raise ConfigError(f"{where} needs the package pyarrow: pip install 'mc_jax[data]'") from error
+    raise missing_package(where, "pyarrow", "data") from error
   return pyarrow
 
 

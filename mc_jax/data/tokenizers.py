@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from etils import epath
 
-from mc_jax.data.errors import ConfigError
+from mc_jax.data.errors import ConfigError, missing_package
 
 VOCAB_SIZE = 256
 SEPARATOR = 0  # the byte before every file; it cannot occur in one (see formats.is_text)
@@ -168,7 +168,7 @@ def _import(package: str, where: str):
   try:
     return __import__(package)
   except ImportError as error:
-    raise ConfigError(f"{where} needs the package {package}: pip install 'mc_jax[data]'") from error
+    raise missing_package(where, package, "data") from error
 
 
 def _separator(to_id, token: str, where: str) -> int:

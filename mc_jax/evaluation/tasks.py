@@ -10,6 +10,7 @@ from types import ModuleType
 
 from mc_jax.data import ConfigError, DataConfig
 from mc_jax.data.config import TASKS as RECALL_TASKS
+from mc_jax.data.errors import missing_package
 from mc_jax.evaluation import gates, perplexity, recall
 from mc_jax.evaluation.subject import Options, Result, Subject
 from mc_jax.models import ModelConfig
@@ -81,7 +82,5 @@ def _harness() -> ModuleType:
   except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "lm_eval":
       raise
-    raise ConfigError(
-      f"tasks of lm-evaluation-harness need the extra eval: pip install 'mc_jax[eval]' ({error})"
-    ) from error
+    raise missing_package(f"a task of lm-evaluation-harness ({error})", "lm-eval", "eval") from error
   return harness

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
-from mc_jax.data import ConfigError
+from mc_jax.data.errors import ConfigError, missing_package
 from mc_jax.training import distributed, profiling
 
 
@@ -25,7 +25,7 @@ def workdir(text: str) -> epath.Path:
   if found and scheme != "gs":
     raise ConfigError(f"--workdir must be a folder of this machine or gs://BUCKET/FOLDER, got {text}")
   if found and importlib.util.find_spec("gcsfs") is None:
-    raise ConfigError(f"--workdir={text} needs the package gcsfs: pip install 'mc_jax[gcs]'")
+    raise missing_package(f"--workdir={text}", "gcsfs", "gcs")
   return epath.Path(text)
 
 

@@ -109,5 +109,5 @@ def test_other_places_and_a_missing_package_are_named(monkeypatch):
   with pytest.raises(ConfigError, match=r"--workdir must be a folder of this machine or gs://.*, got s3://b/x"):
     outputs.workdir("s3://b/x")
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(ConfigError, match=r"needs the package gcsfs: pip install 'mc_jax\[gcs\]'"):
+  with pytest.raises(ConfigError, match=r"needs the package gcsfs: pip install -e '.\[gcs\]'"):
     outputs.workdir("gs://b/x")
