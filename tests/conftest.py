@@ -4,7 +4,9 @@ import dataclasses
 import os
 import pathlib
 import random
+import sys
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for `import quick_compile`
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax

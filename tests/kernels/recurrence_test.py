@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend import core
+from quick_compile import jit
 
 from mc_jax.kernels.recurrence import Recurrence, scan
 
 BATCH, HEADS, CHUNK, WIDTH = 2, 3, 8, 4
-# Compiling takes most of the time.
-jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
-)
 
 
 def product(a, b):

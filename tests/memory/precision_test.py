@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick_compile
 import samples
 
 from mc_jax.memory import fused, online, passes, rules, segments
 
 HEAD_DIM, CHUNK, SEGMENT = 32, 64, 256
-jit = functools.partial(jax.jit, compiler_options=samples.QUICK_COMPILE | {"xla_allow_excess_precision": False})
+jit = functools.partial(jax.jit, compiler_options=quick_compile.options() | {"xla_allow_excess_precision": False})
 
 
 def roundings(count):

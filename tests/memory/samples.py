@@ -1,10 +1,11 @@
 """Random inputs of `memory_caching`, a row of documents, and compiled values and gradients, for the tests beside it.
 
-Tests compile hundreds of programs and run each for milliseconds, so they are compiled without optimisation, and what
-two tests of a file need alike is compiled once.
+What two tests of a file need alike is compiled once.
 """
 
 import functools
+import pathlib
+import sys
 from typing import NamedTuple
 
 import chex
@@ -13,12 +14,8 @@ import numpy as np
 
 from mc_jax import memory
 
-QUICK_COMPILE = {
-  "xla_backend_optimization_level": 0,
-  "xla_cpu_parallel_codegen_split_count": 1,
-  "xla_cpu_use_fusion_emitters": False,
-}
-jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # programs in this folder import this file, too
+from quick_compile import jit
 
 
 def numpy(function):

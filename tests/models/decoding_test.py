@@ -8,14 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from quick_compile import jit
 
 from mc_jax.models import CacheConfig, LanguageModel, MemoryConfig, ModelConfig, attention
 from mc_jax.models import cache as cache_lib
 from mc_jax.parallel import mesh as meshes
 from mc_jax.parallel.mesh import MeshConfig
-
-# See language_model_test.py.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 LENGTH, LENGTHS = 18, np.array([1, 4, 9, 13])
 

@@ -13,13 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from quick_compile import jit
 
 from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig
 from mc_jax.models.block import Block
 from mc_jax.models.language_model import number_documents
-
-# The optimiser's level changes what is compiled by rounding only, and is half of the time it takes.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 VOCAB, LENGTH = 13, 24  # three segments of 8, chunks of 4
 # Documents of a row: one that starts inside a chunk, one on a segment boundary, one across a segment

@@ -1,13 +1,12 @@
 """The Memory Caching mixer: what it learns, for every rule and aggregation, and what it hands to the memories."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from quick_compile import jit
 
 from mc_jax import memory
 from mc_jax.models import MemoryConfig, ModelConfig
@@ -15,9 +14,6 @@ from mc_jax.models.config import AFTER_TRAINING
 from mc_jax.models.linear import Linear
 from mc_jax.models.mixer import MemoryCaching, has_connector
 from mc_jax.parallel import context
-
-# See language_model_test.py.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 # Each takes seconds to compile. ("titans", "grm") and ("swla", "ssc") are in language_model_test.py as well.
 FAST = [("titans", "soup"), ("titans", "ssc"), ("dla", "grm"), ("swla", "grm"), ("linear", "grm")]

@@ -27,6 +27,9 @@ from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training import state, step
 from mc_jax.training.config import Config
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+import quick_compile
+
 MESHES = {
   "data": MeshConfig(data=2),
   "fsdp": MeshConfig(data=1, fsdp=2),
@@ -35,7 +38,6 @@ MESHES = {
   "all four": MeshConfig(data=2, fsdp=2, model=2, context=2),
 }
 TOLERANCE = 1e-5
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 def config_of(rule, aggregation, carry, mesh):
@@ -72,7 +74,7 @@ def parameters(config):
     model = models.LanguageModel(config.model, rngs=nnx.Rngs(config.train.seed))
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
-  return jax.device_get(jax.jit(init, compiler_options=QUICK_COMPILE)())
+  return jax.device_get(quick_compile.jit(init)())
 
 
 def gradients(config, params):
@@ -83,7 +85,7 @@ def gradients(config, params):
   batch = windows.place(batch_of(config), windows.shapes(config.data, mesh))
   function = jax.value_and_grad(lambda params, batch: step.loss_sum(graph, params, batch))
   with jax.set_mesh(mesh):
-    return jax.device_get(jax.jit(function, compiler_options=QUICK_COMPILE)(params, batch))
+    return jax.device_get(quick_compile.jit(function)(params, batch))
 
 
 def _sizes(mesh):
