@@ -81,6 +81,14 @@ class MemoryConfig:
         f"{prefix}.after_training={self.after_training!r} is for models trained with {prefix}.aggregation='none', "
         f"got {self.aggregation!r}: use after_training=None"
       )
+    gated = [name for name in memory.AGGREGATIONS if name not in _UNGATED]
+    if self.aggregation in _UNGATED and self.after_training is None:
+      found += [
+        f"{prefix}.{field}={value!r} has no effect with {prefix}.aggregation={self.aggregation!r}, which has no gates: "
+        f"use {field}={default!r}, or one of {', '.join(gated)} as {prefix}.aggregation"
+        for field, default in _GATES_ALONE.items()
+        if (value := getattr(self, field)) != default
+      ]
     return found
 
   def as_read(self) -> "MemoryConfig":
@@ -110,6 +118,16 @@ class MemoryConfig:
     names = ("aggregation", "carry", "top_k", "pool", "gate", "gate_scale", "segment_group", "implementation")
     told = {name: getattr(self, name) for name in names}
     return kind(self.build_rule(), self.build_segmentation(), **told, **others)
+
+
+_UNGATED = ("none", "residual")
+# What only gates read, with its default. (gate_scale and top_k may stand in a configuration that several aggregations
+# share: they are amounts, and without gates there is nothing to scale or choose.)
+_GATES_ALONE = {
+  field.name: field.default
+  for field in dataclasses.fields(MemoryConfig)
+  if field.name in ("gate", "pool", "shared_query")
+}
 
 
 @dataclasses.dataclass(frozen=True)

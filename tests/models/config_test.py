@@ -66,6 +66,19 @@ def test_rotary_positions_need_an_even_head():
   assert dataclasses.replace(config, mixer="memory_caching").problems() == []
 
 
+@pytest.mark.parametrize("aggregation", ["none", "residual"])
+@pytest.mark.parametrize(("field", "value"), [("gate", "sigmoid"), ("pool", "sum"), ("shared_query", True)])
+def test_what_only_gates_read_is_refused_without_gates(aggregation, field, value):
+  (problem,) = MemoryConfig(aggregation=aggregation, **{field: value}).problems()
+  assert problem.startswith(f"memory.{field}={value!r} has no effect with memory.aggregation={aggregation!r}")
+  assert "one of grm, soup, ssc" in problem
+  assert MemoryConfig(aggregation="grm", **{field: value}).problems() == []
+
+
+def test_caches_after_training_may_have_a_gate_of_their_own():
+  assert MemoryConfig(aggregation="none", after_training="grm", pool="sum").problems() == []
+
+
 def test_a_transformer_has_nothing_to_cache_after_training():
   memory = MemoryConfig(aggregation="none", after_training="grm")
   assert ModelConfig(memory=memory).problems() == []
