@@ -15,7 +15,7 @@ from etils import epath
 from mc_jax.data import ConfigError, datasets, loader, windows
 from mc_jax.evaluation import scoring
 from mc_jax.training import config as config_lib
-from mc_jax.training import distributed, flops, metrics, report, sampling, stability, state, trained
+from mc_jax.training import distributed, flops, metrics, optimizer, report, sampling, stability, state, trained
 from mc_jax.training.checkpointing import AGGREGATION, HOW, Checkpoints, changed
 from mc_jax.training.config import Config
 from mc_jax.training.faulty import Faulty
@@ -205,12 +205,16 @@ def _start(run: _Run, checkpoints: Checkpoints) -> state.TrainState:
   if step is None:
     current = _first(run)
   else:
-    fields = changed(checkpoints.config(step), config, run.workdir)
+    stored = config_lib.from_dict(checkpoints.config(step))
+    fields = changed(stored, config, run.workdir)
     current = checkpoints.restore(step, state.abstract(config, mesh), run.batches)
     run.files.fetch(metrics.JSONL)
     print(f"going on from the checkpoint of step {step} in {run.workdir}")
     for field, (then, now) in fields.items():
       print(f"  {field} was {then!r} and is now {now!r}")
+    schedules = (stored.optimizer, stored.train.steps, config.optimizer, config.train.steps)
+    for line in optimizer.schedule_changes(*schedules, done=step):
+      print(f"  {line}")
   (run.files.folder / "config.json").write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
   run.files.send()
   return current

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import optax
@@ -14,7 +15,8 @@ class OptimizerConfig:
 
   learning_rate: float = 2e-3  # at the end of the warmup
   warmup_steps: int = 50  # linear from 0
-  final_fraction: float = 0.1  # of the learning rate, reached by a cosine at train.steps
+  final_fraction: float = 0.1  # of the learning rate, reached by a cosine at decay_steps
+  decay_steps: int = 0  # step at which the cosine ends, after which the rate stays as it is; 0: train.steps
   beta1: float = 0.9  # decay of the gradient's running mean
   beta2: float = 0.95  # decay of its running square
   epsilon: float = 1e-8
@@ -32,6 +34,7 @@ class OptimizerConfig:
     require(0 < self.learning_rate < float("inf"), "learning_rate", "positive")
     require(self.warmup_steps >= 0, "warmup_steps", "at least 0")
     require(0 <= self.final_fraction <= 1, "final_fraction", "between 0 and 1")
+    require(self.decay_steps >= 0, "decay_steps", "at least 1, or 0 for train.steps")
     require(0 <= self.beta1 < 1, "beta1", "at least 0 and below 1")
     require(0 <= self.beta2 < 1, "beta2", "at least 0 and below 1")
     require(self.epsilon > 0, "epsilon", "positive")
@@ -44,14 +47,34 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """Learning rate of update 0, 1, ...: linear to the peak, then a cosine to its final fraction.
 
   Update t of W warmup steps has peak * (t + 1) / W: the first one is not wasted. The cosine ends
-  at update `steps`; runs shorter than their warmup only warm up.
+  at update `decay_steps`, or at `steps` where that is 0; runs shorter than their warmup only warm up.
   """
   peak, warmup = config.learning_rate, config.warmup_steps
-  cosine = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), config.final_fraction)
+  end = config.decay_steps or steps
+  cosine = optax.cosine_decay_schedule(peak, max(end - warmup, 1), config.final_fraction)
   if not warmup:
     return cosine
   ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
   return optax.join_schedules([ramp, cosine], [warmup])
+
+
+def schedule_changes(then: OptimizerConfig, then_steps: int, now: OptimizerConfig, steps: int, done: int) -> list[str]:
+  """Lines about the next learning rate of a run that resumes after `done` updates; none if the rate stays the same.
+
+  Args:
+    then, then_steps: The schedule that the run had: its settings and train.steps.
+    now, steps: The schedule that it resumes with.
+  """
+  expected, rate = (float(schedule(*at)(done)) for at in ((then, then_steps), (now, steps)))
+  if math.isclose(rate, expected, rel_tol=1e-3):
+    return []
+  ended, end = then.decay_steps or then_steps, now.decay_steps or steps
+  line = f"the learning rate of step {done + 1} is {rate:.3g}; in the earlier schedule it was {expected:.3g}"
+  if end != ended:
+    line += f", whose cosine ended at step {ended} and now ends at step {end}"
+  if end != ended and done >= ended:
+    return [line, f"to keep the decay finished: --config.optimizer.decay_steps={ended}"]
+  return [line]
 
 
 # Modules of models/ whose kernels set time scales or choices, not features.

@@ -84,7 +84,9 @@ def test_a_run_leaves_everything_in_its_workdir_and_can_be_prolonged(tiny, tmp_p
   assert _train(config, tmp_path) == first  # nothing left to do: only reported again
   longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=8))
   assert _train(longer, tmp_path).step == 8
-  assert "train.steps was 6 and is now 8" in capsys.readouterr().out
+  printed = capsys.readouterr().out
+  assert "train.steps was 6 and is now 8" in printed
+  assert "to keep the decay finished: --config.optimizer.decay_steps=6" in printed
   assert [step for step, *_ in _losses(tmp_path)] == list(range(1, 9))
 
 

@@ -1,5 +1,7 @@
 """The schedule's landmarks, and which weights decay."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,35 @@ def test_linear_warmup_then_a_cosine_to_the_final_fraction(warmup):
 def test_a_run_shorter_than_its_warmup_only_warms_up():
   rate = optimizer.schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10), 5)
   np.testing.assert_allclose([rate(step) for step in range(5)], np.arange(1, 6) / 10, rtol=1e-6)
+
+
+def test_the_rate_stays_where_the_cosine_ended():
+  config = OptimizerConfig(learning_rate=0.5, warmup_steps=2, final_fraction=0.2, decay_steps=10)
+  rate = [optimizer.schedule(config, 50)(step) for step in range(50)]
+  np.testing.assert_allclose(rate[10:], 0.1, rtol=1e-6)
+  short = [optimizer.schedule(dataclasses.replace(config, decay_steps=0), 10)(step) for step in range(10)]
+  np.testing.assert_allclose(rate[:10], short, rtol=1e-6)
+
+
+def test_a_finished_cosine_that_is_made_longer_is_reported_with_the_flag_that_keeps_it_finished():
+  config = OptimizerConfig(learning_rate=1.0, warmup_steps=2, final_fraction=0.1)
+  rate = float(optimizer.schedule(config, 20)(10))
+  line, flag = optimizer.schedule_changes(config, 10, config, 20, done=10)
+  assert f"the learning rate of step 11 is {rate:.3g}; in the earlier schedule it was 0.1" in line
+  assert "ended at step 10 and now ends at step 20" in line
+  assert flag.endswith("--config.optimizer.decay_steps=10")
+  kept = dataclasses.replace(config, decay_steps=10)
+  assert optimizer.schedule_changes(config, 10, kept, 20, done=10) == []
+
+
+def test_other_changes_of_the_schedule_are_reported_if_they_change_the_next_rate():
+  config = OptimizerConfig(learning_rate=1.0, warmup_steps=2)
+  higher = dataclasses.replace(config, learning_rate=2.0)
+  (line,) = optimizer.schedule_changes(config, 10, higher, 10, done=5)
+  assert "cosine" not in line
+  (line,) = optimizer.schedule_changes(config, 10, config, 20, done=5)  # its decay is not finished yet
+  assert "now ends at step 20" in line
+  assert optimizer.schedule_changes(config, 10, dataclasses.replace(config, beta2=0.9), 10, done=5) == []
 
 
 @pytest.mark.parametrize("mixer", ["memory_caching", "transformer"])
