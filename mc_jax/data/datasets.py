@@ -223,7 +223,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
 def _texts(paths: str) -> Iterable[bytes]:
   for url in files.find(paths, field="paths of niah").values():
     with files.reading(url) as file:
-      yield file.read()
+      yield sources.plain(file.read())
 
 
 def _validation_rows(

@@ -76,11 +76,11 @@ class TextFile(Block):
 
   def read(self) -> Sequence[bytes]:
     with files.reading(self.url) as file:
-      return [file.read()]
+      return [sources.plain(file.read())]
 
   def document(self, content: Sequence[bytes], i: int) -> str:
     if not sources.is_text(content[i]):
-      raise Malformed(f"{self.url} is not text (UTF-8 without NUL bytes)")
+      raise Malformed(sources.not_text(self.url, content[i]))
     return content[i].decode("utf-8")
 
 
@@ -254,7 +254,7 @@ def _text_records(name: str, url: str, field: str) -> list[Block]:
 
 def _prepared(source: SourceConfig, fingerprint: str | None) -> list[Block]:
   found = []
-  for folder in filter(None, (part.strip() for part in source.paths.split(","))):
+  for folder in files.matches(source.paths):
     manifest = manifests.read(folder)
     if fingerprint is not None and manifest.tokenizer != fingerprint:
       raise ConfigError(

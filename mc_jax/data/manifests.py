@@ -8,6 +8,7 @@ import re
 
 from etils import epath
 
+from mc_jax.data import files
 from mc_jax.data.errors import ConfigError
 
 FILE = "manifest.json"
@@ -44,7 +45,7 @@ def read(folder: str) -> Manifest:
   Raises:
     ConfigError: there is none, it is broken, or it names a file outside its folder.
   """
-  path = epath.Path(folder).expanduser() / FILE
+  path = files.path(folder) / FILE
   try:
     tree = json.loads(path.read_text())
     tree["shards"] = tuple(Shard(**shard) for shard in tree["shards"])
@@ -79,4 +80,4 @@ def replace(path: epath.Path, text: str) -> None:
 
 def join(folder: str, name: str) -> str:
   """The URL of a file in a manifest's folder."""
-  return str(epath.Path(folder).expanduser() / name)
+  return str(files.path(folder) / name)

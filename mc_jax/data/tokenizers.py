@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from etils import epath
 
+from mc_jax.data import files
 from mc_jax.data.errors import ConfigError, missing_package
 
 VOCAB_SIZE = 256
@@ -138,7 +138,7 @@ def load(name: str, separator: str = "") -> Tokenizer:
 def read(name: str) -> bytes:
   """The bytes of a tokenizer's file; ConfigError if there is no such file."""
   try:
-    return epath.Path(name).expanduser().read_bytes()
+    return files.path(name).read_bytes()
   except OSError as error:
     raise ConfigError(
       f"data.tokenizer must be bytes, a tokenizer.json or a SentencePiece *.model; cannot read {name!r}: {error}"
