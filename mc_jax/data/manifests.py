@@ -6,12 +6,14 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 from etils import epath
 
 from mc_jax.data import files
 from mc_jax.data.errors import ConfigError
 
 FILE = "manifest.json"
+LENGTHS = np.dtype("<u8")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a file: no folder, no way up
 
 
@@ -25,6 +27,7 @@ class Shard:
   text_bytes: int  # of the UTF-8 of the documents
   bytes: int  # of the file
   skipped: int  # malformed documents that were left out
+  lengths: str = ""  # name of the file of the documents' text_bytes, LENGTHS [documents]; "" in older folders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,8 @@ def read(folder: str) -> Manifest:
     ) from error
   except (ValueError, KeyError, TypeError) as error:
     raise ConfigError(f"{path} is not a manifest of mc_jax.data.prepare: {error!r}") from error
-  for name in [shard.file for shard in manifest.shards] + [manifest.tokenizer_file] * bool(manifest.tokenizer_file):
+  optional = [manifest.tokenizer_file, *(shard.lengths for shard in manifest.shards)]
+  for name in [*(shard.file for shard in manifest.shards), *(name for name in optional if name != "")]:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
       raise ConfigError(f"{path} names {name!r}, which is not a plain name of a file beside it")
   if manifest.dtype not in ("<u2", "<u4"):
@@ -76,6 +80,11 @@ def replace(path: epath.Path, text: str) -> None:
   temporary = path.with_name(f".{path.name}.tmp")
   temporary.write_text(text)
   temporary.replace(path)
+
+
+def lengths(shard: str) -> str:
+  """The name of the file of a shard's text_bytes, beside the shard."""
+  return f"{shard.removesuffix('.array_record')}.lengths"
 
 
 def join(folder: str, name: str) -> str:

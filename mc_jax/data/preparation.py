@@ -14,12 +14,13 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import tqdm
 from etils import epath
 
 from mc_jax.data import formats, manifests, tokenizers
 from mc_jax.data.config import SourceConfig
-from mc_jax.data.documents import Documents, Order
+from mc_jax.data.documents import SKIP, Documents, Order, encode
 from mc_jax.data.errors import ConfigError
 from mc_jax.data.formats import Block, Malformed
 from mc_jax.data.manifests import Shard
@@ -198,50 +199,61 @@ def write(name: str, job: Job) -> Shard:
 
   folder = epath.Path(job.out)
   tokenizer = tokenizers.load(job.tokenizer, job.separator)
-  documents = tokens = text_bytes = skipped = 0
+  skipped = tokens = 0
+  lengths = []  # UTF-8 bytes of each document
   with tempfile.TemporaryDirectory(dir=None if "://" in job.out else job.out, prefix=_PARTIAL) as temporary:
     path = os.path.join(temporary, name)
     writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")  # read one by one, at random
-    for texts in _batches(_texts(job)):
-      known = [text for text in texts if text]
-      skipped += sum(text is None for text in texts)
-      for ids in tokenizer.encode(known):
+    for batch in _batches(_texts(job)):
+      texts = {place: text for place, text in batch if isinstance(text, str) and text}
+      made = encode(tokenizer, list(texts.values()), list(texts))
+      for text, ids in zip(texts.values(), made, strict=True):
+        if isinstance(ids, Malformed):
+          skipped += _skipped(ids, job.on_error)
+          continue
         writer.write(ids.astype(job.dtype).tobytes())
         tokens += len(ids)
-      documents += len(known)
-      text_bytes += sum(len(text.encode()) for text in known)
+        lengths.append(len(text.encode()))
+      skipped += sum(_skipped(text, job.on_error) for _, text in batch if isinstance(text, Malformed))
       if _count is not None:
         with _count.get_lock():
-          _count.value += len(texts)
+          _count.value += len(batch)
     writer.close()
     size = os.path.getsize(path)
-    if "://" in job.out:
-      epath.Path(path).copy(folder / name, overwrite=True)
-    else:
-      os.replace(path, folder / name)
-  shard = Shard(name, documents, tokens, text_bytes, size, skipped)
+    beside = manifests.lengths(name)
+    np.asarray(lengths, manifests.LENGTHS).tofile(os.path.join(temporary, beside))
+    for file in (beside, name):
+      if "://" in job.out:
+        epath.Path(temporary, file).copy(folder / file, overwrite=True)
+      else:
+        os.replace(os.path.join(temporary, file), folder / file)
+  shard = Shard(name, len(lengths), tokens, sum(lengths), size, skipped, beside)
   manifests.replace(_record(folder, name), json.dumps(dataclasses.asdict(shard)))
   return shard
 
 
-def _texts(job: Job) -> Iterator[str | None]:
-  """The documents of a shard, in order; None is one that is skipped."""
+def _texts(job: Job) -> Iterator[tuple[str, str | Malformed]]:
+  """(place, text) of the documents of a shard, in order, with an error in place of a malformed one."""
   for block in job.blocks:
     content = block.read()
     for i in range(block.count):
       try:
-        yield block.document(content, i)
+        yield block.place(i), block.document(content, i)
       except Malformed as error:
-        if job.on_error == "stop":
-          raise ConfigError(f"{error}. --on_error=skip leaves such documents out") from error
-        yield None
+        yield block.place(i), error
 
 
-def _batches(texts: Iterable[str | None]) -> Iterator[list[str | None]]:
+def _skipped(error: Malformed, on_error: str) -> int:
+  if on_error == "stop":
+    raise ConfigError(f"{error}. {SKIP}") from error
+  return 1
+
+
+def _batches(texts: Iterable[tuple[str, str | Malformed]]) -> Iterator[list[tuple[str, str | Malformed]]]:
   batch, size = [], 0
-  for text in texts:
-    batch.append(text)
-    size += len(text or "")
+  for place, text in texts:
+    batch.append((place, text))
+    size += len(text) if isinstance(text, str) else 0
     if size >= _BATCH:
       yield batch
       batch, size = [], 0

@@ -101,7 +101,7 @@ def test_another_corpus_or_tokenizer_is_refused(source, corpora, bpe, tmp_path):
 def test_malformed_documents_stop_or_are_counted(tmp_path):
   (tmp_path / "a.jsonl").write_text('{"text": "good"}\nbad\n{"text": "too"}\n')
   source = SourceConfig(source="jsonl", paths=str(tmp_path / "a.jsonl"))
-  with pytest.raises(ConfigError, match=r"a\.jsonl, line 2: not JSON.*--on_error=skip"):
+  with pytest.raises(ConfigError, match=r"a\.jsonl, line 2: not JSON.*on_error=skip"):
     preparation.prepare(source, str(tmp_path / "out"), "bytes")
   (shard,) = preparation.prepare(source, str(tmp_path / "out"), "bytes", on_error="skip").shards
   assert (shard.documents, shard.skipped) == (2, 1)
