@@ -12,15 +12,7 @@ from mc_jax.data.config import SourceConfig
 from mc_jax.data.documents import Documents
 from mc_jax.data.formats import blocks
 
-
-@pytest.fixture(autouse=True)
-def here(monkeypatch):
-  """Shards are written in this process, one after the other."""
-
-  def run(jobs, done, blocks, processes):
-    return {name: preparation.write(name, job) for name, job in jobs.items()}
-
-  monkeypatch.setattr(preparation, "_run", run)
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.fixture
