@@ -335,6 +335,8 @@ def _prepared(source: SourceConfig, fingerprint: str | None) -> list[Block]:
         f"{fingerprint}): set data.tokenizer to the one in that folder, and data.separator as it was then"
       )
     for shard in manifest.shards:
+      if not shard.documents:  # all of its part were skipped or empty; no reader opens a file without records
+        continue
       url = manifests.join(folder, shard.file)
       records = _array_record(url).num_records()
       if records != shard.documents:

@@ -13,6 +13,7 @@ from mc_jax.data import files
 from mc_jax.data.errors import ConfigError
 
 FILE = "manifest.json"
+PLAN = "plan.json"  # what the shards are to hold
 LENGTHS = np.dtype("<u8")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a file: no folder, no way up
 
@@ -75,10 +76,10 @@ def write(folder: epath.Path, manifest: Manifest) -> None:
   replace(folder / FILE, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
 
 
-def replace(path: epath.Path, text: str) -> None:
+def replace(path: epath.Path, data: str | bytes) -> None:
   """Writes a file, all or nothing."""
   temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text(text)
+  temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
   temporary.replace(path)
 
 
