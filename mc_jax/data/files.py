@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import re
@@ -15,6 +16,10 @@ from etils import epath
 
 from mc_jax.data import folders
 from mc_jax.data.errors import ConfigError, missing_package
+
+# Errors of disks and networks, which the same command may not meet again.
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENETUNREACH}
+_PASSING |= {errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 def path(text: str) -> epath.Path:
@@ -185,10 +190,14 @@ def pyarrow_module(where: str):
 
 @contextlib.contextmanager
 def _naming(field: str, what: str) -> Iterator[None]:
-  """What file systems and decoders raise becomes a ConfigError that names the file."""
+  """What file systems and decoders raise becomes a ConfigError that names the file; OSError where it may pass."""
   try:
     yield
   except ConfigError:
     raise
-  except (OSError, EOFError, ValueError, ImportError) as error:
+  except OSError as error:
+    if error.errno in _PASSING:
+      raise OSError(error.errno, f"{field}: cannot read {what}: {os.strerror(error.errno)}") from error
+    raise ConfigError(f"{field}: cannot read {what}: {error}") from error
+  except (EOFError, ValueError, ImportError) as error:
     raise ConfigError(f"{field}: cannot read {what}: {error}") from error

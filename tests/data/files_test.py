@@ -1,5 +1,6 @@
 """What a user writes becomes the files that a shell would see, by the names they were found under."""
 
+import errno
 import gzip
 import os
 
@@ -168,3 +169,11 @@ def test_a_file_that_is_not_text_stops_or_is_left_out_either_way(tmp_path, caplo
   assert caplog.text.count("bad.txt is UTF-16, not UTF-8: convert it") == 2
   with pytest.raises(ConfigError, match=r"bad\.txt is UTF-16.*on_error=skip"):
     sources.text(str(tmp_path))
+
+
+@pytest.mark.parametrize(("number", "raised"), [(errno.EIO, OSError), (errno.ENOENT, ConfigError)])
+def test_a_failing_disk_is_not_bad_input(tmp_path, number, raised):
+  _write(tmp_path, "a.txt")
+  with pytest.raises(raised, match=r"cannot read .*a\.txt") as caught, files.reading(str(tmp_path / "a.txt")):
+    raise OSError(number, os.strerror(number))
+  assert isinstance(caught.value, ConfigError) == (raised is ConfigError)
