@@ -216,7 +216,10 @@ def _task(part: PartConfig, config: DataConfig, tokenizer: Tokenizer) -> Callabl
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
-  return tokenizer.encode([text])[0]
+  try:
+    return tokenizer.encode([text])[0]
+  except ValueError as error:
+    raise ConfigError(f"data.tokenizer cannot take the text of niah: {error}") from error
 
 
 def _texts(paths: str) -> Iterable[bytes]:

@@ -82,7 +82,7 @@ class Documents:
       number, within = self._find(i)
       size = self._blocks[number].text_bytes(within)
     else:
-      size = len(document.encode())
+      size = len((document or "").encode())
     if count is None and size is not None:
       return size
     if isinstance(self._tokenizer, Bytes):
@@ -148,7 +148,7 @@ class Documents:
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], places: Sequence[str]) -> list[np.ndarray | Malformed]:
-  """Ids int32 [length] of each text, without separators; an error in place of those that the tokenizer cannot take.
+  """The ids of each text, int32 [length] without separators, or the error if the tokenizer cannot take it.
 
   Args:
     tokenizer: The tokenizer.

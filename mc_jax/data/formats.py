@@ -31,8 +31,15 @@ SUFFIXES = {
 
 # Arrow's types of columns that hold text; binary ones as UTF-8, "null" in a file without a single text.
 _STRINGS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
-_KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
-_KINDS |= {list: "a list", dict: "an object"}
+_KINDS = {  # what JSON calls Python's types
+  type(None): "null",
+  bool: "a boolean",
+  int: "a number",
+  float: "a number",
+  str: "a string",
+  list: "a list",
+  dict: "an object",
+}
 
 _JSONL_BLOCK = 4 << 20  # bytes
 
@@ -307,8 +314,8 @@ def _row_groups(name: str, url: str, field: str) -> list[Block]:
     if names.count(field) > 1:
       raise ConfigError(f"{url} has {names.count(field)} columns {field!r} (field of the source): rename all but one")
     kind = table.schema_arrow.field(field).type
-    plain = getattr(kind, "storage_type", getattr(kind, "value_type", kind) if "dictionary" in str(kind) else kind)
-    if str(plain) not in _STRINGS:
+    values = kind.value_type if str(kind).startswith("dictionary") else getattr(kind, "storage_type", kind)
+    if str(values) not in _STRINGS:
       raise ConfigError(f"{url}: column {field!r} (field of the source) holds {kind}, not strings")
     column = next(i for i in range(table.metadata.num_columns) if table.schema.column(i).path == field)
     found, first = [], 0

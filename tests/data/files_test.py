@@ -7,7 +7,7 @@ import os
 import fsspec
 import pytest
 
-from mc_jax.data import ConfigError, DataConfig, files, formats, sources
+from mc_jax.data import ConfigError, DataConfig, datasets, files, formats, sources
 from mc_jax.data.documents import Documents
 from mc_jax.data.tokenizers import Bytes
 
@@ -158,6 +158,14 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
   assert {documents.text(i) for i in range(20)} == {"one\ufeff"}
   corpus = sources.load(config)
   assert set(corpus.training.tobytes().split(b"\0")[1:]) == {b"one\xef\xbb\xbf"}
+
+
+def test_the_prose_of_niah_is_found_and_read_alike(tmp_path, monkeypatch):
+  _write(tmp_path, "real/a.txt", "c/b.txt")
+  (tmp_path / "real" / "a.txt").write_bytes(b"\xef\xbb\xbfone two")
+  (tmp_path / "c" / "link").symlink_to(tmp_path / "real")
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert list(datasets._texts("~/c")) == [b"c/b.txt", b"one two"]
 
 
 def test_a_file_that_is_not_text_stops_or_is_left_out_either_way(tmp_path, caplog):

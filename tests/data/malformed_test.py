@@ -9,7 +9,7 @@ import pytest
 import tokenizers as huggingface
 import written
 
-from mc_jax.data import ConfigError, preparation, tokenizers
+from mc_jax.data import ConfigError, DataConfig, PackingConfig, datasets, preparation, tokenizers
 from mc_jax.data.config import SourceConfig
 from mc_jax.data.documents import Documents
 from mc_jax.data.formats import blocks
@@ -193,6 +193,13 @@ def test_a_damaged_record_is_named(tmp_path):
   documents = Documents(blocks(SourceConfig(source="arrayrecord", paths=str(path))), tokenizers.Bytes())
   with pytest.raises(ConfigError, match=r"cannot read .*a\.array_record, record \d+: .*Corrupted"):
     [documents[i] for i in range(50)]
+
+
+def test_a_tokenizer_that_cannot_take_the_prose_of_a_task_is_named(tmp_path):
+  with pytest.raises(ConfigError, match=r"data\.tokenizer cannot take the text of niah: .*Missing \[UNK\]"):
+    datasets.load(
+      DataConfig(source="niah", tokenizer=_words(tmp_path), length=512, packing=PackingConfig("concat"), batch_size=1)
+    )
 
 
 class Rust(BaseException):
