@@ -26,7 +26,7 @@ from absl import app, flags
 from array_record.python import array_record_module
 from etils import epath
 
-from mc_jax.data import DataConfig, PackingConfig, datasets, formats, manifests, preparation, tokenizers
+from mc_jax.data import DataConfig, PackingConfig, datasets, formats, learning, manifests, preparation, tokenizers
 from mc_jax.data.config import SourceConfig
 from mc_jax.models import MemoryConfig, ModelConfig
 from mc_jax.training import state as states
@@ -99,7 +99,7 @@ def _mesh() -> jax.sharding.Mesh:
 def tokenizing(folder: str) -> dict:
   """Bytes of text a second that one process tokenizes and writes."""
   source, path = SourceConfig(source="stdlib"), epath.Path(folder) / "tokenizer.json"
-  preparation.train(source, _VOCAB.value, 10_000_000, path)
+  learning.train(source, _VOCAB.value, 10_000_000, path)
   os.environ["TOKENIZERS_PARALLELISM"] = "false"
   (part,) = preparation.divide(formats.blocks(source), 1)
   job = preparation.Job(part, folder, str(path), "", "<u2", "stop")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -29,7 +29,8 @@ class Validation:
 
   Attributes:
     batches: of one source.
-    count: what the loss is divided by: bytes of the text that is scored, or, of a task, answer tokens.
+    count: What the loss is divided by: bytes of the text that is scored, with one for the end of each document; or, of
+      a task, answer tokens.
     unit: "byte" or "answer".
   """
 
@@ -138,11 +139,9 @@ def _mixture(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
   for name, part in parts.items():
     if part.split != "training":
       share = -(-config.validation_tokens // len(parts))
-      rows = _validation_rows(documents.get(name), tasks.get(name), part, config, share, name)
+      rows, count = _validation_rows(documents.get(name), tasks.get(name), part, config, share, name)
       batches = windows.batches(rows, config.batch_size)
-      text = name in documents
-      count = _text_bytes(rows, tokenizer) if text else float(sum(row["weights"].sum() for row in rows))
-      validation[name] = Validation(batches, count, "byte" if text else "answer")
+      validation[name] = Validation(batches, count, "byte" if name in documents else "answer")
   if not validation:
     raise ConfigError("data.sources: none is for validation: one needs a split of both or validation")
   orders = {name: Order(found.counts, config.seed, found.scattered) for name, found in documents.items()}
@@ -217,13 +216,16 @@ def _task(part: PartConfig, config: DataConfig, tokenizer: Tokenizer) -> Callabl
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
-  return tokenizer.encode([text])[0]
+  try:
+    return tokenizer.encode([text])[0]
+  except ValueError as error:
+    raise ConfigError(f"data.tokenizer cannot take the text of niah: {error}") from error
 
 
 def _texts(paths: str) -> Iterable[bytes]:
   for url in files.find(paths, field="paths of niah").values():
     with files.reading(url) as file:
-      yield file.read()
+      yield sources.plain(file.read())
 
 
 def _validation_rows(
@@ -233,19 +235,23 @@ def _validation_rows(
   config: DataConfig,
   tokens: int,
   name: str,
-) -> list[Row]:
-  """Rows of a source that training does not see; `tokens` at most, but one row at least; 0: all."""
+) -> tuple[list[Row], float]:
+  """Rows of a source that training does not see, and what their loss is divided by, see Validation.
+
+  They hold `tokens` at most, but are one row at least; 0: all.
+  """
   most = max(1, tokens // config.length) if tokens else None
   if task is not None:
-    return [task((config.seed, name, "validation", number)) for number in range(most or _TASK_ROWS)]
-  found, total = [], 0
+    rows = [task((config.seed, name, "validation", number)) for number in range(most or _TASK_ROWS)]
+    return rows, float(sum(row["weights"].sum() for row in rows))
+  found, sizes, total = {}, {}, 0
   order = Order(documents.counts, config.seed + 1, documents.scattered)
   for i in (order[number] for number in range(len(documents))):
     if part.split == "both" and not sources.held_out(documents.name(i), config.validation_fraction, config.seed):
       continue
     ids = documents[i]
     if len(ids):
-      found.append(ids)
+      found[i], sizes[i] = ids, documents.text_bytes(i)
       total += len(ids) - 1
     if most and total >= most * config.length:
       break
@@ -255,15 +261,10 @@ def _validation_rows(
       f"out data.validation_fraction={config.validation_fraction}. Give it more documents, change "
       "data.validation_fraction (between 0 and 1), or try another data.seed"
     )
-  return packing.rows(found, config.length, config.packing.align)[:most]
-
-
-def _text_bytes(rows: Sequence[Row], tokenizer: Tokenizer) -> float:
-  """Bytes of the text of all targets; a document's end counts as one."""
-  if isinstance(tokenizer, tokenizers.Bytes):
-    return float(sum(row["weights"].sum() for row in rows))
-  count = 0
-  for row in rows:
-    for number in range(1, row["segment_ids"].max(initial=0) + 1):
-      count += len(tokenizer.decode(row["targets"][row["segment_ids"] == number]).encode())
-  return float(count)
+  rows = packing.rows(list(found.values()), config.length, config.packing.align)[:most]
+  left, count = int(sum(row["weights"].sum() for row in rows)), 0
+  for i, ids in found.items():  # one after the other in the rows: only where these end is one cut
+    targets = len(ids) - 1
+    count += sizes[i] + 1 if left >= targets else documents.text_bytes(i, max(left, 0))
+    left -= targets
+  return rows, float(count)

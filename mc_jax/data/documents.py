@@ -15,10 +15,11 @@ from grain.experimental import index_shuffle
 
 from mc_jax.data.errors import ConfigError
 from mc_jax.data.formats import Block, Malformed, TextRecords, TokenRecords
-from mc_jax.data.tokenizers import Tokenizer
+from mc_jax.data.tokenizers import Bytes, Tokenizer
 
 _GROUP = 4  # blocks whose documents are shuffled together
 _KEPT = 3 * _GROUP  # blocks in memory: shards are not at quite the same place
+SKIP = "on_error=skip leaves such documents out"  # what would help against a malformed one
 _LARGE = 65_536  # a permutation of more is computed entry by entry
 
 
@@ -69,30 +70,62 @@ class Documents:
       return self._tokenizer.decode(document)
     return document
 
+  def text_bytes(self, i: int, count: int | None = None) -> int:
+    """UTF-8 bytes of document `i`, or of what its first `count` ids stand for.
+
+    They are bytes of the source's own text, whatever the tokenizer normalizes or does not know; in folders of ids that
+    do not note them, of the decoded text. A character that `count` cuts is not in it; of a text that does not come back
+    from its ids, the first `count` have the share that they have of the decoded text.
+    """
+    document = self._document(i)
+    if isinstance(document, np.ndarray):
+      number, within = self._find(i)
+      size = self._blocks[number].text_bytes(within)
+    else:
+      size = len((document or "").encode())
+    if count is None and size is not None:
+      return size
+    if isinstance(self._tokenizer, Bytes):
+      return len(document) if count is None else count
+    ids = self[i][1:-1]
+    text = self._tokenizer.decode(ids)
+    decoded = len(text.encode())
+    if count is None:
+      return decoded
+    # Half a character is decoded to U+FFFD, so what both texts begin with ends before it.
+    begun = self._tokenizer.decode(ids[:count])
+    alike = next((k for k, (a, b) in enumerate(zip(text, begun, strict=False)) if a != b), min(len(text), len(begun)))
+    before = len(text[:alike].encode())
+    return before if size is None else round(before * size / max(decoded, 1))
+
   def __getitem__(self, i: int) -> np.ndarray:
     """Document `i`, int32 [ids + 2]; no ids at all if it is empty or skipped.
 
     Raises:
       ConfigError: a file that cannot be read, or a malformed document where on_error is "stop".
     """
-    document = self._document(i)
-    if document is None:
-      return np.zeros(0, np.int32)
-    ids = document if isinstance(document, np.ndarray) else self._tokenizer.encode([document])[0]
-    if not len(ids):
+    ids = self._document(i, encoded=True)
+    if ids is None or not len(ids):
       return np.zeros(0, np.int32)
     framed = np.empty(len(ids) + 2, np.int32)
     framed[0] = framed[-1] = self._tokenizer.separator
     framed[1:-1] = ids
     return framed
 
-  def _document(self, i: int) -> str | np.ndarray | None:
+  def _document(self, i: int, encoded: bool = False) -> str | np.ndarray | None:
     number, within = self._find(i)
+    block = self._blocks[number]
     try:
-      return self._blocks[number].document(self._content(number), within)
+      document = block.document(self._content(number), within)
+      if not encoded or isinstance(document, np.ndarray):
+        return document
+      (ids,) = encode(self._tokenizer, [document], [block.place(within)])
+      if isinstance(ids, Malformed):
+        raise ids
+      return ids
     except Malformed as error:
       if self._on_error == "stop":
-        raise ConfigError(f"{error}. data.on_error=skip leaves such documents out") from error
+        raise ConfigError(f"{error}. {SKIP}") from error
       if i not in self.skipped:
         self.skipped.add(i)
         logging.warning("skipped (%d so far): %s", len(self.skipped), error)
@@ -112,6 +145,22 @@ class Documents:
 
   def __getstate__(self) -> dict:
     return self.__dict__ | {"_contents": collections.OrderedDict()}
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str], places: Sequence[str]) -> list[np.ndarray | Malformed]:
+  """The ids of each text, int32 [length] without separators, or the error if the tokenizer cannot take it.
+
+  Args:
+    tokenizer: The tokenizer.
+    texts: The texts, which are encoded together.
+    places: Where each text is, for errors.
+  """
+  try:
+    return list(tokenizer.encode(texts))
+  except ValueError as error:
+    if len(texts) == 1:
+      return [Malformed(f"{places[0]}: the tokenizer cannot take this text: {error}")]
+    return [encode(tokenizer, [text], [place])[0] for text, place in zip(texts, places, strict=True)]
 
 
 class Order:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import os
-import posixpath
+import re
 from collections.abc import Iterator, Sequence
 from typing import IO
 
@@ -12,7 +14,12 @@ import fsspec
 import fsspec.core
 from etils import epath
 
+from mc_jax.data import folders
 from mc_jax.data.errors import ConfigError, missing_package
+
+# Errors of disks and networks, which the same command may not meet again.
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENETUNREACH}
+_PASSING |= {errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 def path(text: str) -> epath.Path:
@@ -21,43 +28,115 @@ def path(text: str) -> epath.Path:
 
 
 def find(paths: str, suffixes: Sequence[str] = (), field: str = "data.paths") -> dict[str, str]:
-  """The files named by `paths`, {name: URL}, sorted by name.
+  """The files that a user wrote, {name: URL}, sorted by name.
+
+  A file is known by the path it was found under: links are followed, and a link keeps its own name and suffix.
 
   Args:
-    paths: files, folders or globs (** included), separated by commas. A folder stands for the files below it that have
-      one of the suffixes, hidden ones left out.
-    suffixes: of files in folders; none: all of them.
-    field: the setting, for errors.
+    paths: Files, folders or globs, separated by commas; see `matches`. A folder stands for the files below it that have
+      one of the suffixes, without hidden ones.
+    suffixes: Suffixes of files in folders; none: all files.
+    field: The setting, for errors.
 
   Returns:
     Names are relative to the folder that all the files have in common, so that they survive moving it.
 
   Raises:
-    ConfigError: naming the part that matches nothing.
+    ConfigError: Naming the part that matches nothing, or a link that leads nowhere.
   """
   urls: set[str] = set()
-  for pattern in filter(None, (part.strip() for part in paths.split(","))):
+  for pattern, found in _parts(paths, field):
     with _naming(field, pattern):
-      fs, path = fsspec.core.url_to_fs(os.path.expanduser(pattern))
-      matches = sorted(fs.glob(path)) if any(c in path for c in "*?[") else [path] if fs.exists(path) else []
-      found = [file for match in matches for file in _files(fs, match, suffixes)]
-      if not found:
-        of_kind = f" ({', '.join(suffixes)})" if suffixes else ""
-        raise ConfigError(f"{field}: no file{of_kind} matches {pattern!r} (from {os.getcwd()})")
-      local = "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
-      urls.update(os.path.realpath(file) if local else fs.unstrip_protocol(file) for file in found)
-  root = os.path.commonpath([posixpath.dirname(url) for url in urls]) if len(urls) > 1 else posixpath.dirname(*urls)
-  return {url[len(root) :].lstrip("/"): url for url in sorted(urls)}
+      below = {url for match in found for url in _below(match) if url == match or url.endswith(tuple(suffixes) or "")}
+    if not below:
+      of_kind = f" ({', '.join(suffixes)})" if suffixes else ""
+      raise ConfigError(f"{field}: no file{of_kind} matches {pattern!r}: its folders hold none")
+    urls |= below
+  parents = [url.split("/")[:-1] for url in urls]
+  common = sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False)))
+  return {"/".join(url.split("/")[common:]): url for url in sorted(urls)}
 
 
-def _files(fs, path: str, suffixes: Sequence[str]) -> list[str]:
-  if not fs.isdir(path):
-    return [path]
-  return [
-    file
-    for file in fs.find(path)
-    if not any(part.startswith(".") for part in file[len(path) :].split("/")) and file.endswith(tuple(suffixes) or "")
-  ]
+def matches(paths: str, field: str = "data.paths") -> list[str]:
+  """The files and folders that a user wrote, as a shell would see them: absolute paths or URLs, each once.
+
+  Args:
+    paths: Paths or globs, separated by commas. ~ is a home folder; * and ** leave hidden names out and follow links to
+      folders. What exists as it is written is that file, even with a bracket or a comma in its name.
+    field: The setting, for errors.
+
+  Raises:
+    ConfigError: Naming the part that matches nothing, or a link that leads nowhere.
+  """
+  return list(dict.fromkeys(match for _, found in _parts(paths, field) for match in found))
+
+
+def _parts(paths: str, field: str) -> Iterator[tuple[str, list[str]]]:
+  """(part, what it matches) of what is separated by commas; a comma may belong to a name."""
+  whole = _local(paths.strip())
+  left = [paths] if whole and os.path.lexists(whole) else [part for part in paths.split(",") if part.strip()]
+  while left:
+    for count in range(1, 2 if "://" in left[0] else len(left) + 1):
+      pattern = ",".join(left[:count]).strip()
+      if found := _matching(pattern, field):
+        yield pattern, found
+        left = left[count:]
+        break
+    else:
+      pattern = left[0].strip()
+      raise ConfigError(f"{field}: no file matches {pattern!r}{_hint(pattern)}")
+
+
+def _hint(pattern: str) -> str:
+  if "://" in pattern or os.path.isabs(os.path.expanduser(pattern)):
+    return ""
+  return f"; relative paths are read from {os.getcwd()}: start from the folder they belong to, or give absolute paths"
+
+
+def _local(url: str) -> str | None:
+  """The path of what is on this machine's file system; None if it is elsewhere."""
+  if "://" not in url:
+    return os.path.expanduser(url)
+  scheme, rest = url.split("://", 1)
+  return rest if scheme in ("file", "local") else None
+
+
+def _matching(pattern: str, field: str) -> list[str]:
+  with _naming(field, pattern):
+    path = _local(pattern)
+    if path is not None:
+      return [_absolute(match) for match in folders.glob(path)]
+    fs, path = fsspec.core.url_to_fs(pattern)
+    if fs.exists(path):
+      return [fs.unstrip_protocol(path)]
+    if not any(c in path for c in "*?["):
+      return []
+    fixed = re.match(r"[^*?[]*/", path)
+    start = fixed.end() if fixed else 0
+    shown = [match for match in sorted(fs.glob(path)) if "/." in path[start - 1 :] or not _hidden(match[start:])]
+    return [fs.unstrip_protocol(match) for match in shown]
+
+
+def _below(match: str) -> Iterator[str]:
+  """A file, or the files below a folder."""
+  if "://" not in match:
+    yield from folders.files(match) if os.path.isdir(match) else [match]
+    return
+  fs, path = fsspec.core.url_to_fs(match)
+  if fs.isdir(path):
+    yield from (fs.unstrip_protocol(file) for file in fs.find(path) if not _hidden(file[len(path) :]))
+  else:
+    yield match
+
+
+def _absolute(path: str) -> str:
+  """An absolute path without "..": only links before it are resolved, all others keep their names."""
+  head, up, tail = f"{os.path.join(os.getcwd(), path)}/".rpartition("/../")
+  return os.path.normpath(os.path.join(os.path.realpath(head + up), tail) if up else tail)
+
+
+def _hidden(path: str) -> bool:
+  return any(part.startswith(".") for part in path.split("/"))
 
 
 @contextlib.contextmanager
@@ -67,7 +146,7 @@ def reading(url: str, offset: int = 0) -> Iterator[IO[bytes]]:
   Raises:
     ConfigError: naming the file that is missing, torn or not what its name says.
   """
-  with _naming("data.paths", url), fsspec.open(url, "rb") as file:
+  with _naming("data.paths", url), fsspec.open(url, "rb") if "://" in url else open(url, "rb") as file:
     if url.endswith((".gz", ".zst")):
       pyarrow = pyarrow_module(url)
       codec = "gzip" if url.endswith(".gz") else "zstd"
@@ -81,6 +160,8 @@ def reading(url: str, offset: int = 0) -> Iterator[IO[bytes]]:
 def size(url: str) -> int:
   """Bytes of a file, compressed as it lies there."""
   with _naming("data.paths", url):
+    if "://" not in url:
+      return os.path.getsize(url)
     fs, path = fsspec.core.url_to_fs(url)
     return fs.size(path)
 
@@ -109,10 +190,14 @@ def pyarrow_module(where: str):
 
 @contextlib.contextmanager
 def _naming(field: str, what: str) -> Iterator[None]:
-  """What file systems and decoders raise becomes a ConfigError that names the file."""
+  """What file systems and decoders raise becomes a ConfigError that names the file; OSError where it may pass."""
   try:
     yield
   except ConfigError:
     raise
-  except (OSError, EOFError, ValueError, ImportError) as error:
+  except OSError as error:
+    if error.errno in _PASSING:
+      raise OSError(error.errno, f"{field}: cannot read {what}: {os.strerror(error.errno)}") from error
+    raise ConfigError(f"{field}: cannot read {what}: {error}") from error
+  except (EOFError, ValueError, ImportError) as error:
     raise ConfigError(f"{field}: cannot read {what}: {error}") from error

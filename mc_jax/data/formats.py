@@ -11,7 +11,8 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -26,6 +27,18 @@ SUFFIXES = {
   "jsonl": (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst"),
   "parquet": (".parquet",),
   "arrayrecord": (".array_record", ".arrayrecord"),
+}
+
+# Arrow's types of columns that hold text; binary ones as UTF-8, "null" in a file without a single text.
+_STRINGS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
+_KINDS = {  # what JSON calls Python's types
+  type(None): "null",
+  bool: "a boolean",
+  int: "a number",
+  float: "a number",
+  str: "a string",
+  list: "a list",
+  dict: "an object",
 }
 
 _JSONL_BLOCK = 4 << 20  # bytes
@@ -62,8 +75,12 @@ class Block(abc.ABC):
     """
 
   @abc.abstractmethod
+  def place(self, i: int) -> str:
+    """Where document `i` of the block is, for errors: file and line, row or record."""
+
+  @abc.abstractmethod
   def document(self, content: Sequence, i: int) -> Document:
-    """Document `i` of the block, from what `read` returned.
+    """Document `i` of the block, from what `read` returned: text that is UTF-8 without NULs, or ids.
 
     Raises:
       Malformed: naming file and place.
@@ -76,11 +93,14 @@ class TextFile(Block):
 
   def read(self) -> Sequence[bytes]:
     with files.reading(self.url) as file:
-      return [file.read()]
+      return [sources.plain(file.read())]
+
+  def place(self, i: int) -> str:
+    return self.url
 
   def document(self, content: Sequence[bytes], i: int) -> str:
     if not sources.is_text(content[i]):
-      raise Malformed(f"{self.url} is not text (UTF-8 without NUL bytes)")
+      raise Malformed(sources.not_text(self.url, content[i]))
     return content[i].decode("utf-8")
 
 
@@ -95,21 +115,28 @@ class JsonLines(Block):
   def read(self) -> Sequence[bytes]:
     with files.reading(self.url, self.offset) as file:
       data = file.read() if self.end is None else file.read(self.end - self.offset)
-    return data.split(b"\n")
+    return _whole(self, data.split(b"\n"))
+
+  def place(self, i: int) -> str:
+    return f"{self.url}, line {self.first + i + 1}"
 
   def document(self, content: Sequence[bytes], i: int) -> str:
-    line = content[i].strip()
+    line, where = sources.plain(content[i]).strip(), self.place(i)
     if not line:
       return ""
-    where = f"{self.url}, line {self.first + i + 1}"
+    if not sources.is_text(line):
+      raise Malformed(sources.not_text(where, line))
     try:
       record = json.loads(line)
-    except ValueError as error:
-      raise Malformed(f"{where}: not JSON: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get(self.field), str):
-      has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-      raise Malformed(f"{where}: no field {self.field!r} that is a string (field of the source); the line has {has}")
-    return record[self.field]
+    except (ValueError, RecursionError) as error:
+      why = str(error).replace("line 1 column", "column")
+      raise Malformed(f"{where}: not JSON (each line must be a whole object): {why}") from error
+    if isinstance(record, list):
+      raise Malformed(f"{where}: a JSON array; of a file that is one array, jq -c '.[]' makes lines")
+    if not isinstance(record, dict) or self.field not in record:
+      has = _listed(record) if isinstance(record, dict) else _KINDS[type(record)]
+      raise Malformed(f"{where}: no field {self.field!r} (field of the source); the line has {has}")
+    return _text_of(record[self.field], self.field, where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +148,18 @@ class RowGroup(Block):
 
   def read(self) -> Sequence:
     with _parquet(self.url) as table:
-      return table.read_row_group(self.group, columns=[self.field])[self.field]
+      return _whole(self, table.read_row_group(self.group, columns=[self.field])[self.field])
+
+  def place(self, i: int) -> str:
+    return f"{self.url}, row {self.first + i}"
 
   def document(self, content: Sequence, i: int) -> str:
-    text = content[i].as_py()
-    if not isinstance(text, str):
-      raise Malformed(f"{self.url}, row {self.first + i}: field {self.field!r} holds {text!r}, not a string")
-    return text
+    try:
+      text = content[i].as_py()
+      text = text.decode("utf-8") if isinstance(text, bytes) else text
+    except UnicodeDecodeError as error:
+      raise Malformed(f"{self.place(i)}: not UTF-8: {error}") from error
+    return _text_of(text, self.field, self.place(i))
 
 
 class _Records:
@@ -139,7 +171,10 @@ class _Records:
   def __getitem__(self, i: int) -> bytes:
     if self._reader is None:
       self._reader = _array_record(self._url)
-    return self._reader.read([i])[0]
+    try:
+      return self._reader.read([i])[0]
+    except (RuntimeError, IndexError) as error:
+      raise ConfigError(f"data.paths: cannot read {self._url}, record {i}: {error}") from error
 
   def __reduce__(self):
     return _Records, (self._url,)
@@ -152,11 +187,14 @@ class TextRecords(Block):
   def read(self) -> Sequence[bytes]:
     return _Records(self.url)
 
+  def place(self, i: int) -> str:
+    return f"{self.url}, record {i}"
+
   def document(self, content: Sequence[bytes], i: int) -> str:
-    try:
-      return content[i].decode("utf-8")
-    except UnicodeDecodeError as error:
-      raise Malformed(f"{self.url}, record {i}: not UTF-8: {error}") from error
+    record = content[i]
+    if not sources.is_text(record):
+      raise Malformed(sources.not_text(self.place(i), record))
+    return record.decode("utf-8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,18 +203,56 @@ class TokenRecords(Block):
 
   dtype: str
   vocab_size: int
+  lengths: str  # URL of the documents' bytes of text; "" where they are not known
 
   def read(self) -> Sequence[bytes]:
     return _Records(self.url)
 
+  def place(self, i: int) -> str:
+    return f"{self.url}, record {i}"
+
   def document(self, content: Sequence[bytes], i: int) -> np.ndarray:
     record = content[i]
     if len(record) % np.dtype(self.dtype).itemsize:
-      raise Malformed(f"{self.url}, record {i}: {len(record)} bytes are not ids of type {self.dtype}")
+      raise Malformed(f"{self.place(i)}: {len(record)} bytes are not ids of type {self.dtype}")
     ids = np.frombuffer(record, self.dtype).astype(np.int32)
     if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
-      raise Malformed(f"{self.url}, record {i}: id {ids.max()} is not below the tokenizer's {self.vocab_size}")
+      raise Malformed(f"{self.place(i)}: id {ids.max()} is not below the tokenizer's {self.vocab_size}")
     return ids
+
+  def text_bytes(self, i: int) -> int | None:
+    """UTF-8 bytes of the text that document `i` was made from, if known."""
+    if not self.lengths:
+      return None
+    with files.reading(files.local(self.lengths), i * manifests.LENGTHS.itemsize) as file:
+      return int(np.frombuffer(file.read(manifests.LENGTHS.itemsize), manifests.LENGTHS)[0])
+
+
+def _text_of(value: object, field: str, where: str) -> str:
+  """A field's text; Malformed if it is none that a tokenizer can take."""
+  if not isinstance(value, str):
+    raise Malformed(f"{where}: field {field!r} is {_KINDS.get(type(value), type(value).__name__)}, not a string")
+  if "\0" in value:
+    raise Malformed(f"{where}: field {field!r} holds a NUL character, which no text does")
+  try:
+    value.encode("utf-8")
+  except UnicodeEncodeError as error:
+    half = f"\\u{ord(value[error.start]):04x}"
+    raise Malformed(f"{where}: field {field!r} holds {half}, half a character, at {error.start:,}") from error
+  return value
+
+
+def _listed(names: Iterable[str]) -> str:
+  return textwrap.shorten(", ".join(names), 200).encode("utf-8", "backslashreplace").decode()
+
+
+def _whole(block: Block, content: Sequence) -> Sequence:
+  if len(content) < block.count:
+    raise ConfigError(
+      f"{block.url} was changed since the start: it had {block.count} documents from number {block.first} on, and now "
+      f"has {len(content)}"
+    )
+  return content
 
 
 def blocks(source: SourceConfig, fingerprint: str | None = None) -> list[Block]:
@@ -234,14 +310,18 @@ def _row_groups(name: str, url: str, field: str) -> list[Block]:
   with _parquet(url) as table:
     names = table.schema_arrow.names
     if field not in names:
-      raise ConfigError(f"{url} has no column {field!r} (field of the source); it has {', '.join(names)}")
-    column = table.schema_arrow.get_field_index(field)
+      raise ConfigError(f"{url} has no column {field!r} (field of the source); it has {_listed(names)}")
+    if names.count(field) > 1:
+      raise ConfigError(f"{url} has {names.count(field)} columns {field!r} (field of the source): rename all but one")
+    kind = table.schema_arrow.field(field).type
+    values = kind.value_type if str(kind).startswith("dictionary") else getattr(kind, "storage_type", kind)
+    if str(values) not in _STRINGS:
+      raise ConfigError(f"{url}: column {field!r} (field of the source) holds {kind}, not strings")
+    column = next(i for i in range(table.metadata.num_columns) if table.schema.column(i).path == field)
     found, first = [], 0
     for group in range(table.num_row_groups):
       metadata = table.metadata.row_group(group)
-      size = (
-        metadata.column(column).total_compressed_size if column < metadata.num_columns else metadata.total_byte_size
-      )
+      size = metadata.column(column).total_compressed_size
       found.append(RowGroup(name, url, first, metadata.num_rows, size, field, group))
       first += metadata.num_rows
   return found
@@ -254,7 +334,7 @@ def _text_records(name: str, url: str, field: str) -> list[Block]:
 
 def _prepared(source: SourceConfig, fingerprint: str | None) -> list[Block]:
   found = []
-  for folder in filter(None, (part.strip() for part in source.paths.split(","))):
+  for folder in files.matches(source.paths):
     manifest = manifests.read(folder)
     if fingerprint is not None and manifest.tokenizer != fingerprint:
       raise ConfigError(
@@ -262,12 +342,17 @@ def _prepared(source: SourceConfig, fingerprint: str | None) -> list[Block]:
         f"{fingerprint}): set data.tokenizer to the one in that folder, and data.separator as it was then"
       )
     for shard in manifest.shards:
+      if not shard.documents:  # all of its part were skipped or empty; no reader opens a file without records
+        continue
       url = manifests.join(folder, shard.file)
       records = _array_record(url).num_records()
       if records != shard.documents:
         raise ConfigError(f"{url} has {records} records, its manifest says {shard.documents}: it is torn or replaced")
-      name = shard.file
-      found.append(TokenRecords(name, url, 0, records, shard.bytes, manifest.dtype, manifest.vocab_size))
+      lengths = manifests.join(folder, shard.lengths) if shard.lengths else ""
+      if lengths and files.size(lengths) != records * manifests.LENGTHS.itemsize:
+        raise ConfigError(f"{lengths} is not of the {records} records of {url}: it is torn or replaced")
+      kind = (manifest.dtype, manifest.vocab_size)
+      found.append(TokenRecords(shard.file, url, 0, records, shard.bytes, *kind, lengths))
   return found
 
 

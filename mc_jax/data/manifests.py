@@ -6,11 +6,15 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 from etils import epath
 
+from mc_jax.data import files
 from mc_jax.data.errors import ConfigError
 
 FILE = "manifest.json"
+PLAN = "plan.json"  # what the shards are to hold
+LENGTHS = np.dtype("<u8")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a file: no folder, no way up
 
 
@@ -24,6 +28,7 @@ class Shard:
   text_bytes: int  # of the UTF-8 of the documents
   bytes: int  # of the file
   skipped: int  # malformed documents that were left out
+  lengths: str = ""  # name of the file of the documents' text_bytes, LENGTHS [documents]; "" in older folders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +49,7 @@ def read(folder: str) -> Manifest:
   Raises:
     ConfigError: there is none, it is broken, or it names a file outside its folder.
   """
-  path = epath.Path(folder).expanduser() / FILE
+  path = files.path(folder) / FILE
   try:
     tree = json.loads(path.read_text())
     tree["shards"] = tuple(Shard(**shard) for shard in tree["shards"])
@@ -57,7 +62,8 @@ def read(folder: str) -> Manifest:
     ) from error
   except (ValueError, KeyError, TypeError) as error:
     raise ConfigError(f"{path} is not a manifest of mc_jax.data.prepare: {error!r}") from error
-  for name in [shard.file for shard in manifest.shards] + [manifest.tokenizer_file] * bool(manifest.tokenizer_file):
+  optional = [manifest.tokenizer_file, *(shard.lengths for shard in manifest.shards)]
+  for name in [*(shard.file for shard in manifest.shards), *(name for name in optional if name != "")]:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
       raise ConfigError(f"{path} names {name!r}, which is not a plain name of a file beside it")
   if manifest.dtype not in ("<u2", "<u4"):
@@ -70,13 +76,18 @@ def write(folder: epath.Path, manifest: Manifest) -> None:
   replace(folder / FILE, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
 
 
-def replace(path: epath.Path, text: str) -> None:
+def replace(path: epath.Path, data: str | bytes) -> None:
   """Writes a file, all or nothing."""
   temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text(text)
+  temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
   temporary.replace(path)
+
+
+def lengths(shard: str) -> str:
+  """The name of the file of a shard's text_bytes, beside the shard."""
+  return f"{shard.removesuffix('.array_record')}.lengths"
 
 
 def join(folder: str, name: str) -> str:
   """The URL of a file in a manifest's folder."""
-  return str(epath.Path(folder).expanduser() / name)
+  return str(files.path(folder) / name)

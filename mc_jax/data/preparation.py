@@ -6,27 +6,30 @@ on without losing or repeating a document.
 
 from __future__ import annotations
 
-import concurrent.futures
+import concurrent.futures.process
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import tqdm
 from etils import epath
 
-from mc_jax.data import formats, manifests, tokenizers
+from mc_jax.data import files, formats, manifests, tokenizers
 from mc_jax.data.config import SourceConfig
-from mc_jax.data.documents import Documents, Order
+from mc_jax.data.documents import SKIP, encode
 from mc_jax.data.errors import ConfigError
 from mc_jax.data.formats import Block, Malformed
 from mc_jax.data.manifests import Shard
 from mc_jax.data.tokenizers import Tokenizer
 
-PLAN = "plan.json"
 _PARTIAL = ".partial-"  # folders of files that are being written
+_EVERY = 30.0  # seconds between two lines about the progress
 _BATCH = 1 << 20  # characters that are tokenized together
 _SHARD = 64 << 20  # bytes of the corpus in a shard, where nothing is said
 
@@ -65,9 +68,10 @@ def prepare(
     on_error: "stop" at a malformed document, or "skip" and count it.
 
   Raises:
-    ConfigError: bad input, or `out` holds something else.
+    ConfigError: bad input, no text in it, or `out` holds something else.
+    OSError: A process ended by itself, or the disk is full.
   """
-  folder = epath.Path(out).expanduser()
+  folder = files.path(out)
   loaded = tokenizers.load(tokenizer, separator)
   blocks = formats.blocks(source)
   parts = divide(blocks, shards or max(8, sum(block.size for block in blocks) // _SHARD))
@@ -83,9 +87,15 @@ def prepare(
   }
   done = {name: shard for name in jobs if (shard := _read(folder, name)) is not None}
   done |= _run({name: job for name, job in jobs.items() if name not in done}, done, blocks, processes)
-  files = dict.fromkeys(block.name for block in blocks)
+  if not any(shard.documents for shard in done.values()):
+    skipped, total = sum(shard.skipped for shard in done.values()), sum(block.count for block in blocks)
+    raise ConfigError(
+      f"{source.paths!r} holds no text: of {total:,} documents {skipped:,} are malformed and were skipped, all others "
+      "are empty"
+    )
+  names = dict.fromkeys(block.name for block in blocks)
   manifest = manifests.Manifest(
-    loaded.fingerprint, copy, loaded.vocab_size, dtype, tuple(files), tuple(done[name] for name in jobs)
+    loaded.fingerprint, copy, loaded.vocab_size, dtype, tuple(names), tuple(done[name] for name in jobs)
   )
   manifests.write(folder, manifest)
   return manifest
@@ -101,36 +111,48 @@ def divide(blocks: Sequence[Block], shards: int) -> list[list[Block]]:
   return [part for part in parts if part]
 
 
-def train(source: SourceConfig, vocab_size: int, most: int, path: epath.Path) -> None:
-  """Learns a BPE from `most` bytes of a corpus, taken from all of it, and writes it all or nothing."""
-  documents = Documents(formats.blocks(source), tokenizers.Bytes(), "skip")
-  with tempfile.TemporaryDirectory() as folder:
-    temporary = epath.Path(folder) / path.name
-    tokenizers.train_bpe(_sample(documents, most), vocab_size, temporary)
-    manifests.replace(path, temporary.read_text())
-
-
-def _sample(documents: Documents, most: int) -> Iterator[str]:
-  order = Order(documents.counts, 0, documents.scattered)
-  for i in range(len(documents)):
-    if most <= 0:
-      return
-    text = documents.text(order[i]) or ""
-    most -= len(text.encode())
-    yield text
-
-
 def _settle(folder: epath.Path, tokenizer: Tokenizer, source: SourceConfig, parts: list) -> None:
   """Writes what is to be done, or checks that it is what was begun."""
-  plan = json.dumps({"tokenizer": tokenizer.fingerprint, "field": source.field, "shards": parts}) + "\n"
-  path = folder / PLAN
+  plan = json.dumps({"tokenizer": tokenizer.fingerprint, "field": source.field, "shards": parts})
+  path = folder / manifests.PLAN
   if not path.exists():
-    manifests.replace(path, plan)
-  elif path.read_text() != plan:
+    manifests.replace(path, plan + "\n")
+    return
+  try:
+    lines = list(_differences(json.loads(path.read_bytes()), json.loads(plan)))
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ConfigError(f"{path} is not a plan of mc_jax.data.prepare: {error!r}") from error
+  if lines:
     raise ConfigError(
-      f"{folder} holds another tokenized corpus, whole or begun: its files, tokenizer, field or shards differ. "
-      "Use another --out, or delete that folder"
+      f"{folder} holds another tokenized corpus, whole or begun: {'; '.join(lines)}. Use another --out, or delete that "
+      "folder"
     )
+
+
+def _differences(was: dict, now: dict) -> Iterator[str]:
+  """What differs between two plans, by the flags."""
+  (old, _, old_separator), (new, _, new_separator) = (plan["tokenizer"].partition("/") for plan in (was, now))
+  if old != new:
+    yield f"--tokenizer was {_short(old)} and is now {_short(new)}"
+  elif old_separator != new_separator:
+    yield f"--separator was id {old_separator} and is now id {new_separator}"
+  if was["field"] != now["field"]:
+    yield f"--field was {was['field']} and is now {now['field']}"
+  before, after = ([block for part in plan["shards"] for block in part] for plan in (was, now))
+  if before != after:
+    sizes = [f"{sum(block[2] for block in found):,} documents in {_names(found):,} files" for found in (before, after)]
+    first = next(b or a for a, b in itertools.zip_longest(before, after) if a != b)
+    yield f"--paths were {sizes[0]} and are now {sizes[1]}, which differ first in {first[0]}"
+  elif was["shards"] != now["shards"]:
+    yield f"--shards was {len(was['shards'])} and is now {len(now['shards'])}"
+
+
+def _short(fingerprint: str) -> str:
+  return fingerprint if fingerprint == "bytes" else f"a file of SHA-256 {fingerprint[:12]}"
+
+
+def _names(blocks: list) -> int:
+  return len({block[0] for block in blocks})
 
 
 def _keep(folder: epath.Path, tokenizer: str) -> str:
@@ -140,7 +162,7 @@ def _keep(folder: epath.Path, tokenizer: str) -> str:
   name = "tokenizer.model" if tokenizer.endswith(".model") else "tokenizer.json"
   data = tokenizers.read(tokenizer)
   if not (folder / name).exists() or (folder / name).read_bytes() != data:
-    (folder / name).write_bytes(data)
+    manifests.replace(folder / name, data)
   return name
 
 
@@ -155,12 +177,17 @@ def _read(folder: epath.Path, name: str) -> Shard | None:
 
 
 def _run(jobs: dict[str, Job], done: dict[str, Shard], blocks: Sequence[Block], processes: int) -> dict[str, Shard]:
-  """Writes shards in so many processes, with a bar of the documents."""
+  """Writes shards in so many processes; how far they are is a bar on a terminal, a line now and then elsewhere.
+
+  Raises:
+    OSError: A process ended by itself.
+  """
   context = multiprocessing.get_context("spawn")  # a tokenizer's threads do not survive a fork
   count = context.Value("q", sum(block.count for block in blocks) - sum(_documents(job) for job in jobs.values()))
-  found = {}
+  total, before, begin, found = sum(block.count for block in blocks), count.value, time.monotonic(), {}
+  told = begin
   with (
-    tqdm.tqdm(total=sum(block.count for block in blocks), unit=" documents", unit_scale=True) as bar,
+    tqdm.tqdm(total=total, unit=" documents", unit_scale=True, disable=None) as bar,  # None: but on a terminal
     concurrent.futures.ProcessPoolExecutor(
       max(1, min(processes, len(jobs))), context, initializer=_start, initargs=(count,)
     ) as pool,
@@ -169,13 +196,20 @@ def _run(jobs: dict[str, Job], done: dict[str, Shard], blocks: Sequence[Block], 
     try:
       while waiting:
         finished, _ = concurrent.futures.wait(waiting, 0.5, concurrent.futures.FIRST_COMPLETED)
+        bar.update(count.value - bar.n)
+        if bar.disable and (now := time.monotonic()) >= told + _EVERY and count.value > before:
+          told, left = now, (now - begin) / (count.value - before) * (total - count.value)
+          print(f"{count.value:,} of {total:,} documents, {bar.format_interval(left)} left", flush=True)
         for future in finished:
           found[waiting.pop(future)] = future.result()
-        bar.update(count.value - bar.n)
+    except concurrent.futures.process.BrokenProcessPool as error:
+      raise OSError(
+        "a process that tokenized was killed, perhaps because memory ran out: give the same command again, with fewer "
+        "--processes"
+      ) from error
     except BaseException:
       pool.shutdown(wait=False, cancel_futures=True)
       raise
-    bar.update(count.value - bar.n)
   return found
 
 
@@ -198,50 +232,61 @@ def write(name: str, job: Job) -> Shard:
 
   folder = epath.Path(job.out)
   tokenizer = tokenizers.load(job.tokenizer, job.separator)
-  documents = tokens = text_bytes = skipped = 0
+  skipped = tokens = 0
+  lengths = []  # UTF-8 bytes of each document
   with tempfile.TemporaryDirectory(dir=None if "://" in job.out else job.out, prefix=_PARTIAL) as temporary:
     path = os.path.join(temporary, name)
     writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")  # read one by one, at random
-    for texts in _batches(_texts(job)):
-      known = [text for text in texts if text]
-      skipped += sum(text is None for text in texts)
-      for ids in tokenizer.encode(known):
+    for batch in _batches(_texts(job)):
+      texts = {place: text for place, text in batch if isinstance(text, str) and text}
+      made = encode(tokenizer, list(texts.values()), list(texts))
+      for text, ids in zip(texts.values(), made, strict=True):
+        if isinstance(ids, Malformed):
+          skipped += _skipped(ids, job.on_error)
+          continue
         writer.write(ids.astype(job.dtype).tobytes())
         tokens += len(ids)
-      documents += len(known)
-      text_bytes += sum(len(text.encode()) for text in known)
+        lengths.append(len(text.encode()))
+      skipped += sum(_skipped(text, job.on_error) for _, text in batch if isinstance(text, Malformed))
       if _count is not None:
         with _count.get_lock():
-          _count.value += len(texts)
+          _count.value += len(batch)
     writer.close()
     size = os.path.getsize(path)
-    if "://" in job.out:
-      epath.Path(path).copy(folder / name, overwrite=True)
-    else:
-      os.replace(path, folder / name)
-  shard = Shard(name, documents, tokens, text_bytes, size, skipped)
+    beside = manifests.lengths(name)
+    np.asarray(lengths, manifests.LENGTHS).tofile(os.path.join(temporary, beside))
+    for file in (beside, name):  # the shard last: where it is, its lengths are
+      if "://" in job.out:
+        epath.Path(temporary, file).copy(folder / file, overwrite=True)
+      else:
+        os.replace(os.path.join(temporary, file), folder / file)
+  shard = Shard(name, len(lengths), tokens, sum(lengths), size, skipped, beside)
   manifests.replace(_record(folder, name), json.dumps(dataclasses.asdict(shard)))
   return shard
 
 
-def _texts(job: Job) -> Iterator[str | None]:
-  """The documents of a shard, in order; None is one that is skipped."""
+def _texts(job: Job) -> Iterator[tuple[str, str | Malformed]]:
+  """(place, text) of the documents of a shard, in order, with an error in place of a malformed one."""
   for block in job.blocks:
     content = block.read()
     for i in range(block.count):
       try:
-        yield block.document(content, i)
+        yield block.place(i), block.document(content, i)
       except Malformed as error:
-        if job.on_error == "stop":
-          raise ConfigError(f"{error}. --on_error=skip leaves such documents out") from error
-        yield None
+        yield block.place(i), error
 
 
-def _batches(texts: Iterable[str | None]) -> Iterator[list[str | None]]:
+def _skipped(error: Malformed, on_error: str) -> int:
+  if on_error == "stop":
+    raise ConfigError(f"{error}. {SKIP}") from error
+  return 1
+
+
+def _batches(texts: Iterable[tuple[str, str | Malformed]]) -> Iterator[list[tuple[str, str | Malformed]]]:
   batch, size = [], 0
-  for text in texts:
-    batch.append(text)
-    size += len(text or "")
+  for place, text in texts:
+    batch.append((place, text))
+    size += len(text) if isinstance(text, str) else 0
     if size >= _BATCH:
       yield batch
       batch, size = [], 0

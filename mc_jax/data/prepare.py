@@ -15,9 +15,8 @@ import sys
 import time
 
 from absl import app, flags
-from etils import epath
 
-from mc_jax.data import preparation
+from mc_jax.data import files, learning, preparation
 from mc_jax.data.config import ERRORS, TEXTS, SourceConfig
 from mc_jax.data.errors import ConfigError
 
@@ -44,15 +43,17 @@ def main(_: list[str]) -> None:
     raise ConfigError("\n".join(line.replace(".", "--", 1) for line in found))
   if (_TOKENIZER.value is None) == (_TRAIN_BPE.value is None):
     raise ConfigError("give one of --tokenizer and --train_bpe")
+  if _TRAIN_BPE.value is None and flags.FLAGS["train_bytes"].present:
+    raise ConfigError("--train_bytes is read only with --train_bpe")
   name = _TOKENIZER.value
-  begin = time.monotonic()
   if _TRAIN_BPE.value:
-    name = str(epath.Path(_OUT.value).expanduser() / "tokenizer.json")
-    if not epath.Path(name).exists():
-      epath.Path(name).parent.mkdir(parents=True, exist_ok=True)
-      print("learning the tokenizer ...", flush=True)
-      preparation.train(source, _TRAIN_BPE.value, _TRAIN_BYTES.value, epath.Path(name))
-      print(f"learned in {time.monotonic() - begin:.0f} s", flush=True)
+    name = str(files.path(_OUT.value) / learning.FILE)
+    begin = time.monotonic()
+    print("learning the tokenizer, unless it is there ...", flush=True)
+    ids = learning.learn(source, _TRAIN_BPE.value, _TRAIN_BYTES.value, _OUT.value, _ON_ERROR.value)
+    if ids is not None:
+      fewer = ": the text has no more pairs" if ids < _TRAIN_BPE.value else ""
+      print(f"learned {ids:,} of {_TRAIN_BPE.value:,} ids in {time.monotonic() - begin:.0f} s{fewer}", flush=True)
   begin = time.monotonic()
   manifest = preparation.prepare(
     source,
@@ -72,5 +73,8 @@ def main(_: list[str]) -> None:
 if __name__ == "__main__":
   try:
     app.run(main)
-  except ConfigError as error:
+  except ConfigError as error:  # status 2: the same command would end in the same way
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except OSError as error:
     sys.exit(f"error: {error}")

@@ -6,16 +6,17 @@ of them, decided by a hash of its name below the folder that all files share: fi
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
-import glob
 import hashlib
+import logging
 import os
 import pathlib
 import sysconfig
 
 import numpy as np
 
-from mc_jax.data import tokenizers
+from mc_jax.data import files, tokenizers
 from mc_jax.data.config import DataConfig
 from mc_jax.data.errors import ConfigError
 
@@ -36,10 +37,10 @@ def load(config: DataConfig) -> Corpus:
   Raises:
     ConfigError: nothing found, a file that is not text, or a split that would be empty.
   """
-  texts = stdlib() if config.source == "stdlib" else text(config.paths)
+  texts = stdlib() if config.source == "stdlib" else text(config.paths, config.on_error)
   training, validation = split(sorted(texts), config.validation_fraction, config.seed)
-  for name, files in (("training", training), ("validation", validation)):
-    if not any(texts[file] for file in files):
+  for name, held in (("training", training), ("validation", validation)):
+    if not any(texts[file] for file in held):
       raise ConfigError(
         f"the {name} split would be empty: {len(texts)} file(s) found, of which a hash holds out "
         f"data.validation_fraction={config.validation_fraction} by name. Give data.paths more "
@@ -67,7 +68,7 @@ def split(names: list[str], fraction: float, seed: int) -> tuple[list[str], list
 
 def held_out(name: str, fraction: float, seed: int) -> bool:
   """Whether what is called so is for validation: `fraction` of all names are."""
-  digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+  digest = hashlib.blake2b(f"{seed}/{name}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
   return int.from_bytes(digest, "big") < fraction * 2**64
 
 
@@ -78,6 +79,18 @@ def is_text(data: bytes) -> bool:
   except UnicodeDecodeError:
     return False
   return b"\0" not in data
+
+
+def plain(data: bytes) -> bytes:
+  """A file's text without the byte order mark that some editors put before it."""
+  return data.removeprefix(codecs.BOM_UTF8)
+
+
+def not_text(where: str, data: bytes) -> str:
+  """What an error says of a file or a line that is not text."""
+  if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    return f"{where} is UTF-16, not UTF-8: convert it, for example with iconv -f UTF-16 -t UTF-8"
+  return f"{where} is not text (UTF-8 without NUL bytes)"
 
 
 def stdlib_root() -> pathlib.Path:
@@ -92,60 +105,46 @@ def stdlib() -> dict[str, bytes]:
   of the parser).
   """
   root = stdlib_root()
-  files = {}
+  texts = {}
   for folder, subfolders, names in os.walk(root):
     subfolders[:] = [s for s in subfolders if s not in ("site-packages", "dist-packages")]
     for name in names:
       if name.endswith(".py"):
         path = pathlib.Path(folder, name)
-        data = path.read_bytes()
+        data = plain(path.read_bytes())
         if is_text(data):
-          files[path.relative_to(root).as_posix()] = data
-  if not files:
+          texts[path.relative_to(root).as_posix()] = data
+  if not texts:
     raise ConfigError(
       f"data.source=stdlib found no .py file in {root}: this Python ships without its source. "
       "Use data.source=text with data.paths"
     )
-  return files
-
-
-def text(paths: str) -> dict[str, bytes]:
-  """The files named by `paths` (files, folders, globs; separated by commas), by path.
-
-  A folder stands for every file below it, hidden ones left out. Names are relative to the folder
-  that all the files have in common, so that the split survives moving it.
-
-  Raises:
-    ConfigError: naming the glob that matches nothing, or the file that is not text.
-  """
-  found: set[pathlib.Path] = set()
-  for pattern in filter(None, (part.strip() for part in paths.split(","))):
-    matches = glob.glob(os.path.expanduser(pattern), recursive=True)
-    files = [file for match in matches for file in _files(pathlib.Path(match))]
-    if not files:
-      raise ConfigError(f"data.paths: no file matches {pattern!r} (from {os.getcwd()})")
-    found.update(file.resolve() for file in files)
-  root = pathlib.Path(os.path.commonpath([file.parent for file in found]))
-  texts = {}
-  for file in sorted(found):
-    try:
-      data = file.read_bytes()
-    except OSError as error:
-      raise ConfigError(f"data.paths: cannot read {file}: {error.strerror}") from error
-    if not is_text(data):
-      raise ConfigError(
-        f"data.paths: {file} is not text (UTF-8 without NUL bytes); "
-        "leave it out, for example with a glob such as 'folder/**/*.txt'"
-      )
-    texts[file.relative_to(root).as_posix()] = data
   return texts
 
 
-def _files(path: pathlib.Path) -> list[pathlib.Path]:
-  if path.is_file():
-    return [path]
-  return [
-    file
-    for file in path.rglob("*")
-    if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-  ]
+def text(paths: str, on_error: str = "stop") -> dict[str, bytes]:
+  """The files named by `paths`, {name: UTF-8 text}, as files.find names them.
+
+  Args:
+    paths: See files.find.
+    on_error: "stop" at a file that is not text, or "skip" it with a warning.
+
+  Raises:
+    ConfigError: Naming what matches nothing, cannot be read, or is not text.
+  """
+  texts, skipped = {}, 0
+  for name, url in files.find(paths).items():
+    with files.reading(url) as file:
+      data = plain(file.read())
+    if is_text(data):
+      texts[name] = data
+      continue
+    message = not_text(url, data)
+    if on_error == "stop":
+      raise ConfigError(
+        f"data.paths: {message}; leave it out, for example with a glob such as 'folder/**/*.txt', or with "
+        "data.on_error=skip"
+      )
+    skipped += 1
+    logging.warning("skipped (%d so far): %s", skipped, message)
+  return texts

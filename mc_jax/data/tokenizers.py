@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
-from etils import epath
 
+from mc_jax.data import files
 from mc_jax.data.errors import ConfigError, missing_package
 
 VOCAB_SIZE = 256
@@ -46,7 +47,11 @@ class Tokenizer(Protocol):
   fingerprint: str
 
   def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """Ids of each text, int32 [length], without separators."""
+    """Ids of each text, int32 [length], without separators.
+
+    Raises:
+      ValueError: The tokenizer cannot take one of the texts.
+    """
 
   def decode(self, ids: np.ndarray) -> str:
     """The text of ids [length]; separators become newlines."""
@@ -83,7 +88,8 @@ class HuggingFace:
     self.fingerprint = _fingerprint(data, self.separator)
 
   def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-    encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    with _refusing():
+      encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
   def decode(self, ids: np.ndarray) -> str:
@@ -111,7 +117,8 @@ class SentencePiece:
     self.fingerprint = _fingerprint(data, self.separator)
 
   def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-    return [np.asarray(ids, np.int32) for ids in self._processor.encode(list(texts))]
+    with _refusing():
+      return [np.asarray(ids, np.int32) for ids in self._processor.encode(list(texts))]
 
   def decode(self, ids: np.ndarray) -> str:
     return "\n".join(self._processor.decode(part.tolist()) for part in _parts(ids, self.separator))
@@ -138,7 +145,7 @@ def load(name: str, separator: str = "") -> Tokenizer:
 def read(name: str) -> bytes:
   """The bytes of a tokenizer's file; ConfigError if there is no such file."""
   try:
-    return epath.Path(name).expanduser().read_bytes()
+    return files.path(name).read_bytes()
   except OSError as error:
     raise ConfigError(
       f"data.tokenizer must be bytes, a tokenizer.json or a SentencePiece *.model; cannot read {name!r}: {error}"
@@ -169,6 +176,17 @@ def _import(package: str, where: str):
     return __import__(package)
   except ImportError as error:
     raise missing_package(where, package, "data") from error
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+  """What a package raises at a text becomes a ValueError; a panic of Rust is not even an Exception."""
+  try:
+    yield
+  except BaseException as error:
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+      raise ValueError(str(error)) from error
+    raise
 
 
 def _separator(to_id, token: str, where: str) -> int:

@@ -10,6 +10,8 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for `import written`
 import written
 
+from mc_jax.data import preparation
+
 WORDS = ("memory", "segment", "chunk", "gate", "naïve", "café", "\u6f22\u5b57")
 
 
@@ -39,3 +41,13 @@ def corpora(tmp_path_factory, texts):
     written.parquet(root / "parquet" / f"{name}.parquet", half)
     written.array_record(root / "arrayrecord" / f"{name}.array_record", [text.encode() for text in half])
   return {name: root / name for name in ("text", "jsonl", "parquet", "arrayrecord")}
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+  """prepare writes shards in this process, one after the other."""
+
+  def run(jobs, done, blocks, processes):
+    return {name: preparation.write(name, job) for name, job in jobs.items()}
+
+  monkeypatch.setattr(preparation, "_run", run)

@@ -95,7 +95,7 @@ def test_a_torn_parquet_row_group_is_named(tmp_path, texts):
 def test_a_malformed_line_is_named_or_skipped_and_counted(tmp_path, caplog):
   good = json.dumps({"text": "good"})
   (tmp_path / "a.jsonl").write_text(f'{good}\n{{"text": 3}}\nnot json\n{good}\n')
-  with pytest.raises(ConfigError, match=r"a\.jsonl, line 2: no field 'text' that is a string.*on_error=skip"):
+  with pytest.raises(ConfigError, match=r"a\.jsonl, line 2: field 'text' is a number, not a string.*on_error=skip"):
     _texts(_documents("jsonl", tmp_path))
   documents = _documents("jsonl", tmp_path, "skip")
   assert _texts(documents) == ["good", None, None, "good"]
@@ -108,7 +108,7 @@ def test_a_malformed_line_is_named_or_skipped_and_counted(tmp_path, caplog):
   ("fields", "message"),
   [
     ({"source": "parquet", "field": "body"}, "no column 'body' .* it has id, text"),
-    ({"source": "parquet", "paths": "nowhere/*.parquet"}, "no file .* matches 'nowhere"),
+    ({"source": "parquet", "paths": "nowhere/*.parquet"}, "no file matches 'nowhere"),
     ({"source": "tokens"}, "has no manifest.json"),
   ],
 )

@@ -7,20 +7,12 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mc_jax.data import ConfigError, DataConfig, PackingConfig, datasets, manifests, preparation, tokenizers
+from mc_jax.data import ConfigError, DataConfig, PackingConfig, datasets, learning, manifests, preparation, tokenizers
 from mc_jax.data.config import SourceConfig
 from mc_jax.data.documents import Documents
 from mc_jax.data.formats import blocks
 
-
-@pytest.fixture(autouse=True)
-def here(monkeypatch):
-  """Shards are written in this process, one after the other."""
-
-  def run(jobs, done, blocks, processes):
-    return {name: preparation.write(name, job) for name, job in jobs.items()}
-
-  monkeypatch.setattr(preparation, "_run", run)
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.fixture
@@ -101,7 +93,7 @@ def test_another_corpus_or_tokenizer_is_refused(source, corpora, bpe, tmp_path):
 def test_malformed_documents_stop_or_are_counted(tmp_path):
   (tmp_path / "a.jsonl").write_text('{"text": "good"}\nbad\n{"text": "too"}\n')
   source = SourceConfig(source="jsonl", paths=str(tmp_path / "a.jsonl"))
-  with pytest.raises(ConfigError, match=r"a\.jsonl, line 2: not JSON.*--on_error=skip"):
+  with pytest.raises(ConfigError, match=r"a\.jsonl, line 2: not JSON.*on_error=skip"):
     preparation.prepare(source, str(tmp_path / "out"), "bytes")
   (shard,) = preparation.prepare(source, str(tmp_path / "out"), "bytes", on_error="skip").shards
   assert (shard.documents, shard.skipped) == (2, 1)
@@ -138,7 +130,56 @@ def test_shards_are_of_about_the_same_size(source):
   assert sizes.max() < 2.5 * sizes.min()
 
 
-def test_a_tokenizer_is_learned_from_part_of_the_corpus(source, tmp_path):
-  preparation.train(source, 280, 500, epath.Path(tmp_path / "tokenizer.json"))
-  tokenizer = tokenizers.load(str(tmp_path / "tokenizer.json"))
-  assert 257 < tokenizer.vocab_size <= 280
+def test_a_shard_without_a_document_is_passed(tmp_path):
+  for i, text in enumerate(['"one"', "null ", '"two"']):
+    (tmp_path / f"{i}.jsonl").write_text(f'{{"text": {text}}}')
+  source, out = SourceConfig(source="jsonl", paths=f"{tmp_path}/*.jsonl"), str(tmp_path / "out")
+  manifest = preparation.prepare(source, out, "bytes", shards=3, on_error="skip")
+  assert sorted(shard.documents for shard in manifest.shards)[0] == 0
+  assert [tokenizers.decode(ids[1:-1]) for ids in _ids(out, "bytes")] == ["one", "two"]
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_corpus_without_text_is_refused(tmp_path, on_error):
+  lines = {"stop": ['{"text": ""}', ""], "skip": ['{"text": null}', '{"text": ""}']}[on_error]
+  (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+  source, out = SourceConfig(source="jsonl", paths=str(tmp_path / "a.jsonl")), tmp_path / "out"
+  skipped = int(on_error == "skip")
+  for _ in range(2):  # not a success when it is tried again, either
+    with pytest.raises(ConfigError, match=rf"holds no text: of 2 documents {skipped} are malformed and were skipped"):
+      preparation.prepare(source, str(out), "bytes", on_error=on_error)
+    assert not (out / manifests.FILE).exists()
+  with pytest.raises(ConfigError, match="hold no text to learn from"):
+    learning.learn(source, 300, 1000, str(out / "bpe"), on_error)
+  assert not (out / "bpe" / learning.FILE).exists()
+
+
+def test_what_differs_from_what_was_begun_is_named(tmp_path, texts):
+  for name in ("a", "b"):
+    (tmp_path / f"{name}.jsonl").write_text('{"text": "one", "body": "two"}\n' * 3)
+  paths, out = f"{tmp_path}/?.jsonl", str(tmp_path / "out")
+  for size in (300, 301):
+    tokenizers.train_bpe([*texts, "</s>"], size, tmp_path / f"{size}.json")
+  vocab = json.loads((tmp_path / "300.json").read_text())
+  vocab["added_tokens"].append({**vocab["added_tokens"][0], "id": 300, "content": "[END]"})
+  (tmp_path / "300.json").write_text(json.dumps(vocab))
+  bpe = str(tmp_path / "300.json")
+  source = SourceConfig(source="jsonl", paths=paths)
+  preparation.prepare(source, out, bpe, shards=2)
+  preparation.prepare(source, out, bpe, shards=2)
+  tree = {"tokenizer": str(tmp_path / "301.json")}
+  for change, fields, message in (
+    ({}, {"tokenizer": "bytes"}, r"--tokenizer was a file of SHA-256 \w{12} and is now bytes\."),
+    ({}, tree, r"--tokenizer was a file of SHA-256 \w{12} and is now a file of SHA-256 \w{12}\."),
+    ({}, {"separator": "[END]"}, r"--separator was id 0 and is now id 300\."),
+    ({"field": "body"}, {}, r"--field was text and is now body\."),
+    ({}, {"shards": 1}, r"--shards was 2 and is now 1\."),
+    (
+      {"paths": f"{tmp_path}/b.jsonl"},
+      {"shards": 1},
+      r"6 documents in 2 files and are now 3 documents in 1 .*b\.j",
+    ),
+  ):
+    other = dataclasses.replace(source, **change)
+    with pytest.raises(ConfigError, match=rf"holds another tokenized corpus, whole or begun: .*{message}"):
+      preparation.prepare(other, out, **{"tokenizer": bpe, "shards": 2} | fields)
