@@ -187,7 +187,7 @@ def _run(jobs: dict[str, Job], done: dict[str, Shard], blocks: Sequence[Block], 
   total, before, begin, found = sum(block.count for block in blocks), count.value, time.monotonic(), {}
   told = begin
   with (
-    tqdm.tqdm(total=total, unit=" documents", unit_scale=True, disable=None) as bar,  # None: but on a terminal
+    tqdm.tqdm(total=total, unit=" documents", unit_scale=True, disable=None) as bar,  # None: drawn on terminals only
     concurrent.futures.ProcessPoolExecutor(
       max(1, min(processes, len(jobs))), context, initializer=_start, initargs=(count,)
     ) as pool,
