@@ -99,7 +99,7 @@ class Rows:
 def _own_signals(worker: int, workers: int) -> None:
   """In a worker: stopping is the trainer's to decide, who may draw rows after a signal; and a worker ends with it."""
   del worker, workers
-  for number in (signal.SIGINT, signal.SIGTERM):
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
 
   def follow() -> None:
