@@ -8,6 +8,7 @@ import re
 
 from etils import epath
 
+from mc_jax.data import whole
 from mc_jax.data.errors import ConfigError
 
 FILE = "manifest.json"
@@ -46,7 +47,7 @@ def read(folder: str) -> Manifest:
   """
   path = epath.Path(folder).expanduser() / FILE
   try:
-    tree = json.loads(path.read_text())
+    tree = json.loads(path.read_text(encoding="utf-8"))
     tree["shards"] = tuple(Shard(**shard) for shard in tree["shards"])
     tree["sources"] = tuple(tree["sources"])
     manifest = Manifest(**tree)
@@ -67,14 +68,7 @@ def read(folder: str) -> Manifest:
 
 def write(folder: epath.Path, manifest: Manifest) -> None:
   """Writes a folder's manifest, all or nothing."""
-  replace(folder / FILE, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
-
-
-def replace(path: epath.Path, text: str) -> None:
-  """Writes a file, all or nothing."""
-  temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text(text)
-  temporary.replace(path)
+  whole.write(folder / FILE, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
 
 
 def join(folder: str, name: str) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import tqdm
 from etils import epath
 
-from mc_jax.data import formats, manifests, tokenizers
+from mc_jax.data import formats, manifests, tokenizers, whole
 from mc_jax.data.config import SourceConfig
 from mc_jax.data.documents import Documents, Order
 from mc_jax.data.errors import ConfigError
@@ -107,7 +107,7 @@ def train(source: SourceConfig, vocab_size: int, most: int, path: epath.Path) ->
   with tempfile.TemporaryDirectory() as folder:
     temporary = epath.Path(folder) / path.name
     tokenizers.train_bpe(_sample(documents, most), vocab_size, temporary)
-    manifests.replace(path, temporary.read_text())
+    whole.write(path, temporary.read_bytes())
 
 
 def _sample(documents: Documents, most: int) -> Iterator[str]:
@@ -125,8 +125,8 @@ def _settle(folder: epath.Path, tokenizer: Tokenizer, source: SourceConfig, part
   plan = json.dumps({"tokenizer": tokenizer.fingerprint, "field": source.field, "shards": parts}) + "\n"
   path = folder / PLAN
   if not path.exists():
-    manifests.replace(path, plan)
-  elif path.read_text() != plan:
+    whole.write(path, plan)
+  elif path.read_text(encoding="utf-8") != plan:
     raise ConfigError(
       f"{folder} holds another tokenized corpus, whole or begun: its files, tokenizer, field or shards differ. "
       "Use another --out, or delete that folder"
@@ -140,7 +140,7 @@ def _keep(folder: epath.Path, tokenizer: str) -> str:
   name = "tokenizer.model" if tokenizer.endswith(".model") else "tokenizer.json"
   data = tokenizers.read(tokenizer)
   if not (folder / name).exists() or (folder / name).read_bytes() != data:
-    (folder / name).write_bytes(data)
+    whole.write(folder / name, data)
   return name
 
 
@@ -151,7 +151,7 @@ def _record(folder: epath.Path, name: str) -> epath.Path:
 def _read(folder: epath.Path, name: str) -> Shard | None:
   """A shard that is done: what is said of it is written last."""
   path = _record(folder, name)
-  return Shard(**json.loads(path.read_text())) if path.exists() and (folder / name).exists() else None
+  return Shard(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() and (folder / name).exists() else None
 
 
 def _run(jobs: dict[str, Job], done: dict[str, Shard], blocks: Sequence[Block], processes: int) -> dict[str, Shard]:
@@ -220,7 +220,7 @@ def write(name: str, job: Job) -> Shard:
     else:
       os.replace(path, folder / name)
   shard = Shard(name, documents, tokens, text_bytes, size, skipped)
-  manifests.replace(_record(folder, name), json.dumps(dataclasses.asdict(shard)))
+  whole.write(_record(folder, name), json.dumps(dataclasses.asdict(shard)))
   return shard
 
 

@@ -20,7 +20,7 @@ from mc_jax.training.checkpointing import AGGREGATION, HOW, Checkpoints, changed
 from mc_jax.training.config import Config
 from mc_jax.training.faulty import Faulty
 from mc_jax.training.interrupt import Interrupt, deferred
-from mc_jax.training.outputs import Outputs, outputs
+from mc_jax.training.outputs import Outputs, occupied, outputs
 from mc_jax.training.profiling import Trace
 from mc_jax.training.progress import Progress, duration
 from mc_jax.training.step import loss_sum, lower
@@ -70,7 +70,7 @@ def train(
   Raises:
     ConfigError: settings, devices, data or a workdir that do not go together.
     Diverged: losses or gradients that are not finite, see Faulty; older checkpoints stay.
-    OSError: something could not be written; older checkpoints stay.
+    OSError: something could not be written, or another run has the workdir; older checkpoints stay.
   """
   begin, train = time.monotonic(), config.train
   mesh = config.check().make_mesh(devices)
@@ -83,6 +83,7 @@ def train(
   distributed.require_equal("the settings or the data", config_lib.to_json(config).encode(), *data.fingerprint)
   workdir = epath.Path(workdir)
   with (
+    occupied(workdir),
     outputs(workdir) as files,
     Checkpoints(workdir, train.keep_checkpoints, train.keep_every, train.keep_best) as checkpoints,
     contextlib.closing(data.batches(mesh)) as batches,
