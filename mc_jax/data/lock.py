@@ -71,12 +71,13 @@ def take(folder: epath.PathLike, doing: str, instead: str, file: str = FILE) -> 
     OSError: It cannot be written.
   """
   folder = epath.Path(folder)
+  new = not folder.exists()
   folder.mkdir(parents=True, exist_ok=True)
   path = str(folder / file)
   try:
     if "://" not in path:
       with contextlib.suppress(_Unsupported):
-        return _Flock(path)
+        return _Flock(path, new)
     return _Heartbeat(path)
   except _Held as error:
     raise Taken(f"another process {doing} {folder}: {error}; wait for it, stop it, or {instead}") from None
@@ -99,8 +100,8 @@ class _Unsupported(Exception):
 class _Flock(Lock):
   """A lock on a file of a file system."""
 
-  def __init__(self, path: str):
-    self._path = path
+  def __init__(self, path: str, new: bool):
+    self._path, self._new = path, new  # new: the folder was made for it
     while True:
       self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
       try:
@@ -132,6 +133,8 @@ class _Flock(Lock):
     if self._in_place():
       with contextlib.suppress(OSError):
         os.unlink(self._path)
+        if self._new:
+          os.rmdir(os.path.dirname(self._path))  # fails unless nothing came of it
     os.close(self._descriptor)
 
   def _in_place(self) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import tqdm
 from etils import epath
 
-from mc_jax.data import formats, manifests, tokenizers, whole
+from mc_jax.data import formats, manifests, tokenizers, whole, workers
 from mc_jax.data.config import SourceConfig
 from mc_jax.data.documents import Documents, Order
 from mc_jax.data.errors import ConfigError
@@ -189,6 +189,7 @@ _count = None  # documents done by all processes
 def _start(count) -> None:
   global _count
   _count = count
+  workers.follow_parent()
   os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
 
 

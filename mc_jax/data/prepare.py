@@ -17,7 +17,7 @@ from absl import flags
 from etils import epath
 
 from mc_jax import console
-from mc_jax.data import preparation
+from mc_jax.data import files, lock, preparation
 from mc_jax.data.config import ERRORS, TEXTS, SourceConfig
 from mc_jax.data.errors import ConfigError
 
@@ -44,6 +44,12 @@ def main(_: list[str]) -> None:
     raise ConfigError("\n".join(line.replace(".", "--", 1) for line in found))
   if (_TOKENIZER.value is None) == (_TRAIN_BPE.value is None):
     raise ConfigError("give one of --tokenizer and --train_bpe")
+  with lock.take(files.path(_OUT.value), "prepares", "use another --out"):
+    _prepare(source)
+
+
+def _prepare(source: SourceConfig) -> None:
+  """Learns the tokenizer where one is to be learned, prepares the corpus, and prints what it took."""
   name = _TOKENIZER.value
   begin = time.monotonic()
   if _TRAIN_BPE.value:

@@ -13,6 +13,7 @@ import jax
 from etils import epath
 
 from mc_jax.data import ConfigError, datasets, loader, windows
+from mc_jax.data.files import path
 from mc_jax.evaluation import scoring
 from mc_jax.training import config as config_lib
 from mc_jax.training import distributed, flops, metrics, report, sampling, stability, state, trained
@@ -224,8 +225,8 @@ def _first(run: _Run) -> state.TrainState:
     return state.create(config, mesh)
   own = (*AGGREGATION, *HOW, "train.seed")
   reading = {name: value for name, value in config_lib.fields(config).items() if name in own}
-  found = trained.load(origin, reading, mesh=mesh, scores_may_differ=True)
-  changed(found.config, config, epath.Path(origin))  # refuses what else differs in the model
+  found = trained.load(path(origin), reading, mesh=mesh, scores_may_differ=True)
+  changed(found.config, config, path(origin))  # refuses what else differs in the model
   print(f"starting with the parameters of step {found.step} in {origin}")
   for name, (then, now) in config_lib.differences(found.stored, found.config).items():
     print(f"  {name} was {then!r} there and is {now!r} here")
