@@ -114,7 +114,9 @@ def _prompt(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
     words = console.typed("prompt", PROMPT.value)
   else:
     try:
-      words = sys.stdin.read() if PROMPT_FILE.value is None else epath.Path(PROMPT_FILE.value).read_text("utf-8")
+      words = (
+        sys.stdin.read() if PROMPT_FILE.value is None else epath.Path(PROMPT_FILE.value).read_text(encoding="utf-8")
+      )
     except UnicodeError as error:
       raise ConfigError(f"{PROMPT_FILE.value or 'standard input'} is not UTF-8: {error}") from error
   if not words and not LOAD.value:
