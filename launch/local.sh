@@ -12,7 +12,7 @@
 #   --python=PROGRAM    that has mc_jax installed (python)
 #   --dry-run           only print what would be done
 #
-# Ctrl-C or SIGTERM stops all with a checkpoint. Ends with the status of the processes.
+# Ctrl-C, SIGTERM or a closed terminal stops all with a checkpoint. Ends with the status of the processes.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 options="config workdir processes devices restarts python" switches="dry-run"
@@ -22,7 +22,7 @@ require config workdir
 require_number processes devices restarts
 
 pids=() stopping=
-trap 'stopping=yes; kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
+trap 'stopping=yes; kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM HUP
 
 # Starts all processes and waits for them; sets `code` to the worst of their statuses, 2 (settings) before others.
 attempt() {

@@ -7,6 +7,7 @@ Other fields of the configuration, such as --config.train.steps=2000, hold for a
 it was stopped; with --cell=N it runs one cell, for a cluster's array jobs (docs/ablations.md).
 """
 
+import functools
 import pathlib
 import re
 import shlex
@@ -14,6 +15,7 @@ import sys
 
 from absl import flags, logging
 
+from mc_jax import console
 from mc_jax.data import ConfigError
 from mc_jax.evaluation import ablation, tasks
 from mc_jax.training import cells, commandline, config, grid, task_flags
@@ -21,7 +23,7 @@ from mc_jax.training import cells, commandline, config, grid, task_flags
 CONFIG = commandline.define_config()
 GRID = flags.DEFINE_multi_string("grid", [], "FIELD=VALUE,VALUE,... (model.memory.rule=linear,titans); repeatable")
 SEEDS = flags.DEFINE_integer("seeds", 1, "of each combination: train.seed and data.seed, counted up", lower_bound=1)
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of all cells and of the report")
+WORKDIR = console.path_flag("workdir", None, "folder of all cells and of the report")
 PROCESSES = flags.DEFINE_integer("processes", 1, "cells that run at the same time", lower_bound=1)
 CELL = flags.DEFINE_integer("cell", None, "run this one alone, counted from 0, without the report")
 CELLS = flags.DEFINE_boolean("cells", False, "print how many cells there are, and end")
@@ -92,7 +94,7 @@ def arguments() -> list[str]:
   """
   if not CONFIG.present:
     raise ConfigError("--config=FILE is missing, the configuration of all cells, such as configs/mqar.py")
-  found = [argument for argument in sys.argv[1:] if re.match(r"--?(no)?config[.=]", argument)]
+  found = [arg for arg in commandline.expanded(sys.argv[1:]) if re.match(r"--?(no)?config[.=]", arg)]
   try:
     complete = grid.read(found) == config.from_config_dict(CONFIG.value)
   except ConfigError:  # absl understood the whole command line, but it is not whole in `found`
@@ -139,4 +141,4 @@ def describe(job: cells.Job) -> str:
 
 
 if __name__ == "__main__":
-  commandline.run(main, CONFIG)
+  console.run(main, functools.partial(commandline.parse, CONFIG), outlives_output=True)

@@ -22,10 +22,11 @@ import time
 import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
-from mc_jax import memory
+from mc_jax import console, memory
+from mc_jax.data import ConfigError
 from mc_jax.models.config import MemoryConfig, ModelConfig
 from mc_jax.models.mixer import MemoryCaching
 from mc_jax.parallel import axes, hlo_cost, mesh, topology
@@ -45,7 +46,7 @@ _IMPLEMENTATION = flags.DEFINE_enum("implementation", None, ["xla", "pallas"], "
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Compile for this TPU (v5e:2x2, v5p:2x2x1, ...) instead of timing.")
 _CONTEXT = flags.DEFINE_integer("context", 1, "With --topology: chips that share the sequence.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls, of which the median counts.", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
+_JSON = console.path_flag("json", None, "Also write the figures to this file.", written=True)
 
 
 def gradients(config: ModelConfig, length: int):
@@ -108,7 +109,7 @@ def main(_) -> None:
       d_model=_D_MODEL.value, heads=_HEADS.value, dtype=_DTYPE.value, layers=1, memory=MemoryConfig(**options)
     )
     if problems := config.problems("bench"):
-      sys.exit("\n".join(problems))
+      raise ConfigError("\n".join(problems))
     configs.append(config)
 
   run = measure
@@ -130,8 +131,8 @@ def main(_) -> None:
       flag.name: flag.value for flag in flags.FLAGS.flags_by_module_dict()[sys.argv[0]] if flag.name != "json"
     }
     report = {"device": device.device_kind, "platform": device.platform, "jax": jax.__version__, "settings": settings}
-    pathlib.Path(_JSON.value).write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
+    pathlib.Path(_JSON.value).write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-  app.run(main)
+  console.run(main)

@@ -22,10 +22,11 @@ import time
 import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from array_record.python import array_record_module
 from etils import epath
 
+from mc_jax import console
 from mc_jax.data import DataConfig, PackingConfig, datasets, formats, learning, manifests, preparation, tokenizers
 from mc_jax.data.config import SourceConfig
 from mc_jax.models import MemoryConfig, ModelConfig
@@ -44,7 +45,7 @@ _VOCAB = flags.DEFINE_integer("vocab", 32_768, "Ids of the tokenizer.", lower_bo
 _STEPS = flags.DEFINE_integer("steps", 1, "step: in a turn, after which they are waited for.", lower_bound=1)
 _TURNS = flags.DEFINE_integer("turns", 40, "step: of each kind.", lower_bound=2)
 _STEP_WORKERS = flags.DEFINE_integer("step_workers", 0, "step: processes that prepare rows.", lower_bound=0)
-_REPORT = flags.DEFINE_string("json", None, "Also write the figures to this file.")
+_REPORT = console.path_flag("json", None, "Also write the figures to this file.", written=True)
 
 _DRAWS = 64  # batches by themselves
 _MEAN, _SIGMA = 6.3, 1.0  # of the logarithm of a document's length: 900 tokens on average, half of them below 540
@@ -159,8 +160,8 @@ def main(_: list[str]) -> None:
       with tempfile.TemporaryDirectory() as scratch:
         report[name] = measures[name](scratch if name == "prepare" else folder)
   if _REPORT.value:
-    pathlib.Path(_REPORT.value).write_text(json.dumps(report, indent=1) + "\n")
+    pathlib.Path(_REPORT.value).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-  app.run(main)
+  console.run(main)

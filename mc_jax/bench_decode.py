@@ -30,9 +30,9 @@ from collections.abc import Sequence
 import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 import jax
 import matplotlib
-from absl import app, flags
+from absl import flags
 
-from mc_jax import memory
+from mc_jax import console, memory
 from mc_jax.data import ConfigError
 from mc_jax.inference import Decoder, speed
 from mc_jax.models import CacheConfig
@@ -58,8 +58,8 @@ _REPEATS = flags.DEFINE_integer("repeats", 4, "Loops that are timed in a round."
 _SECONDS = flags.DEFINE_float("seconds", 0.1, "About how long a loop takes; of two steps at least.", lower_bound=0.0)
 _BETWEEN = flags.DEFINE_list("between", ["4096", "65536"], "Two contexts between which growth is told.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Compile for this TPU (v5e:2x2, v5p:2x2x1, ...) instead of timing.")
-_JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
-_PLOT = flags.DEFINE_string("plot", None, "Also draw them, in this PNG.")
+_JSON = console.path_flag("json", None, "Also write the figures to this file.", written=True)
+_PLOT = console.path_flag("plot", None, "Also draw them, in this PNG.", written=True)
 
 
 def main(_: list[str]) -> None:
@@ -250,8 +250,4 @@ def _whole_numbers(flag: str, values: list[str]) -> list[int]:
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  try:
-    app.run(main, flags_parser=lambda argv: commandline.parse(CONFIG, argv))
-  except (ConfigError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  console.run(main, functools.partial(commandline.parse, CONFIG))

@@ -5,6 +5,7 @@ Any field of the run's configuration that leaves the parameters as they are can 
 """
 
 import dataclasses
+import functools
 import re
 import shlex
 import sys
@@ -13,12 +14,13 @@ import time
 import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 from absl import flags, logging
 
-from mc_jax.data import ConfigError
+from mc_jax import console
+from mc_jax.data import ConfigError, whole
 from mc_jax.evaluation import Subject, report, tasks
 from mc_jax.training import commandline, config, outputs, state, task_flags, trained
 
 CONFIG = commandline.define_overrides()
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run of mc_jax.train, or gs://BUCKET/FOLDER")
+WORKDIR = console.path_flag("workdir", None, "folder of a run of mc_jax.train, or gs://BUCKET/FOLDER")
 STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default: the newest")
 NAME = flags.DEFINE_string("name", None, "of the files in RUN/evaluation; default: tasks and fields that were changed")
 task_flags.define()
@@ -57,8 +59,8 @@ def main(_: list[str]) -> None:
   with outputs.outputs(workdir) as files:
     folder = files.folder / "evaluation"
     folder.mkdir(exist_ok=True)
-    report.save(folder / f"{name}.json", report.dumps(record))
-    (folder / f"{name}.csv").write_text(report.to_csv(results), encoding="utf-8")
+    whole.write(folder / f"{name}.json", report.dumps(record))
+    whole.write(folder / f"{name}.csv", report.to_csv(results))
     drawn = report.plot(folder / f"{name}.png", {name: results})
   written = ", ".join([f"{name}.json", f"{name}.csv", *(path.name for path in drawn)])
   print(f"written to {workdir / 'evaluation'}: {written}")
@@ -83,4 +85,4 @@ def _name(names: tuple[str, ...], changes: dict[str, object]) -> str:
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["workdir", "tasks"])
-  commandline.run(main, CONFIG)
+  console.run(main, functools.partial(commandline.parse, CONFIG), outlives_output=True)

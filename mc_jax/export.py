@@ -4,15 +4,18 @@ docs/export.md has the tensors' names, and how to read them. Fields of the confi
 they are can be changed on the way, such as --config.model.memory.after_training=moving_average.
 """
 
+import functools
+
 import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 from absl import flags, logging
 
+from mc_jax import console
 from mc_jax.inference import export
 from mc_jax.training import commandline, outputs, trained
 
 CONFIG = commandline.define_overrides()
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run of mc_jax.train, or gs://BUCKET/FOLDER")
-TO = flags.DEFINE_string("to", None, "folder to write to, new or empty")
+WORKDIR = console.path_flag("workdir", None, "folder of a run of mc_jax.train, or gs://BUCKET/FOLDER")
+TO = console.path_flag("to", None, "folder to write to, new or empty")
 DTYPE = flags.DEFINE_enum("dtype", "float32", export.DTYPES, "of the tensors")
 STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default: the newest")
 
@@ -33,4 +36,4 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["workdir", "to"])
-  commandline.run(main, CONFIG)
+  console.run(main, functools.partial(commandline.parse, CONFIG), outlives_output=True)

@@ -6,14 +6,16 @@ they are can be changed, such as --config.model.memory.after_training=moving_ave
 """
 
 import dataclasses
+import functools
 import sys
 
 import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 
+from mc_jax import console
 from mc_jax.data import ConfigError, tokenizers
 from mc_jax.data.config import TEXTS
 from mc_jax.inference import Decoder, Request, generation, prompts, text
@@ -23,10 +25,10 @@ from mc_jax.models.cache import FULL
 from mc_jax.training import commandline, outputs, report, state, trained
 
 CONFIG = commandline.define_overrides()
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run of mc_jax.train, or gs://BUCKET/FOLDER")
+WORKDIR = console.path_flag("workdir", None, "folder of a run of mc_jax.train, or gs://BUCKET/FOLDER")
 STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default: the newest")
-PROMPT = flags.DEFINE_string("prompt", None, "text to continue; default: standard input")
-PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "file of the text to continue")
+PROMPT = flags.DEFINE_string("prompt", None, "text to continue; default: standard input, UTF-8")
+PROMPT_FILE = console.path_flag("prompt_file", None, "file of the text to continue, UTF-8")
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "of the continuation")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0: always the likeliest token")
 TOP_K = flags.DEFINE_integer("top_k", 0, "draw from so many of the likeliest tokens; 0: all")
@@ -42,15 +44,14 @@ CACHE_DTYPE = flags.DEFINE_string(
   "cache_dtype", None, "of cached states: float32, bfloat16, int8; default: the model's"
 )
 CACHE_MEMORY = flags.DEFINE_enum("cache_memory", "device", decode.MEMORIES, "where cached states lie; host: for ssc")
-SAVE = flags.DEFINE_string("save_prompt", None, "folder to save the prompt's cache in")
-LOAD = flags.DEFINE_string("load_prompt", None, "folder of a saved prompt, which --prompt goes on from")
+SAVE = console.path_flag("save_prompt", None, "folder to save the prompt's cache in")
+LOAD = console.path_flag("load_prompt", None, "folder of a saved prompt, which --prompt goes on from")
 
 
 def main(_: list[str]) -> None:
   """Generates as the flags say."""
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.ERROR)
-  sys.stdout.reconfigure(errors="replace")  # models write what terminals do not know
   model = trained.load(outputs.workdir(WORKDIR.value), commandline.overrides(CONFIG), step=STEP.value)
   data = model.config.data
   if data.source not in TEXTS:
@@ -60,7 +61,8 @@ def main(_: list[str]) -> None:
   mesh = model.mesh if model.mesh.size > 1 else None
   decoder = Decoder(model.config.model, state.graph(model.config), model.params, _cache(len(prompt)), mesh)
 
-  stop = (*(tuple(ids.tolist()) for ids in tokenizer.encode(STOP.value)), (tokenizer.separator,))
+  stops = [console.typed("stop", words) for words in STOP.value]
+  stop = (*(tuple(ids.tolist()) for ids in tokenizer.encode(stops)), (tokenizer.separator,))
   requests = [
     Request(prompt, MAX_TOKENS.value, TEMPERATURE.value, TOP_K.value, TOP_P.value, SEED.value + i, stop)
     for i in range(SAMPLES.value)
@@ -82,7 +84,7 @@ def main(_: list[str]) -> None:
   size = generation.cache_bytes(cache)
 
   requests = [dataclasses.replace(request, prompt=prompt[:0]) for request in requests]
-  streams = [text.Stream(tokenizer.decode, STOP.value) for _ in requests]
+  streams = [text.Stream(tokenizer.decode, stops) for _ in requests]
   made = 0
   with generation.Stopwatch() as writing:
     for block in decoder.generate(requests, (logits, cache)):
@@ -108,16 +110,15 @@ def main(_: list[str]) -> None:
 def _prompt(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
   if PROMPT.value is not None and PROMPT_FILE.value is not None:
     raise ConfigError("--prompt and --prompt_file are both given: use one")
-  if PROMPT_FILE.value is not None:
-    words = epath.Path(PROMPT_FILE.value).read_text(encoding="utf-8")
-  elif PROMPT.value is not None:
-    words = PROMPT.value
-    try:
-      words.encode("utf-8")
-    except UnicodeError as error:
-      raise ConfigError(f"--prompt is not UTF-8: {error}") from error
+  if PROMPT.value is not None:
+    words = console.typed("prompt", PROMPT.value)
   else:
-    words = sys.stdin.read()
+    try:
+      words = (
+        sys.stdin.read() if PROMPT_FILE.value is None else epath.Path(PROMPT_FILE.value).read_text(encoding="utf-8")
+      )
+    except UnicodeError as error:
+      raise ConfigError(f"{PROMPT_FILE.value or 'standard input'} is not UTF-8: {error}") from error
   if not words and not LOAD.value:
     raise ConfigError("the prompt is empty: give --prompt, --prompt_file or text on standard input")
   ids = tokenizer.encode([words])[0]
@@ -138,10 +139,4 @@ def _cache(prompt: int) -> CacheConfig:
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("workdir")
-  try:
-    app.run(main, flags_parser=lambda argv: commandline.parse(CONFIG, argv))
-  except ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except (OSError, UnicodeError) as error:
-    sys.exit(f"error: {error}")
+  console.run(main, functools.partial(commandline.parse, CONFIG))

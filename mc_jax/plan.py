@@ -9,6 +9,7 @@ compiler's estimate (mc_jax/parallel/hlo_cost.py): nothing runs. --sweep tries m
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import pathlib
@@ -20,8 +21,9 @@ from collections.abc import Iterator
 
 import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 import jax
-from absl import app, flags
+from absl import flags
 
+from mc_jax import console
 from mc_jax.data import ConfigError
 from mc_jax.training import commandline, config, planning, report
 from mc_jax.training.planning import Plan
@@ -30,7 +32,7 @@ from mc_jax.training.progress import duration
 CONFIG = commandline.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs: v5e:16x16, v5p:4x4x4, v6e:4x4, ...")
 _SLICES = flags.DEFINE_integer("slices", 1, "So many of these slices, along mesh.data.", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "Also write all figures to this file.")
+_JSON = console.path_flag("json", None, "Also write all figures to this file.", written=True)
 _SWEEP = flags.DEFINE_boolean("sweep", False, "Try mesh shapes, --lengths and --segments.")
 _LENGTHS = flags.DEFINE_list("lengths", [], "--sweep: data.length, rows as many as keep a step's tokens.")
 _SEGMENTS = flags.DEFINE_list("segments", [], "--sweep: model.memory.segment_length.")
@@ -162,10 +164,4 @@ def _progress(what: str) -> Iterator[None]:
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "topology"])
-  try:
-    app.run(main, flags_parser=lambda argv: commandline.parse(CONFIG, argv))
-  except (ConfigError, OSError) as error:  # 1 says that it does not fit
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    sys.exit("\nstopped")
+  console.run(main, functools.partial(commandline.parse, CONFIG), hopeless=(OSError,))  # 1 says that it does not fit

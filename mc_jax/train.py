@@ -4,20 +4,20 @@ Every field of the configuration is a flag, such as --config.model.memory.aggreg
 command goes on where an earlier run in the same --workdir stopped.
 """
 
-import os
+import functools
 import pathlib
 import sys
 
 import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
-from mc_jax.data import ConfigError
+from mc_jax import console
 from mc_jax.training import commandline, config, distributed, loop, metrics, outputs, profiling, replay
 
 CONFIG = commandline.define_config()
-WORKDIR = flags.DEFINE_string(
+WORKDIR = console.path_flag(
   "workdir", None, "folder of everything the run writes, or gs://BUCKET/FOLDER; default: runs/NAME of the config"
 )
 PROFILE = flags.DEFINE_string("profile", None, "steps to trace with jax.profiler, such as 10-12, into the workdir")
@@ -38,7 +38,14 @@ HEARTBEAT = flags.DEFINE_integer(
 
 
 def main(_: list[str]) -> None:
-  """Trains as the flags say. Exits with 128 + the signal's number if a signal stopped the run, which can go on."""
+  """Trains as the flags say. Exits with 128 + the signal's number if a signal stopped the run, which can be resumed."""
+  try:
+    _train()
+  except jax.errors.JaxRuntimeError as error:
+    distributed.leave(error)
+
+
+def _train() -> None:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.FATAL)  # Orbax tells a page per checkpoint, and several per error that reaches us
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
@@ -47,7 +54,7 @@ def main(_: list[str]) -> None:
   run = config.from_config_dict(CONFIG.value).check()
   distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, HEARTBEAT.value)
   if not distributed.is_first():
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one process speaks for all
+    console.silence()  # one process speaks for all
   if REPLAY.value is not None:
     print(replay.replay(run, workdir, REPLAY.value))
     return
@@ -59,14 +66,10 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  try:
-    app.run(main, flags_parser=lambda argv: commandline.parse(CONFIG, argv))
-  except (ConfigError, metrics.Diverged) as error:  # status 2: the same command would end in the same way
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except OSError as error:
-    sys.exit(f"error: {error}")
-  except jax.errors.JaxRuntimeError as error:
-    distributed.leave(error)
-  except KeyboardInterrupt:
-    sys.exit("\nstopped at once; the same command goes on from the last checkpoint")
+  console.run(
+    main,
+    functools.partial(commandline.parse, CONFIG),
+    outlives_output=True,
+    hopeless=(metrics.Diverged,),
+    interrupted="stopped at once; the same command resumes from the last checkpoint",
+  )

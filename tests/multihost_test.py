@@ -1,5 +1,6 @@
 """Two processes of one job: they train as one does, end when one is killed, and go on together."""
 
+import json
 import os
 import pathlib
 import signal
@@ -11,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+from mc_jax.data import lock
 from mc_jax.training import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -153,3 +155,21 @@ def test_mistyped_processes_are_named(texts, tmp_path, flags, message):
   assert code == 2
   assert message in printed
   assert "Traceback" not in printed
+
+
+@pytest.mark.slow
+def test_a_job_has_its_workdir_alone_and_a_closed_terminal_stops_it(texts, tmp_path):
+  workdir, long = tmp_path / "run", ["--config.train.steps=1000000", "--config.train.checkpoint_every=1000000"]
+  pair = _start_two(texts, workdir, *long)
+  _wait_for(workdir / metrics.JSONL, *pair)
+  holder = json.loads((workdir / lock.FILE).read_text())["pid"]
+  assert holder == pair[0].pid
+  codes, printed = _finish(*_start_two(texts, workdir, *long))
+  assert codes == [1, 1]
+  assert all(f"error: another process trains in {workdir}: pid {holder} on " in text for text in printed)
+  pair[1].send_signal(signal.SIGHUP)
+  codes, (printed, _) = _finish(*pair)
+  assert codes == [128 + signal.SIGTERM] * 2, printed
+  (step,) = (path.name for path in (workdir / "checkpoints").iterdir())
+  assert f"stopped at step {step}; " in printed
+  assert not (workdir / lock.FILE).exists()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from mc_jax.data import files, formats, manifests, tokenizers
+from mc_jax.data import files, formats, manifests, tokenizers, whole
 from mc_jax.data.config import SourceConfig
 from mc_jax.data.documents import Documents, Order
 from mc_jax.data.errors import ConfigError
@@ -45,7 +45,7 @@ def learn(source: SourceConfig, vocab_size: int, most: int, out: str, on_error: 
   if (folder / manifests.PLAN).exists():
     raise ConfigError(f"{folder} holds a corpus that was tokenized with --tokenizer. Use another --out")
   folder.mkdir(parents=True, exist_ok=True)
-  manifests.replace(folder / NOTE, json.dumps(settings, indent=1) + "\n")  # first: where a tokenizer is, its note is
+  whole.write(folder / NOTE, json.dumps(settings, indent=1) + "\n")  # first: where a tokenizer is, its note is
   return train(source, vocab_size, most, folder / FILE, on_error)
 
 
@@ -57,7 +57,7 @@ def train(source: SourceConfig, vocab_size: int, most: int, path: epath.Path, on
   with tempfile.TemporaryDirectory() as folder:
     temporary = epath.Path(folder) / path.name
     tokenizers.train_bpe(itertools.chain([first], texts), vocab_size, temporary)
-    manifests.replace(path, temporary.read_bytes())
+    whole.write(path, temporary.read_bytes())
   return tokenizers.load(str(path)).vocab_size
 
 

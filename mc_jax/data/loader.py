@@ -8,10 +8,7 @@ of its shards. A process follows the shards of its own rows; together they know 
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import grain
@@ -20,6 +17,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
+from mc_jax.data import workers as workers_lib
 from mc_jax.data.errors import ConfigError
 from mc_jax.data.packing import Row
 from mc_jax.data.streams import Mixture
@@ -99,14 +97,9 @@ class Rows:
 def _own_signals(worker: int, workers: int) -> None:
   """In a worker: stopping is the trainer's to decide, who may draw rows after a signal; and a worker ends with it."""
   del worker, workers
-  for number in (signal.SIGINT, signal.SIGTERM):
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
-
-  def follow() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-  threading.Thread(target=follow, daemon=True).start()
+  workers_lib.follow_parent()
 
 
 class _Steps(grain.IterDataset):

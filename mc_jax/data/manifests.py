@@ -9,7 +9,7 @@ import re
 import numpy as np
 from etils import epath
 
-from mc_jax.data import files
+from mc_jax.data import files, whole
 from mc_jax.data.errors import ConfigError
 
 FILE = "manifest.json"
@@ -51,7 +51,7 @@ def read(folder: str) -> Manifest:
   """
   path = files.path(folder) / FILE
   try:
-    tree = json.loads(path.read_text())
+    tree = json.loads(path.read_text(encoding="utf-8"))
     tree["shards"] = tuple(Shard(**shard) for shard in tree["shards"])
     tree["sources"] = tuple(tree["sources"])
     manifest = Manifest(**tree)
@@ -73,14 +73,7 @@ def read(folder: str) -> Manifest:
 
 def write(folder: epath.Path, manifest: Manifest) -> None:
   """Writes a folder's manifest, all or nothing."""
-  replace(folder / FILE, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
-
-
-def replace(path: epath.Path, data: str | bytes) -> None:
-  """Writes a file, all or nothing."""
-  temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
-  temporary.replace(path)
+  whole.write(folder / FILE, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
 
 
 def lengths(shard: str) -> str:

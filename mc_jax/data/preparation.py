@@ -20,7 +20,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from mc_jax.data import files, formats, manifests, tokenizers
+from mc_jax.data import files, formats, manifests, tokenizers, whole, workers
 from mc_jax.data.config import SourceConfig
 from mc_jax.data.documents import SKIP, encode
 from mc_jax.data.errors import ConfigError
@@ -116,7 +116,7 @@ def _settle(folder: epath.Path, tokenizer: Tokenizer, source: SourceConfig, part
   plan = json.dumps({"tokenizer": tokenizer.fingerprint, "field": source.field, "shards": parts})
   path = folder / manifests.PLAN
   if not path.exists():
-    manifests.replace(path, plan + "\n")
+    whole.write(path, plan + "\n")
     return
   try:
     lines = list(_differences(json.loads(path.read_bytes()), json.loads(plan)))
@@ -162,7 +162,7 @@ def _keep(folder: epath.Path, tokenizer: str) -> str:
   name = "tokenizer.model" if tokenizer.endswith(".model") else "tokenizer.json"
   data = tokenizers.read(tokenizer)
   if not (folder / name).exists() or (folder / name).read_bytes() != data:
-    manifests.replace(folder / name, data)
+    whole.write(folder / name, data)
   return name
 
 
@@ -173,7 +173,7 @@ def _record(folder: epath.Path, name: str) -> epath.Path:
 def _read(folder: epath.Path, name: str) -> Shard | None:
   """A shard that is done: what is said of it is written last."""
   path = _record(folder, name)
-  return Shard(**json.loads(path.read_text())) if path.exists() and (folder / name).exists() else None
+  return Shard(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() and (folder / name).exists() else None
 
 
 def _run(jobs: dict[str, Job], done: dict[str, Shard], blocks: Sequence[Block], processes: int) -> dict[str, Shard]:
@@ -223,6 +223,7 @@ _count = None  # documents done by all processes
 def _start(count) -> None:
   global _count
   _count = count
+  workers.follow_parent()
   os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
 
 
@@ -261,7 +262,7 @@ def write(name: str, job: Job) -> Shard:
       else:
         os.replace(os.path.join(temporary, file), folder / file)
   shard = Shard(name, len(lengths), tokens, sum(lengths), size, skipped, beside)
-  manifests.replace(_record(folder, name), json.dumps(dataclasses.asdict(shard)))
+  whole.write(_record(folder, name), json.dumps(dataclasses.asdict(shard)))
   return shard
 
 

@@ -11,19 +11,19 @@ not at all, and which documents it holds was settled at the start.
 from __future__ import annotations
 
 import os
-import sys
 import time
 
-from absl import app, flags
+from absl import flags
 
-from mc_jax.data import files, learning, preparation
+from mc_jax import console
+from mc_jax.data import files, learning, lock, preparation
 from mc_jax.data.config import ERRORS, TEXTS, SourceConfig
 from mc_jax.data.errors import ConfigError
 
 _SOURCE = flags.DEFINE_enum("source", "text", TEXTS, "Format of the corpus.")
 _PATHS = flags.DEFINE_string("paths", "", "Its files, folders or globs, separated by commas; also gs://.")
 _FIELD = flags.DEFINE_string("field", "text", "What holds the text: of a JSON object, or a Parquet column.")
-_OUT = flags.DEFINE_string("out", None, "Folder of the tokenized corpus; made if missing.", required=True)
+_OUT = console.path_flag("out", None, "Folder of the tokenized corpus; made if missing.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "bytes, a tokenizer.json, or a SentencePiece *.model.")
 _TRAIN_BPE = flags.DEFINE_integer(
   "train_bpe", None, "Instead: learn a byte-level BPE with so many ids.", lower_bound=257
@@ -45,6 +45,12 @@ def main(_: list[str]) -> None:
     raise ConfigError("give one of --tokenizer and --train_bpe")
   if _TRAIN_BPE.value is None and flags.FLAGS["train_bytes"].present:
     raise ConfigError("--train_bytes is read only with --train_bpe")
+  with lock.take(files.path(_OUT.value), "prepares", "use another --out"):
+    _prepare(source)
+
+
+def _prepare(source: SourceConfig) -> None:
+  """Learns the tokenizer where one is to be learned, prepares the corpus, and prints what it took."""
   name = _TOKENIZER.value
   if _TRAIN_BPE.value:
     name = str(files.path(_OUT.value) / learning.FILE)
@@ -71,10 +77,5 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  try:
-    app.run(main)
-  except ConfigError as error:  # status 2: the same command would end in the same way
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except OSError as error:
-    sys.exit(f"error: {error}")
+  flags.mark_flag_as_required("out")
+  console.run(main, outlives_output=True)

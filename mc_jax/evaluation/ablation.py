@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import matplotlib
 
+from mc_jax.data import whole
 from mc_jax.evaluation import heatmaps, report
 from mc_jax.evaluation.subject import Result
 
@@ -141,11 +142,10 @@ def write(folder: pathlib.Path, cells: Sequence[dict]) -> list[str]:
   texts = {JSON: report.dumps({"cells": list(cells)}), "table.txt": table(cells) + "\n", "table.csv": to_csv(cells)}
   texts["commands.txt"] = commands(folder, cells)
   for name, text in texts.items():
-    report.save(folder / name, text)
+    whole.write(folder / name, text)
   figures = {f"{name}.png": figure for name, figure in _figures(every)}
   for name, figure in figures.items():
-    figure.savefig(folder / name, dpi=110)
-    pyplot.close(figure)
+    report.save(figure, folder / name)
   return [*texts, *figures]
 
 

@@ -8,27 +8,29 @@ drew of it is drawn again.
 
 import json
 import pathlib
-import sys
 
-from absl import app, flags
+from absl import flags
 
-from mc_jax.data import ConfigError
+from mc_jax import console
+from mc_jax.data import ConfigError, files
 from mc_jax.evaluation import report
 
-PNG = flags.DEFINE_string("png", None, "file to draw in, and X_map.png beside X.png for gates; default: only print")
+PNG = console.path_flag(
+  "png", None, "file to draw in, and X_map.png beside X.png for gates; default: only print", written=True
+)
 BASELINE = flags.DEFINE_string("baseline", None, "label of what the others are compared with")
 
 
 def main(argv: list[str]) -> None:
   """Compares the files given as LABEL=FILE, or as FILE."""
-  alone = {argument: pathlib.Path(argument) for argument in argv[1:]}
+  alone = {argument: files.path(argument) for argument in argv[1:]}
   pairs = [(path.stem, path) if path.is_file() else name.partition("=")[::2] for name, path in alone.items()]
   if not pairs or not all(label and file for label, file in pairs):
     raise ConfigError("what is drawn must be given as LABEL=FILE or FILE, a JSON that mc_jax.evaluate wrote")
   series = {}
   for label, file in pairs:
     try:
-      series[label] = report.from_json(json.loads(pathlib.Path(file).read_text(encoding="utf-8"))["results"])
+      series[label] = report.from_json(json.loads(files.path(str(file)).read_text(encoding="utf-8"))["results"])
     except (ValueError, KeyError, TypeError) as error:
       raise ConfigError(f"{file} is no JSON that mc_jax.evaluate wrote: {error!r}") from error
   if BASELINE.value and BASELINE.value not in series:
@@ -36,13 +38,10 @@ def main(argv: list[str]) -> None:
   for label, results in series.items():
     print(f"{label}\n{report.table(results)}\n")
   if PNG.value:
-    if not (files := report.plot(pathlib.Path(PNG.value), series, BASELINE.value)):
+    if not (drawn := report.plot(pathlib.Path(PNG.value), series, BASELINE.value)):
       raise ConfigError(f"--png={PNG.value}: no gates, and nothing at several lengths or numbers of pairs")
-    print(f"drawn in {', '.join(map(str, files))}")
+    print(f"drawn in {', '.join(map(str, drawn))}")
 
 
 if __name__ == "__main__":
-  try:
-    app.run(main)
-  except (ConfigError, OSError) as error:
-    sys.exit(f"error: {error}")
+  console.run(main, console.parse_arguments)

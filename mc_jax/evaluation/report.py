@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib
 
+from mc_jax.data import whole
 from mc_jax.evaluation import heatmaps
 from mc_jax.evaluation.subject import Result
 
@@ -69,11 +70,12 @@ def dumps(record: dict) -> str:
   return re.sub(r"\[\n[-+\d.e,\s]+\]", lambda found: "".join(found[0].split()).replace(",", ", "), text) + "\n"
 
 
-def save(path: pathlib.Path, text: str) -> None:
-  """Writes a file whole or not at all: a kill leaves what was there before."""
-  temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text(text, encoding="utf-8")
-  temporary.replace(path)
+def save(figure: pyplot.Figure, path: pathlib.Path, dpi: int = 110) -> None:
+  """Writes a figure as PNG, and closes it."""
+  image = io.BytesIO()
+  figure.savefig(image, dpi=dpi, format="png")
+  pyplot.close(figure)
+  whole.write(path, image.getvalue())
 
 
 def plot(path: pathlib.Path, series: Mapping[str, Sequence[Result]], baseline: str | None = None) -> list[pathlib.Path]:
@@ -89,8 +91,7 @@ def plot(path: pathlib.Path, series: Mapping[str, Sequence[Result]], baseline: s
   figures = {path: _lines(series, baseline), map_path(path): heatmaps.draw(_looked_at(series))}
   figures = {path: figure for path, figure in figures.items() if figure}
   for path, figure in figures.items():
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save(figure, path)
   return list(figures)
 
 

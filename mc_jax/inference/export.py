@@ -24,7 +24,7 @@ from flax import nnx, traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mc_jax.data import ConfigError
+from mc_jax.data import ConfigError, lock
 from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig
 
 CONFIG = "config.json"
@@ -76,7 +76,7 @@ def require_empty(folder: os.PathLike | str) -> pathlib.Path:
     raise ConfigError(f"{folder} must be a folder of this machine: copy it to a bucket afterwards")
   if path.exists() and not path.is_dir():
     raise ConfigError(f"{path} is a file: the export needs a folder")
-  if path.is_dir() and (names := sorted(entry.name for entry in path.iterdir())):
+  if path.is_dir() and (names := sorted(entry.name for entry in path.iterdir() if entry.name != lock.FILE)):
     raise ConfigError(f"{path} is not empty, it holds {_some(names)}: export to a new folder")
   return path
 
@@ -105,12 +105,15 @@ def save(
 
   Raises:
     ConfigError: the folder is not empty, or another dtype.
-    OSError: no room, or no right to write.
+    OSError: no room, no right to write, or another process exports there.
   """
   if dtype not in DTYPES:
     raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
-  folder = require_empty(folder)
-  folder.mkdir(parents=True, exist_ok=True)
+  with lock.take(require_empty(folder), "exports to", "export to a new folder"):
+    return _write(require_empty(folder), config, params, dtype, file_bytes)
+
+
+def _write(folder: pathlib.Path, config: ModelConfig, params: dict, dtype: str, file_bytes: int) -> list[pathlib.Path]:
   places, flat, kind = tensors(config), traverse_util.flatten_dict(params), jnp.dtype(dtype)
   sizes = {name: math.prod(place.shape) * kind.itemsize for name, place in places.items()}
   files = _files(sizes, file_bytes)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from mc_jax.data import ConfigError
+from mc_jax.data import ConfigError, lock
 from mc_jax.inference.generation import Decoder, repeat
 from mc_jax.models import Cache, CacheConfig
 from mc_jax.models import cache as cache_lib
@@ -23,18 +23,21 @@ def save(folder: epath.PathLike, decoder: Decoder, logits: jax.Array, cache: Cac
 
   Raises:
     ConfigError: the folder is there already.
+    OSError: another process saves a prompt there.
   """
-  require_new(folder)
-  folder = epath.Path(folder)
+  folder = _absolute(folder)
   told = {
     "model": dataclasses.asdict(decoder.config),
     "cache": dataclasses.asdict(decoder.cache),
     "params": checksum(decoder.params),
     "rows": len(logits),
   }
-  with _checkpointer() as checkpointer:
+  name = folder.name
+  own = lock.take(folder.parent, f"saves {name} in", "give another --save_prompt", f".{name}.lock")
+  with own, _checkpointer() as checkpointer:
+    require_new(folder)
     arrays = ocp.args.StandardSave({"logits": logits, "cache": cache})
-    checkpointer.save(_absolute(folder), ocp.args.Composite(prompt=arrays, told=ocp.args.JsonSave(told)))
+    checkpointer.save(folder, ocp.args.Composite(prompt=arrays, told=ocp.args.JsonSave(told)))
 
 
 def require_new(folder: epath.PathLike) -> None:

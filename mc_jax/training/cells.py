@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -22,14 +21,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import TextIO
 
 import tqdm
 from etils import epath
 
-from mc_jax.data import ConfigError
-from mc_jax.evaluation import report
-from mc_jax.training import checkpointing, digests, metrics
+from mc_jax import console
+from mc_jax.data import ConfigError, lock, whole
+from mc_jax.training import checkpointing, digests, interrupt, metrics
 from mc_jax.training import config as config_lib
 from mc_jax.training.grid import Cell
 from mc_jax.training.progress import duration
@@ -37,6 +35,7 @@ from mc_jax.training.progress import duration
 FOLDER = "cells"
 FACTS = "cell.json"
 LOG = "log.txt"
+_LOCK = ".lock"  # another than a run's: it is held over training and evaluation
 EVALUATION = "ablation"  # the name of a cell's evaluation
 
 _POLL = 0.5  # seconds between two looks at the processes
@@ -149,6 +148,7 @@ def run(jobs: Sequence[Job], workdir: pathlib.Path, processes: int) -> tuple[lis
   """
   # Runs that differ in their seeds are one program. What a machine compiled may not suit another.
   environment = {"JAX_COMPILATION_CACHE_DIR": str((workdir / "compiled" / platform.node()).absolute()), **os.environ}
+  environment |= {"PYTHONIOENCODING": "utf-8"}  # logs, whatever the terminal here is
   waiting, running, crashed, ended = collections.deque(jobs), [], [], 0
   begin = time.monotonic()
   first = sum(job.step for job in jobs)
@@ -192,11 +192,11 @@ def run(jobs: Sequence[Job], workdir: pathlib.Path, processes: int) -> tuple[lis
 class _Process:
   """A job's commands, one after the other, under a lock on its folder."""
 
-  def __init__(self, job: Job, commands: list[list[str]], environment: dict[str, str], lock: TextIO):
+  def __init__(self, job: Job, commands: list[list[str]], environment: dict[str, str], own: lock.Lock):
     self.job, self.begin = job, time.monotonic()
-    self._commands, self._environment, self._lock = commands, environment, lock
+    self._commands, self._environment, self._lock = commands, environment, own
     self._told = 0
-    self._log = (job.folder / LOG).open("a", encoding="utf-8")
+    self._log = (job.folder / LOG).open("a", encoding="utf-8", errors="backslashreplace")
     self._next()
 
   def ended(self, signals: Sequence[int]) -> bool:
@@ -208,7 +208,7 @@ class _Process:
       self._next()
       return False
     self._log.close()
-    self._lock.close()
+    self._lock.release()
     return True
 
   def tell(self, signals: int) -> None:
@@ -233,21 +233,18 @@ class _Process:
       stderr=subprocess.STDOUT,
       env=self._environment,
       start_new_session=True,  # Ctrl-C reaches it once, from here
-      pass_fds=[self._lock.fileno()],  # the lock is held as long as the run lives, whatever ends this process
+      pass_fds=self._lock.descriptors,  # the lock is held as long as the run lives, whatever ends this process
     )
 
 
 def _start(job: Job, environment: dict[str, str]) -> _Process | None:
   """The running job, or None if another process runs it or has."""
-  job.folder.mkdir(parents=True, exist_ok=True)
-  lock = (job.folder / ".lock").open("w")
   try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    lock.close()
+    own = lock.take(job.folder, "runs the cell in", "leave it to that one", _LOCK)
+  except lock.Taken:
     return None
   if not (commands := job.commands()):
-    lock.close()
+    own.release()
     return None
   cell, path = job.cell, job.folder / FACTS
   if job.trained and path.exists():
@@ -256,8 +253,8 @@ def _start(job: Job, environment: dict[str, str]) -> _Process | None:
     facts = {"number": cell.number, "name": cell.name, "values": cell.values, "seed": cell.seed}
     facts |= {"command": shlex.join(["python", "-m", "mc_jax.train", *cell.arguments]), **_machine()}
     facts |= {"config": dataclasses.asdict(cell.config)}
-  report.save(path, json.dumps(facts | {"grid": job.grid}, indent=1) + "\n")
-  return _Process(job, commands, environment, lock)
+  whole.write(path, json.dumps(facts | {"grid": job.grid}, indent=1) + "\n")
+  return _Process(job, commands, environment, own)
 
 
 def _machine() -> dict[str, str | int | None]:
@@ -281,17 +278,12 @@ def _last_step(folder: pathlib.Path) -> int:
 
 @contextlib.contextmanager
 def _noted() -> Iterator[list[int]]:
-  """Within it, SIGINT and SIGTERM are noted in the list that it gives, instead of obeyed."""
+  """Within it, signals that ask to stop are noted in the list that it gives, instead of obeyed."""
   signals: list[int] = []
 
-  def note(number: int, _) -> None:
+  def first(number: int) -> None:
     signals.append(number)
-    if len(signals) == 1:
-      print("\nstopping, with checkpoints; again to stop at once", file=sys.stderr, flush=True)
+    console.tell("\nstopping, with checkpoints; again to stop at once")
 
-  previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-  try:
+  with interrupt.heard(first, signals.append):
     yield signals
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)

@@ -1,15 +1,13 @@
-"""The flag --config of the doors, and errors of one line for what is mistyped."""
+"""The flag --config of the doors; what is mistyped becomes a ConfigError."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import NoReturn
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from mc_jax.data import ConfigError
+from mc_jax.data import ConfigError, files
 from mc_jax.training import config
 
 
@@ -49,7 +47,7 @@ def parse(holder: flags.FlagHolder, argv: list[str]) -> list[str]:
     elif name == "config" and holder.default is not None:
       raise ConfigError("--config=FILE is for training; here the run's own is read from --workdir=RUN")
   try:
-    rest = flags.FLAGS(argv)
+    rest = flags.FLAGS(expanded(argv))
   except (flags.Error, KeyError) as error:  # KeyError: a name in data.sources that the config file does not have
     raise ConfigError(" ".join(str(error.args[0]).split())) from error
   try:
@@ -70,12 +68,9 @@ def numbers(flag: flags.FlagHolder) -> tuple[int, ...]:
     raise ConfigError(f"--{flag.name} must be numbers separated by commas, got {','.join(flag.value)}") from error
 
 
-def run(main: Callable[[list[str]], None], holder: flags.FlagHolder) -> NoReturn:
-  """Runs a door; what is wrong with its flags or files ends it with one line: status 2 for the same end next time."""
-  try:
-    app.run(main, flags_parser=lambda argv: parse(holder, argv))
-  except ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except OSError as error:
-    sys.exit(f"error: {error}")
+def expanded(arguments: list[str]) -> list[str]:
+  """The arguments with --config=~/FILE as --config=HOME/FILE, which no shell does."""
+  return [
+    f"{flag}={files.path(value)}" if flag.lstrip("-") == "config" and value.startswith("~") else argument
+    for argument, (flag, _, value) in ((argument, argument.partition("=")) for argument in arguments)
+  ]

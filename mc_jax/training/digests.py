@@ -10,15 +10,15 @@ import hashlib
 
 from etils import epath
 
+from mc_jax.data import whole
+
 FILE = "SHA256SUMS"
 
 
 def write(folder: epath.Path) -> None:
   """Writes the digests of all files below `folder`, all or nothing; from now on it counts as complete."""
   text = "".join(f"{digest}  {name}\n" for name, digest in _digests(folder, _names(folder)).items())
-  temporary = folder / f".{FILE}.tmp"
-  temporary.write_text(text)
-  temporary.replace(folder / FILE)
+  whole.write(folder / FILE, text)
 
 
 def complete(folder: epath.Path) -> bool:
@@ -36,7 +36,7 @@ def problems(folder: epath.Path, part: int = 0, parts: int = 1) -> list[str]:
     part, parts: of the files' contents, only those of one part are read, where several processes share the work.
   """
   try:
-    lines = [line.split("  ", 1) for line in (folder / FILE).read_text().splitlines()]
+    lines = [line.split("  ", 1) for line in (folder / FILE).read_text(encoding="utf-8").splitlines()]
     written = {name: digest for digest, name in lines}
   except (OSError, ValueError) as error:  # ValueError: lines that are no digests, or no text
     return [f"{folder / FILE} cannot be read: {error}"]

@@ -62,6 +62,16 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
+def from_first(text: str) -> str:
+  """The text that the first process gives, at most 1,024 bytes of it, in every process; a collective."""
+  if jax.process_count() == 1:
+    return text
+  padded = np.zeros(1024, np.uint8)
+  data = np.frombuffer(text.encode("utf-8", "backslashreplace")[:1024], np.uint8)
+  padded[: len(data)] = data
+  return bytes(multihost_utils.broadcast_one_to_all(padded)).rstrip(b"\0").decode("utf-8", "replace")
+
+
 def leave(error: jax.errors.JaxRuntimeError) -> NoReturn:
   """Ends a process whose computation failed, at once: an orderly end would wait for the others, which may be gone."""
   if jax.process_count() == 1:

@@ -1,4 +1,4 @@
-"""Stopping between two steps on Ctrl-C or a scheduler's SIGTERM, so that nothing is lost.
+"""Stopping between two steps on Ctrl-C, a scheduler's SIGTERM or a closed terminal's SIGHUP, so that nothing is lost.
 
 A run that was stopped ends with the status 128 + the signal's number, 143 after SIGTERM, like a process that a signal
 ends at once: that is what SIGTERM does before the first step and after the last checkpoint, when there is nothing to
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from jax.experimental import multihost_utils
+
+from mc_jax import console
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupt:
@@ -34,32 +37,61 @@ class Interrupt:
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[Interrupt]:
-  """Within it, SIGINT and SIGTERM are noted instead of obeyed; the second one is obeyed.
+def heard(
+  first: Callable[[signal.Signals], None],
+  again: Callable[[signal.Signals], None],
+  numbers: tuple[signal.Signals, ...] = STOPPING,
+) -> Iterator[None]:
+  """Within it, signals that ask the process to stop call a function instead.
 
-  In a job of several processes SIGTERM is JAX's, whose handler tells the others; a SIGINT becomes one.
+  A SIGHUP never makes a second signal of itself or of another: a terminal that closes sends several, and the end of a
+  session SIGTERM beside it. One that is ignored stays ignored, as nohup has it; after one that was heard, the rest are.
+
+  Args:
+    first: Called with the first signal.
+    again: Called with the second SIGINT or SIGTERM, and those after it.
+    numbers: The signals.
+  """
+  came: set[signal.Signals] = set()
+
+  def note(number: int, _) -> None:
+    number, earlier = signal.Signals(number), frozenset(came)
+    came.add(number)
+    if not earlier:
+      first(number)
+    elif number != signal.SIGHUP and earlier - {signal.SIGHUP}:
+      again(number)
+
+  nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+  previous = {number: signal.signal(number, note) for number in numbers if not (number == signal.SIGHUP and nohup)}
+  try:
+    yield
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP and number in came else handler)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Interrupt]:
+  """Within it, signals that ask to stop are noted instead of obeyed; the second one is obeyed.
+
+  In a job of several processes SIGTERM is JAX's, whose handler tells the others; SIGINT and SIGHUP become one.
   """
   interrupt = Interrupt()
   several = jax.process_count() > 1
-  noted = False
   if threading.current_thread() is not threading.main_thread():
     yield interrupt  # only the main thread may set handlers
     return
 
-  def note(number: int, _) -> None:
-    nonlocal noted
-    if noted:
-      raise KeyboardInterrupt
-    noted = True
-    print("\nstopping after this step, with a checkpoint; again to stop at once", file=sys.stderr)
+  def first(number: signal.Signals) -> None:
+    console.tell("\nstopping after this step, with a checkpoint; again to stop at once")
     if several:
       signal.raise_signal(signal.SIGTERM)
     else:
-      interrupt.signal = signal.Signals(number)
+      interrupt.signal = number
 
-  previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)[: 1 if several else 2]}
-  try:
+  def again(number: signal.Signals) -> None:
+    raise KeyboardInterrupt(number)
+
+  with heard(first, again, tuple(number for number in STOPPING if not (several and number == signal.SIGTERM))):
     yield interrupt
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)

@@ -13,6 +13,7 @@ import jax
 from etils import epath
 
 from mc_jax.data import ConfigError, datasets, loader, windows
+from mc_jax.data.files import path
 from mc_jax.evaluation import scoring
 from mc_jax.training import config as config_lib
 from mc_jax.training import distributed, flops, metrics, optimizer, report, sampling, stability, state, trained
@@ -20,7 +21,7 @@ from mc_jax.training.checkpointing import AGGREGATION, HOW, Checkpoints, changed
 from mc_jax.training.config import Config
 from mc_jax.training.faulty import Faulty
 from mc_jax.training.interrupt import Interrupt, deferred
-from mc_jax.training.outputs import Outputs, outputs
+from mc_jax.training.outputs import Outputs, occupied, outputs
 from mc_jax.training.profiling import Trace
 from mc_jax.training.progress import Progress, duration
 from mc_jax.training.step import loss_sum, lower
@@ -70,7 +71,7 @@ def train(
   Raises:
     ConfigError: settings, devices, data or a workdir that do not go together.
     Diverged: losses or gradients that are not finite, see Faulty; older checkpoints stay.
-    OSError: something could not be written; older checkpoints stay.
+    OSError: something could not be written, or another run has the workdir; older checkpoints stay.
   """
   begin, train = time.monotonic(), config.train
   mesh = config.check().make_mesh(devices)
@@ -83,6 +84,7 @@ def train(
   distributed.require_equal("the settings or the data", config_lib.to_json(config).encode(), *data.fingerprint)
   workdir = epath.Path(workdir)
   with (
+    occupied(workdir),
     outputs(workdir) as files,
     Checkpoints(workdir, train.keep_checkpoints, train.keep_every, train.keep_best) as checkpoints,
     contextlib.closing(data.batches(mesh)) as batches,
@@ -227,8 +229,8 @@ def _first(run: _Run) -> state.TrainState:
     return state.create(config, mesh)
   own = (*AGGREGATION, *HOW, "train.seed")
   reading = {name: value for name, value in config_lib.fields(config).items() if name in own}
-  found = trained.load(origin, reading, mesh=mesh, scores_may_differ=True)
-  changed(found.config, config, epath.Path(origin))  # refuses what else differs in the model
+  found = trained.load(path(origin), reading, mesh=mesh, scores_may_differ=True)
+  changed(found.config, config, path(origin))  # refuses what else differs in the model
   print(f"starting with the parameters of step {found.step} in {origin}")
   for name, (then, now) in config_lib.differences(found.stored, found.config).items():
     print(f"  {name} was {then!r} there and is {now!r} here")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pathlib
 import time
 from collections.abc import Sequence
@@ -12,6 +11,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import tensorboardX
+
+from mc_jax.data import whole
 
 JSONL = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -167,6 +168,4 @@ def read(workdir: pathlib.Path) -> list[Record]:
 
 def _truncate(path: pathlib.Path, step: int) -> None:
   kept = [record for record in read(path.parent) if record["step"] <= step]
-  new = path.with_suffix(".tmp")
-  new.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-  os.replace(new, path)
+  whole.write(path, "".join(json.dumps(record) + "\n" for record in kept))

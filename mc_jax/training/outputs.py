@@ -11,27 +11,57 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
+from mc_jax.data import files, lock
 from mc_jax.data.errors import ConfigError, missing_package
 from mc_jax.training import distributed, profiling
 
 
 def workdir(text: str) -> epath.Path:
-  """A run's folder, DIR on this machine or gs://BUCKET/DIR.
+  """A run's folder, DIR on this machine or gs://BUCKET/DIR, as a user typed it.
 
   Raises:
-    ConfigError: another scheme, or a bucket without what it needs.
+    ConfigError: another scheme, a bucket without what it needs, or a file where a folder should be.
   """
   scheme, found, _ = text.partition("://")
   if found and scheme != "gs":
     raise ConfigError(f"--workdir must be a folder of this machine or gs://BUCKET/FOLDER, got {text}")
   if found and importlib.util.find_spec("gcsfs") is None:
     raise missing_package(f"--workdir={text}", "gcsfs", "gcs")
-  return epath.Path(text)
+  path = files.path(text)
+  if not found:
+    try:
+      str(path).encode()
+    except UnicodeError as error:
+      raise ConfigError(
+        f"--workdir={text!a} is not UTF-8, as checkpoints need it. If it was typed as UTF-8, set PYTHONUTF8=1"
+      ) from error
+    if file := next((part for part in (path, *path.parents) if part.is_file()), None):
+      raise ConfigError(f"--workdir={text} must be a folder, and {file} is a file")
+  return path
 
 
 def in_bucket(path: epath.Path) -> bool:
   """Whether a path is not one of this machine's."""
   return "://" in str(path)
+
+
+@contextlib.contextmanager
+def occupied(workdir: epath.Path) -> Iterator[None]:
+  """Within it no other run has the workdir; all processes of a job enter it together, and the first holds the lock.
+
+  Raises:
+    OSError: Another run has it, or it cannot be written; in all processes.
+  """
+  with contextlib.ExitStack() as stack:
+    problem = ""
+    if distributed.is_first():
+      try:
+        stack.enter_context(lock.take(workdir, "trains in", "use another --workdir"))
+      except OSError as error:
+        problem = str(error)
+    if problem := distributed.from_first(problem):
+      raise OSError(problem)
+    yield
 
 
 class Outputs:
@@ -83,8 +113,8 @@ def outputs(workdir: epath.Path) -> Iterator[Outputs]:
     yield Outputs(workdir, pathlib.Path(workdir))
     return
   with tempfile.TemporaryDirectory(prefix="mc_jax_") as folder:
-    files = Outputs(workdir, pathlib.Path(folder))
+    staged = Outputs(workdir, pathlib.Path(folder))
     try:
-      yield files
+      yield staged
     finally:
-      files.send()
+      staged.send()

@@ -38,7 +38,7 @@ def dump(workdir: epath.Path, step: int, current: TrainState, batch: Batch, conf
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
       checkpointer.save(folder / "arrays", args=ocp.args.StandardSave({"state": current, "batch": batch}), force=True)
     if distributed.is_first():
-      (folder / _CONFIG).write_text(config_lib.to_json(config))
+      (folder / _CONFIG).write_text(config_lib.to_json(config), encoding="utf-8")
       digests.write(folder)
   except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
     return f"Its state and batch could not be written to {folder}: {str(error).strip().splitlines()[0]}"
@@ -65,7 +65,7 @@ def replay(config: Config, workdir: epath.PathLike, step: int, devices: Sequence
     there = sorted(path.name for path in folder.parent.iterdir()) if folder.parent.exists() else []
     raise ConfigError(f"--replay={step}: {folder} holds no dump of a step; there are {', '.join(there) or 'none'}")
   require_intact(folder)
-  stored = json.loads((folder / _CONFIG).read_text())
+  stored = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
   changed(stored, config, folder)
   config = dataclasses.replace(config, data=config_lib.from_dict(stored).data)
   mesh = config.check().make_mesh(devices)

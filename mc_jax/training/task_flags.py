@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from absl import flags
 
+from mc_jax import console
 from mc_jax.evaluation import Options, tasks
 from mc_jax.training import commandline
 
@@ -19,7 +20,7 @@ def define() -> None:
   flags.DEFINE_integer("rows", 256, "rows of each setting of a recall task")
   flags.DEFINE_float("limit", None, "lm_eval: documents of each task, or below 1 their share; default: all")
   flags.DEFINE_integer("num_fewshot", None, "lm_eval: answered examples before each; default: the task's")
-  flags.DEFINE_string("include_path", None, "lm_eval: folder with tasks of your own")
+  console.path_flag("include_path", None, "lm_eval: folder with tasks of your own")
 
 
 def options() -> Options:

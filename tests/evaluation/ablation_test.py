@@ -178,7 +178,7 @@ def test_seeds_are_those_that_were_evaluated():
 
 def test_a_write_that_fails_leaves_the_last_report(tmp_path, monkeypatch):
   ablation.write(tmp_path, CELLS)
-  monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+  monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
   with pytest.raises(OSError, match="killed"):
     ablation.write(tmp_path, CELLS[:1])
   assert ablation.read(tmp_path) == json.loads(json.dumps(CELLS))

@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+from mc_jax.training import metrics
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
@@ -29,20 +31,20 @@ class Forks:
     self.log.touch()
     job |= {"config": dataclasses.asdict(config), "workdir": str(workdir), "log": str(self.log)}
     print(json.dumps(job | {"cache": str(ROOT / ".jax_cache")}), file=self._server.stdin, flush=True)
-    self._process = int(self._server.stdout.readline())
+    self.process = int(self._server.stdout.readline())
 
   def wait_for(self, line, times=1):
     """Returns when the run has printed a line so many times; False: it has ended before."""
     deadline = time.monotonic() + 120
     while self.log.read_text().count(f"{line}\n") < times:
       assert time.monotonic() < deadline, self.log.read_text()
-      if not os.path.exists(f"/proc/{self._process}"):
+      if not os.path.exists(f"/proc/{self.process}"):
         return False
       time.sleep(0.001)
     return True
 
   def kill(self, number=signal.SIGKILL):
-    os.kill(self._process, number)
+    os.kill(self.process, number)
 
   def finish(self):
     """(exit status, what was printed)."""
@@ -58,3 +60,22 @@ def forks(tmp_path_factory):
   forks = Forks(tmp_path_factory.mktemp("logs"))
   yield forks
   forks.close()
+
+
+@pytest.fixture(scope="module")
+def rivals(tmp_path_factory):
+  """Runs beside those of `forks`."""
+  rivals = Forks(tmp_path_factory.mktemp("rivals"))
+  yield rivals
+  rivals.close()
+
+
+def _records(workdir):
+  timed = ("step_time", "tokens_per_second", "mfu")
+  return [{name: value for name, value in record.items() if name not in timed} for record in metrics.read(workdir)]
+
+
+@pytest.fixture(scope="session")
+def records():
+  """(workdir) -> of a run's records, all that is the same whenever it is computed."""
+  return _records

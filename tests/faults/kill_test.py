@@ -16,24 +16,18 @@ def config(tiny):
   return tiny(mixer="transformer", steps=48, log_every=1, eval_every=2, checkpoint_every=2, warmup_steps=10)
 
 
-def _records(workdir):
-  """All that is the same whenever it is computed."""
-  timed = ("step_time", "tokens_per_second", "mfu")
-  return [{name: value for name, value in record.items() if name not in timed} for record in metrics.read(workdir)]
-
-
 @pytest.fixture(scope="module")
-def undisturbed(config, forks, tmp_path_factory):
+def undisturbed(config, forks, records, tmp_path_factory):
   """The records of a run that was left alone."""
   workdir = tmp_path_factory.mktemp("undisturbed")
   forks.start(config, workdir)
   status, printed = forks.finish()
   assert status == 0, printed
-  return _records(workdir)
+  return records(workdir)
 
 
 @pytest.mark.slow
-def test_sigkill_at_20_random_moments(config, forks, undisturbed, tmp_path):
+def test_sigkill_at_20_random_moments(config, forks, records, undisturbed, tmp_path):
   choose, killed = random.Random(8), []
   phases = [*PHASES * 3, "step", "save"]
   choose.shuffle(phases)
@@ -54,19 +48,22 @@ def test_sigkill_at_20_random_moments(config, forks, undisturbed, tmp_path):
   assert len(killed) == 20
   assert set(killed) == set(PHASES)
   assert [record["step"] for record in undisturbed] == list(range(1, 49))
-  assert _records(tmp_path) == undisturbed
+  assert records(tmp_path) == undisturbed
 
 
 @pytest.mark.slow
-def test_sigterm_at_5_random_moments(config, forks, undisturbed, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_stopped_at_5_random_moments(config, forks, records, undisturbed, tmp_path, number):
+  """A terminal that closes sends its signal more than once."""
   choose, steps = random.Random(9), [0]
   for phase in ("step", "save", "evaluation", "digests", "commit"):
     forks.start(config, tmp_path)
     assert forks.wait_for(f"phase {phase}", choose.randint(2, 5))
     time.sleep(choose.uniform(0, 0.03))
-    forks.kill(signal.SIGTERM)
+    for _ in range(3 if number == signal.SIGHUP else 1):
+      forks.kill(number)
     status, printed = forks.finish()
-    assert status == 128 + signal.SIGTERM, printed
+    assert status == 128 + number, printed
     steps.append(max(record["step"] for record in metrics.read(tmp_path)))
     assert (tmp_path / "checkpoints" / str(steps[-1])).is_dir()
   assert steps == sorted(set(steps))
@@ -75,7 +72,7 @@ def test_sigterm_at_5_random_moments(config, forks, undisturbed, tmp_path):
   assert status == 0, printed
   # A run that was told to stop does not evaluate its last step.
   left_out = [dict(undisturbed[step - 1]) for step in steps[1:]]
-  found = {record["step"]: record for record in _records(tmp_path)}
+  found = {record["step"]: record for record in records(tmp_path)}
   for record in undisturbed:
     again = found.pop(record["step"])
     assert record.items() >= again.items()

@@ -1,15 +1,18 @@
-"""SIGTERM at the size of the quickstart: in time, with its status, and the same command goes on."""
+"""SIGTERM at the size of the quickstart: in time, with its status, resumed by the same command; a closed terminal."""
 
 import os
 import pathlib
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
+from etils import epath
 
-from mc_jax.training import metrics
+from mc_jax.training import digests, metrics
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -56,3 +59,38 @@ def test_sigterm_before_the_first_step_ends_at_once(tmp_path):
   _wait_for_line(process, "compiling the training step")
   process.send_signal(signal.SIGTERM)
   assert process.wait(timeout=30) == -signal.SIGTERM
+
+
+TINY = [
+  "--config.data.source=text",
+  "--config.data.validation_fraction=0.3",
+  "--config.data.length=16",
+  "--config.data.packing.method=best_fit",
+  "--config.data.workers=1",  # which the terminal's signal reaches as well
+  "--config.model.mixer=transformer",
+  "--config.model.layers=1",
+  "--config.model.d_model=16",
+  "--config.model.mlp_dim=16",
+  "--config.train.steps=100000",
+  "--config.train.eval_every=100000",
+  "--config.train.checkpoint_every=100000",
+]
+
+
+def test_a_terminal_that_closes_ends_a_run_with_a_checkpoint(texts, tmp_path):
+  """Its bar draws on the terminal: nothing can be written there any more when the checkpoint is to be."""
+  command = ["-m", "mc_jax.train", "--config=configs/quickstart.py", f"--workdir={tmp_path}", *TINY]
+  process, terminal = pty.fork()
+  if not process:
+    os.chdir(ROOT)
+    os.execv(sys.executable, [sys.executable, *command, f"--config.data.paths={texts}"])
+  termios.tcsetwinsize(terminal, (24, 120))
+  shown, deadline = b"", time.monotonic() + 100
+  while b"bits per byte," not in shown:
+    shown += os.read(terminal, 1024)
+    assert time.monotonic() < deadline, shown
+  os.close(terminal)
+  status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+  assert status == 128 + signal.SIGHUP, shown.decode()
+  step = max(record["step"] for record in metrics.read(tmp_path))
+  assert digests.problems(epath.Path(tmp_path) / "checkpoints" / str(step)) == []

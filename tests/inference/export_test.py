@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from mc_jax.data import ConfigError
+from mc_jax.data import ConfigError, lock
 from mc_jax.inference import export
 from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig
 
@@ -61,6 +61,17 @@ def exported(tmp_path_factory):
 def copy(exported, tmp_path):
   """A folder to spoil."""
   return shutil.copytree(exported[0], tmp_path / "copy")
+
+
+def test_two_exports_into_one_folder_do_not_mix(exported, tmp_path):
+  out = tmp_path / "out"
+  with lock.take(out, "", ""), pytest.raises(OSError, match="another process exports to"):
+    export.save(out, VARIANTS["titans"], exported[1])
+  assert not out.exists()
+  out.mkdir()
+  (out / lock.FILE).touch()  # of an export that was killed before it wrote anything
+  export.save(out, VARIANTS["titans"], exported[1])
+  assert {path.name for path in out.iterdir()} == {export.CONFIG, export.WEIGHTS}
 
 
 @pytest.mark.parametrize("name", ["titans", "untied", "transformer"])

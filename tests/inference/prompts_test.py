@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mc_jax.data import ConfigError
+from mc_jax.data import ConfigError, lock
 from mc_jax.inference import Decoder, Request, prompts
 from mc_jax.models import CacheConfig, LanguageModel, MemoryConfig, ModelConfig
 from mc_jax.parallel import mesh as meshes
@@ -92,6 +92,15 @@ def test_what_is_not_there_is_named(saved, tmp_path):
     prompts.cache_config(tmp_path)
   with pytest.raises(ConfigError, match="is there already"):
     prompts.save(saved[0], decoder(), *saved[1:])
+
+
+def test_two_that_save_at_once_do_not_mix(saved, tmp_path):
+  with (
+    lock.take(tmp_path, "", "", ".new.lock"),
+    pytest.raises(OSError, match=rf"another process saves new in {tmp_path}"),
+  ):
+    prompts.save(tmp_path / "new", decoder(), *saved[1:])
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_the_checksum_sees_every_bit_and_place():

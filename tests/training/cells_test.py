@@ -2,7 +2,6 @@
 training."""
 
 import dataclasses
-import fcntl
 import json
 import os
 import signal
@@ -11,7 +10,7 @@ import time
 
 import pytest
 
-from mc_jax.data import ConfigError
+from mc_jax.data import ConfigError, lock
 from mc_jax.training import cells
 from mc_jax.training.grid import Cell
 
@@ -68,7 +67,7 @@ def test_so_many_run_at_a_time(script, tmp_path, processes):
   assert max(at_once) == processes
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_handed_on_and_no_other_cell_begins(script, tmp_path, number):
   folder = tmp_path / "cells" / "first"
   code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('asked to stop'), sys.exit(143))); "
@@ -87,14 +86,13 @@ def test_a_signal_is_handed_on_and_no_other_cell_begins(script, tmp_path, number
   assert time.monotonic() - begin < 30
   assert "asked to stop" in (folder / cells.LOG).read_text()
   assert not jobs[1].folder.exists()
-  assert signal.getsignal(number) == before
+  assert signal.getsignal(number) == (signal.SIG_IGN if number == signal.SIGHUP else before)
+  signal.signal(number, before)
 
 
 def test_a_cell_that_another_process_runs_is_left_to_it(script, tmp_path, capsys):
   job = script("taken", "")
-  job.folder.mkdir(parents=True)
-  with (job.folder / ".lock").open("w") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
+  with lock.take(job.folder, "", "", cells._LOCK):
     assert cells.run([job], tmp_path, 1) == ([], None)
     assert "another process runs or ran it" in capsys.readouterr().out
     assert job.commands()
@@ -105,7 +103,7 @@ def test_a_cell_that_another_process_runs_is_left_to_it(script, tmp_path, capsys
 def test_the_lock_outlives_who_started_the_cell(script, tmp_path):
   job = script("orphan", "import time; time.sleep(60)")
   process = cells._start(job, dict(os.environ))
-  process._lock.close()  # as if this process had been killed
+  lock._close_in_child()  # as if this process had been killed
   assert cells._start(job, dict(os.environ)) is None
   process.popen.kill()
   process.popen.wait()

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from mc_jax.training import commandline
+
 DOOR = """
 import sys
 from absl import app
@@ -58,3 +60,10 @@ def test_mistakes_end_with_a_clean_message(tmp_path, flag, message):
   assert done.returncode != 0
   assert message in done.stderr
   assert "Traceback" not in done.stderr
+
+
+def test_a_config_file_below_the_home_folder_is_found(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/me")
+  given = ["train", "--config=~/a.py", "-config=~/a.py:x=1", "--config.data.paths=~/b", "--config=c~", "--config"]
+  expected = ["train", "--config=/home/me/a.py", "-config=/home/me/a.py:x=1", *given[3:]]
+  assert commandline.expanded(given) == expected

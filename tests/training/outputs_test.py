@@ -1,6 +1,7 @@
 """A run's files in a bucket: a file system in memory stands for it."""
 
 import importlib.util
+import os
 
 import fsspec
 import jax
@@ -8,7 +9,7 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from mc_jax.data import ConfigError
+from mc_jax.data import ConfigError, lock
 from mc_jax.training import loop, metrics, outputs, profiling
 from mc_jax.training.checkpointing import Checkpoints
 from mc_jax.training.progress import Progress
@@ -34,7 +35,8 @@ class Bucket(MemoryFileSystem):
 def bucket(monkeypatch):
   monkeypatch.setattr(Bucket, "store", {})
   monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
-  fsspec.register_implementation("gcs", Bucket, clobber=True)
+  for scheme in Bucket.protocol:
+    fsspec.register_implementation(scheme, Bucket, clobber=True)
   return epath.Path("gs://bucket/runs")
 
 
@@ -102,6 +104,38 @@ def test_a_killed_run_goes_on_with_the_records_in_the_bucket(tiny, bucket, tmp_p
   names = {"config.json", "metrics.jsonl", "tensorboard", "loss.png", "report.txt", "sample.txt"}
   assert {path.name for path in bucket.iterdir()} == names
   assert "gs://bucket/runs/loss.png" in (bucket / "report.txt").read_text()
+
+
+def test_one_run_has_a_bucket_s_folder_and_a_dead_one_gives_it_back(bucket, monkeypatch):
+  monkeypatch.setattr(lock, "_BEAT", 0.1)
+  monkeypatch.setattr(lock, "_SILENCE", 0.5)
+  with outputs.occupied(bucket):
+    with (
+      pytest.raises(OSError, match=rf"another process trains in {bucket}: pid {os.getpid()} on "),
+      outputs.occupied(bucket),
+    ):
+      pass
+    assert (bucket / "lock").exists()
+  assert not (bucket / "lock").exists()
+  (bucket / "lock").write_text('{"host": "gone", "pid": 1, "since": "2026-01-01"}')
+  with outputs.occupied(bucket):
+    pass
+  assert not (bucket / "lock").exists()
+
+
+@pytest.mark.parametrize("text", ["notes.txt", "notes.txt/run"])
+def test_a_file_is_no_workdir(tmp_path, monkeypatch, text):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "notes.txt").write_text("mine")
+  with pytest.raises(ConfigError, match=rf"--workdir={text} must be a folder, and notes.txt is a file"):
+    outputs.workdir(text)
+
+
+def test_a_workdir_is_read_as_it_was_typed(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert outputs.workdir("~/run") == tmp_path / "run"
+  with pytest.raises(ConfigError, match=r"--workdir='runs/.udce6' is not UTF-8"):
+    outputs.workdir("runs/\udce6")
 
 
 def test_other_places_and_a_missing_package_are_named(monkeypatch):
