@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from mc_jax.data import recall
 from mc_jax.data.errors import ConfigError
 from mc_jax.data.recall.copying import CopyingConfig
 from mc_jax.data.recall.mqar import MQARConfig
@@ -124,6 +125,17 @@ class DataConfig(SourceConfig):
       return self.sources
     own = {field.name: getattr(self, field.name) for field in dataclasses.fields(SourceConfig)}
     return {self.source: PartConfig(**own)}
+
+  @property
+  def has_documents(self) -> bool:
+    """Whether a source holds documents, each between two separators."""
+    return any(part.source in FORMATS for part in self.parts.values())
+
+  @property
+  def has_text(self) -> bool:
+    """Whether ids are a tokenizer's: those of recall tasks may be symbols without a text."""
+    tasks = (recall.TASKS[part.source] for part in self.parts.values() if part.source in TASKS)
+    return self.has_documents or any(task.reads_text for task in tasks)
 
   @property
   def segments(self) -> bool:

@@ -31,7 +31,11 @@ def run(subject: Subject, options: Options) -> Iterator[Result]:
   dataset = subject.load(data, "perplexity")
   texts = {name: part for name, part in dataset.validation.items() if part.unit == "byte"}
   if not texts:
-    raise ConfigError("perplexity is of text; the data of this run are recall tasks alone")
+    sources = ", ".join(dict.fromkeys(part.source for part in data.parts.values()))
+    raise ConfigError(
+      f"perplexity is of text; the data of this run are recall tasks alone ({sources}): their loss is that of training, "
+      "validation_bits_per_answer in metrics.jsonl, and --tasks has one for mqar and several for niah"
+    )
   for length in lengths:
     parts = longest // length
     shorter = dataclasses.replace(data, length=length, batch_size=data.batch_size * parts)

@@ -14,6 +14,7 @@ from etils import epath
 
 from mc_jax.data import ConfigError, datasets, loader, windows
 from mc_jax.evaluation import scoring
+from mc_jax.inference.text import known
 from mc_jax.training import config as config_lib
 from mc_jax.training import distributed, flops, metrics, report, sampling, stability, state, trained
 from mc_jax.training.checkpointing import AGGREGATION, HOW, Checkpoints, changed
@@ -275,7 +276,7 @@ def _finish(run: _Run, params: dict, rows: dict[str, str]) -> None:
   train, folder, data = run.config.train, run.files.folder, run.data
   report.curve(folder / report.CURVE, metrics.read(folder), data.references, data.unit, data.units_per_token)
   rows |= {"loss curve": str(run.workdir / report.CURVE)}
-  if train.sample_length and data.unit == "byte":  # a task's rows are no text
+  if train.sample_length and data.unit == "byte":  # tasks begin with nothing that could be continued
     with jax.set_mesh(run.mesh):
       continuation = sampling.sample(
         state.graph(run.config),
@@ -289,7 +290,8 @@ def _finish(run: _Run, params: dict, rows: dict[str, str]) -> None:
       )
     text = (
       f"prompt, from the validation text:\n{data.tokenizer.decode(data.prompt)}\n\n"
-      f"continuation, temperature {train.sample_temperature}:\n{data.tokenizer.decode(continuation)}\n"
+      f"continuation, temperature {train.sample_temperature}:\n"
+      f"{data.tokenizer.decode(known(continuation, data.tokenizer))}\n"
     )
     (folder / report.SAMPLE).write_text(text, encoding="utf-8")
     print(text)

@@ -13,7 +13,7 @@ from absl import logging
 from etils import epath
 from flax import traverse_util
 
-from mc_jax.data import ConfigError
+from mc_jax.data import ConfigError, tokenizers
 from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training import config as config_lib
 from mc_jax.training import digests, outputs, state
@@ -40,6 +40,14 @@ class Trained:
   step: int
   mesh: jax.sharding.Mesh
   changes: tuple[str, ...] = ()
+
+  def tokenizer(self) -> tokenizers.Tokenizer:
+    """The tokenizer of the run's text.
+
+    Raises:
+      ConfigError: it cannot be read.
+    """
+    return tokenizers.load(self.config.data.tokenizer, self.config.data.separator)
 
 
 def load(
