@@ -5,23 +5,23 @@ door, its command line, the folder it is started in, its standard input, and fil
 line with its exit status.
 """
 
+import importlib
 import json
 import os
 import runpy
 import sys
 import traceback
 
-import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 import jax
 
-import mc_jax.data
-import mc_jax.evaluation.ablation
-import mc_jax.evaluation.tasks
-import mc_jax.inference.export
-import mc_jax.inference.prompts
-import mc_jax.training.cells
-import mc_jax.training.loop
-import mc_jax.training.replay  # noqa: F401
+for package, modules in {
+  "data": ("preparation",),
+  "evaluation": ("ablation", "tasks"),
+  "inference": ("export", "prompts"),
+  "training": ("cells", "grid", "loop", "replay"),
+}.items():
+  for module in modules:
+    importlib.import_module(f"mc_jax.{package}.{module}")
 
 
 def run(job):

@@ -1,6 +1,7 @@
 """Every door on every kind of run: it does what it is for, or says in a line why it cannot and what would."""
 
 import functools
+import io
 import json
 import math
 import random
@@ -8,6 +9,7 @@ import re
 import shlex
 
 import pytest
+import sentencepiece
 from etils import epath
 
 from mc_jax.data import datasets, preparation
@@ -33,6 +35,11 @@ TOKENIZER = 'c.data.tokenizer, c.data.packing.method = "{0}/tokens/tokenizer.jso
 KINDS = {
   "windows": ['c.data.source, c.data.paths = "text", "{0}/text"'],
   "jsonl": [TOKENIZER, 'c.data.source, c.data.paths = "jsonl", "{0}/jsonl"'],
+  "pieces": [
+    "c.model.vocab_size = 64",  # more than the tokenizer has
+    'c.data.tokenizer, c.data.packing.method = "{0}/pieces.model", "concat"',
+    'c.data.source, c.data.paths = "jsonl", "{0}/jsonl"',
+  ],
   "tokens": [TOKENIZER, 'c.data.source, c.data.paths = "tokens", "{0}/tokens"'],
   "mixture": [
     TOKENIZER,
@@ -54,8 +61,11 @@ KINDS = {
   ],
   "copying": ['c.data.source, c.data.copying.shortest, c.data.copying.longest = "copying", 3, 5'],
 }
+KEPT = {kind: {"tokenizer.json"} for kind, lines in KINDS.items() if TOKENIZER in lines} | {
+  "pieces": {"tokenizer.model"}
+}
 SYMBOLS = ("mqar", "copying")
-TASKS = {kind: ("perplexity",) for kind in KINDS} | {"mqar": ("mqar", "--rows=8"), "niah": ("niah1", "--rows=2")}
+TASKS = dict.fromkeys(KINDS, ("perplexity",)) | {"mqar": ("mqar", "--rows=8"), "niah": ("niah1", "--rows=2")}
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +77,11 @@ def corpora(tmp_path_factory):
     (folder / name).mkdir()
   for i, text in enumerate(texts):
     (folder / "text" / f"{i}.txt").write_text(text)
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(texts), model_writer=model, vocab_size=80, hard_vocab_limit=False, minloglevel=2
+  )
+  (folder / "pieces.model").write_bytes(model.getvalue())
   (folder / "jsonl" / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
   source, tokenizer = SourceConfig(source="text", paths=str(folder / "text")), folder / "tokens" / "tokenizer.json"
   tokenizer.parent.mkdir()
@@ -91,6 +106,12 @@ def run(corpora, door, tmp_path_factory):
     return folder / "run", config
 
   return make
+
+
+QUICK = ("windows", "tokens", "mqar")
+most = pytest.mark.parametrize(
+  "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 
 
 def _works(done):
@@ -141,9 +162,11 @@ def test_export(run, door, kind, tmp_path):
   assert "MB of float32" in _works(door("export", f"--workdir={workdir}", f"--to={tmp_path / 'out'}"))
   model, _ = export.load(tmp_path / "out")
   assert model == trained.load(workdir).config.model
+  files = {path.name for path in (tmp_path / "out").iterdir()}
+  assert files == {export.WEIGHTS, export.CONFIG} | KEPT.get(kind, set())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@most
 def test_train_again_and_replay(run, door, kind, alone):
   """A step more, and a step that was dumped."""
   workdir, config = run(kind)
@@ -158,7 +181,7 @@ def test_train_again_and_replay(run, door, kind, alone):
   assert re.search(r"losses not finite +none", printed)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@most
 def test_start_from(run, door, kind, tmp_path):
   workdir, config = run(kind)
   flags = [f"--config.train.start_from={workdir}", "--config.train.steps=1", "--config.train.sample_length=0"]
@@ -167,7 +190,7 @@ def test_start_from(run, door, kind, tmp_path):
   assert "was" not in re.findall(r"starting with.*\n(.*)", printed)[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@most
 def test_ablate(run, door, kind, tmp_path):
   """The commands of a cell, as its process is told them."""
   task, *options = TASKS[kind]
