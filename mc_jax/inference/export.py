@@ -88,6 +88,7 @@ def save(
   *,
   dtype: str = "float32",
   file_bytes: int = _FILE_BYTES,
+  others: Mapping[str, bytes] | None = None,
 ) -> list[pathlib.Path]:
   """Writes a model.
 
@@ -99,6 +100,7 @@ def save(
     params: nested dict of arrays, blocks stacked on their first axis: TrainState.params.
     dtype: of the tensors, one of DTYPES; bfloat16 is rounded to the nearest.
     file_bytes: of tensors in one file, at most, but that no tensor is divided.
+    others: Files to write beside the tensors, {name: content}, such as the tokenizer.
 
   Returns:
     The files of tensors.
@@ -124,6 +126,8 @@ def save(
   if len(files) > 1:
     where = {name: file for file, names in files.items() for name in names}
     _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
+  for name, content in (others or {}).items():
+    (folder / name).write_bytes(content)
   _write_json(folder / CONFIG, dataclasses.asdict(config))
   for file in files:  # safetensors makes files for their owner alone, whatever the umask says
     shutil.copymode(folder / CONFIG, folder / file)
