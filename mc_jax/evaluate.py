@@ -16,6 +16,7 @@ from absl import flags, logging
 
 from mc_jax import console
 from mc_jax.data import ConfigError, whole
+from mc_jax.data.identity import Identity
 from mc_jax.evaluation import Subject, report, tasks
 from mc_jax.training import commandline, config, outputs, state, task_flags, trained
 
@@ -37,10 +38,19 @@ def main(_: list[str]) -> None:
   if unsuited := tasks.unsuited(names, model.config.model):
     raise ConfigError("\n".join(f"--tasks: {name}: {why}" for name, why in unsuited.items()))
   _require_lengths(model.config, options.lengths, model.mesh.size)
+  data = model.config.data
+  if "perplexity" in names and data.has_documents:
+    for field in {"data.seed", "data.validation_fraction"} & changes.keys():
+      logging.warning("%s decides which documents are held out: the model may have been trained on these", field)
   changed = "".join(f", {field}={value}" for field, value in changes.items())
   print(f"{workdir}, step {model.step:,}{changed}", flush=True)
   subject = Subject(
-    state.graph(model.config), model.params, model.config.model.vocab_size, model.config.data, model.mesh
+    state.graph(model.config),
+    model.params,
+    model.config.model.vocab_size,
+    data,
+    model.mesh,
+    _trained_on(model, changes),
   )
   results = []
   for result in tasks.run(names, subject, options):
@@ -64,6 +74,13 @@ def main(_: list[str]) -> None:
     drawn = report.plot(folder / f"{name}.png", {name: results})
   written = ", ".join([f"{name}.json", f"{name}.csv", *(path.name for path in drawn)])
   print(f"written to {workdir / 'evaluation'}: {written}")
+
+
+def _trained_on(model: trained.Trained, changes: dict[str, object]) -> Identity | None:
+  """The data that the evaluation is compared with: of the run, without its files where the user names others."""
+  if model.identity is not None and any(re.match(r"data\.(source|paths|field)", field) for field in changes):
+    return dataclasses.replace(model.identity, files={})
+  return model.identity
 
 
 def _require_lengths(run: config.Config, lengths: tuple[int, ...], devices: int) -> None:

@@ -10,6 +10,7 @@ import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 from absl import flags, logging
 
 from mc_jax import console
+from mc_jax.data import ConfigError
 from mc_jax.inference import export
 from mc_jax.training import commandline, outputs, trained
 
@@ -27,11 +28,16 @@ def main(_: list[str]) -> None:
   export.require_empty(TO.value)  # before the checkpoint is read
   workdir = outputs.workdir(WORKDIR.value)
   model = trained.load(workdir, commandline.overrides(CONFIG), step=STEP.value)
-  files = export.save(TO.value, model.config.model, model.params, dtype=DTYPE.value)
+  try:
+    tokenizer = model.tokenizer_file()
+  except ConfigError as error:
+    logging.warning("exporting without the tokenizer: %s", error)
+    tokenizer = {}
+  files = export.save(TO.value, model.config.model, model.params, dtype=DTYPE.value, others=tokenizer)
   names = files[0].name if len(files) == 1 else f"{len(files)} files and {export.INDEX}"
   size = sum(file.stat().st_size for file in files)
   print(f"{workdir}, step {model.step:,}: {size / 1e6:,.2f} MB of {DTYPE.value} in {TO.value}")
-  print(f"{names}, {export.CONFIG}")
+  print(", ".join([names, export.CONFIG, *tokenizer]))
 
 
 if __name__ == "__main__":

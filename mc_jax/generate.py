@@ -17,7 +17,6 @@ from etils import epath
 
 from mc_jax import console
 from mc_jax.data import ConfigError, tokenizers
-from mc_jax.data.config import TEXTS
 from mc_jax.inference import Decoder, Request, generation, prompts, text
 from mc_jax.memory import decode
 from mc_jax.models import CacheConfig
@@ -54,15 +53,18 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
   model = trained.load(outputs.workdir(WORKDIR.value), commandline.overrides(CONFIG), step=STEP.value)
   data = model.config.data
-  if data.source not in TEXTS:
-    raise ConfigError(f"this run's data.source={data.source} is no text: there is nothing to prompt it with")
-  tokenizer = tokenizers.load(data.tokenizer, data.separator)
-  prompt = _prompt(tokenizer)
+  if not data.has_text:
+    raise ConfigError(
+      f"this run was trained on the symbols of data.source={data.source}, which stand for no text: there is nothing to "
+      "prompt it with. mc_jax.evaluate --tasks= asks it for what it was trained on"
+    )
+  tokenizer = model.tokenizer()
+  prompt = _prompt(tokenizer, data.has_documents)
   mesh = model.mesh if model.mesh.size > 1 else None
   decoder = Decoder(model.config.model, state.graph(model.config), model.params, _cache(len(prompt)), mesh)
 
   stops = [console.typed("stop", words) for words in STOP.value]
-  stop = (*(tuple(ids.tolist()) for ids in tokenizer.encode(stops)), (tokenizer.separator,))
+  stop = text.stops(tokenizer, stops)
   requests = [
     Request(prompt, MAX_TOKENS.value, TEMPERATURE.value, TOP_K.value, TOP_P.value, SEED.value + i, stop)
     for i in range(SAMPLES.value)
@@ -90,7 +92,7 @@ def main(_: list[str]) -> None:
     for block in decoder.generate(requests, (logits, cache)):
       made += int((block != generation.NOTHING).sum())
       for stream, tokens in zip(streams, block, strict=True):
-        new = stream.add(tokens[(tokens != generation.NOTHING) & (tokens != tokenizer.separator)])
+        new = stream.add(text.known(tokens[tokens != tokenizer.separator], tokenizer))
         if SAMPLES.value == 1:
           print(new, end="", flush=True)
       if all(stream.ended for stream in streams):  # by a text that no sequence of tokens spells
@@ -107,7 +109,8 @@ def main(_: list[str]) -> None:
   print(report.table(rows, "what it took"), file=sys.stderr)
 
 
-def _prompt(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
+def _prompt(tokenizer: tokenizers.Tokenizer, documents: bool) -> np.ndarray:
+  """The prompt's ids; behind a separator where it begins a document and the run was trained on documents."""
   if PROMPT.value is not None and PROMPT_FILE.value is not None:
     raise ConfigError("--prompt and --prompt_file are both given: use one")
   if PROMPT.value is not None:
@@ -122,7 +125,7 @@ def _prompt(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
   if not words and not LOAD.value:
     raise ConfigError("the prompt is empty: give --prompt, --prompt_file or text on standard input")
   ids = tokenizer.encode([words])[0]
-  begins = WHOLE.value and not LOAD.value
+  begins = documents and WHOLE.value and not LOAD.value
   return np.concatenate([[tokenizer.separator], ids]).astype(np.int32) if begins else ids
 
 

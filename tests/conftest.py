@@ -1,9 +1,11 @@
 """Settings that every test shares, in place before jax starts; a text and a model so small that a run takes seconds."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import random
+import subprocess
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for `import quick_compile`
@@ -90,3 +92,29 @@ def tiny(texts):
 def alone():
   """The mesh of one device."""
   return meshes.make(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def door(tmp_path_factory):
+  """Runs a door: door("generate", *flags, folder=., words="") -> CompletedProcess; see doors.py."""
+  here, root = pathlib.Path(__file__).parent, pathlib.Path(__file__).parent.parent
+  printed = [tmp_path_factory.mktemp("doors") / name for name in ("out", "err")]
+  server = subprocess.Popen(
+    [sys.executable, str(here / "doors.py")],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+    cwd=root,
+    env=os.environ | {"PYTHONPATH": str(root)},
+  )
+
+  def run(name, *flags, folder=root, words=""):
+    job = {"module": f"mc_jax.{name}", "arguments": list(map(str, flags)), "folder": str(folder), "input": words}
+    job |= {"out": str(printed[0]), "err": str(printed[1]), "cache": str(root / ".jax_cache")}
+    print(json.dumps(job), file=server.stdin, flush=True)
+    status = int(server.stdout.readline())
+    return subprocess.CompletedProcess(job["arguments"], status, *(path.read_text() for path in printed))
+
+  yield run
+  server.stdin.close()
+  server.wait()

@@ -1,99 +1,208 @@
-"""All doors on one run, without a terminal: output is latin-1, input is closed, names and texts are neither."""
+"""Every door on every kind of run: it does what it is for, or says in a line why it cannot and what would."""
 
-import ast
+import functools
+import io
 import json
-import os
-import pathlib
-import subprocess
-import sys
+import math
+import random
+import re
+import shlex
 
 import pytest
+import sentencepiece
+from etils import epath
 
-from mc_jax.training import metrics
+from mc_jax.data import datasets, preparation
+from mc_jax.data.config import SourceConfig
+from mc_jax.inference import export
+from mc_jax.training import grid, metrics, replay, state, trained
 
-ROOT = pathlib.Path(__file__).parent.parent
-NAME = "ein € für 漢"
-PATHS = ["workdir", "to", "json", "out", "png", "plot", "prompt_file", "save_prompt", "load_prompt", "include_path"]
-TINY = [
-  "--config=configs/quickstart.py",
-  "--config.data.source=text",
-  "--config.data.validation_fraction=0.3",
-  "--config.data.validation_tokens=64",
-  "--config.data.length=16",
-  "--config.data.batch_size=4",
-  "--config.model.layers=1",
-  "--config.model.d_model=16",
-  "--config.model.mlp_dim=16",
-  "--config.model.mixer=transformer",
-  "--config.train.steps=2",
-]
+BASE = """
+from mc_jax.training import config
+
+def get_config():
+  c = config.default()
+  c.model.mixer, c.model.layers, c.model.d_model, c.model.heads, c.model.mlp_dim = "transformer", 1, 16, 2, 16
+  c.model.remat, c.model.vocab_size = "none", 320
+  c.data.length, c.data.batch_size, c.data.validation_fraction, c.data.validation_tokens = 64, 4, 0.3, 512
+  c.train.steps, c.train.log_every, c.train.eval_every, c.train.checkpoint_every = 2, 1, 2, 2
+  c.train.sample_length, c.optimizer.warmup_steps = 8, 1
+"""
+TEXT = 'source="text", paths="{0}/text"'
+TOKENS = 'source="tokens", paths="{0}/tokens"'
+TOKENIZER = 'c.data.tokenizer, c.data.packing.method = "{0}/tokens/tokenizer.json", "best_fit"'
+# What the configuration of a kind of run has besides; {0}: the folder of the corpora.
+KINDS = {
+  "windows": ['c.data.source, c.data.paths = "text", "{0}/text"'],
+  "jsonl": [TOKENIZER, 'c.data.source, c.data.paths = "jsonl", "{0}/jsonl"'],
+  "pieces": [
+    "c.model.vocab_size = 64",  # more than the tokenizer has
+    'c.data.tokenizer, c.data.packing.method = "{0}/pieces.model", "concat"',
+    'c.data.source, c.data.paths = "jsonl", "{0}/jsonl"',
+  ],
+  "tokens": [TOKENIZER, 'c.data.source, c.data.paths = "tokens", "{0}/tokens"'],
+  "mixture": [
+    TOKENIZER,
+    'c.data.source = "mixture"',
+    f"c.data.sources.ids = config.source({TOKENS}, weight=2.0)",
+    f"c.data.sources.words = config.source({TEXT})",
+  ],
+  "text and task": [
+    TOKENIZER,
+    'c.data.source = "mixture"',
+    'c.data.sources.recall = config.source(source="mqar")',
+    "c.data.sources.recall.mqar.vocab_size, c.data.sources.recall.mqar.pairs = 320, (4,)",
+    f"c.data.sources.ids = config.source({TOKENS})",
+  ],
+  "mqar": ['c.data.source, c.data.mqar.vocab_size, c.data.mqar.pairs = "mqar", 64, (4,)'],
+  "niah": [
+    TOKENIZER,
+    'c.data.source, c.data.length, c.data.batch_size, c.data.validation_tokens = "niah", 512, 2, 1024',
+  ],
+  "copying": ['c.data.source, c.data.copying.shortest, c.data.copying.longest = "copying", 3, 5'],
+}
+KEPT = {kind: {"tokenizer.json"} for kind, lines in KINDS.items() if TOKENIZER in lines} | {
+  "pieces": {"tokenizer.model"}
+}
+SYMBOLS = ("mqar", "copying")
+TASKS = dict.fromkeys(KINDS, ("perplexity",)) | {"mqar": ("mqar", "--rows=8"), "niah": ("niah1", "--rows=2")}
 
 
-def _run(home, door, *flags):
-  cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
-  environment = os.environ | cache | {"PYTHONIOENCODING": "latin-1", "HOME": str(home), "PYTHONPATH": str(ROOT)}
-  line = '"$@" <&- 2>&1'
-  command = ["bash", "-c", line, "bash", sys.executable, "-m", f"mc_jax.{door}", *flags]
-  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
-  return done.returncode, done.stdout.decode("latin-1")
-
-
-@pytest.mark.slow
-def test_every_door_on_a_run_whose_names_and_texts_no_terminal_here_can_show(tmp_path):
-  texts = tmp_path / NAME
-  texts.mkdir()
-  for i in range(10):
-    (texts / f"漢{i}.txt").write_text(f"漢字 {i} € " * 40, encoding="utf-8")
-  data, workdir = f"--config.data.paths={texts}", f"--workdir=~/runs {NAME}"
-  run = tmp_path / f"runs {NAME}"
-  status, printed = _run(tmp_path, "train", *TINY, data, workdir, "--config.train.sample_length=8")
-  assert status == 0, printed
-  assert f"runs {NAME}".encode("latin-1", "backslashreplace").decode("latin-1") in printed
-  assert [record["step"] for record in metrics.read(run)] == [1, 2]
-  assert str(run) in (run / "report.txt").read_text(encoding="utf-8")
-  status, printed = _run(tmp_path, "train", *TINY, data, workdir)  # complete: only reported again
-  assert status == 0, printed
-
-  status, printed = _run(tmp_path, "generate", workdir)
-  assert (status, printed) == (
-    2,
-    "error: the prompt is empty: give --prompt, --prompt_file or text on standard input\n",
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+  """A folder of the same documents as text, JSON lines and ids."""
+  folder, words = tmp_path_factory.mktemp("corpora"), random.Random(0)
+  texts = [" ".join(words.choice(["memory", "segment", "chunk", "gate"]) for _ in range(60)) for _ in range(12)]
+  for name in ("text", "jsonl"):
+    (folder / name).mkdir()
+  for i, text in enumerate(texts):
+    (folder / "text" / f"{i}.txt").write_text(text)
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(texts), model_writer=model, vocab_size=80, hard_vocab_limit=False, minloglevel=2
   )
-  (tmp_path / "prompt.txt").write_text("漢 €", encoding="utf-8")
-  for i, prompt in enumerate(("--prompt=漢 €", "--prompt_file=~/prompt.txt")):
-    saved = [f"--save_prompt=~/saved{i}", "--temperature=0", "--max_tokens=4", "--context=20"]
-    status, printed = _run(tmp_path, "generate", workdir, prompt, *saved)
-    assert status == 0, printed
-    assert "8 tokens" in printed  # a separator, and the bytes of the prompt
-    assert (tmp_path / f"saved{i}" / "told").is_dir()
-  status, printed = _run(tmp_path, "generate", workdir, "--load_prompt=~/saved0", "--prompt=€", "--max_tokens=4")
-  assert status == 0, printed
-  status, printed = _run(tmp_path, "evaluate", workdir, "--tasks=perplexity", "--lengths=8,16", f"--name={NAME}")
-  assert status == 0, printed
-  assert json.loads((run / "evaluation" / f"{NAME}.json").read_text(encoding="utf-8"))["workdir"] == str(run)
-  status, printed = _run(tmp_path, "evaluation.compare", f"漢=~/runs {NAME}/evaluation/{NAME}.json", "--png=~/a.png")
-  assert status == 0, printed
-  status, printed = _run(tmp_path, "export", workdir, f"--to=~/{NAME}2")
-  assert status == 0, printed
-  assert {path.name for path in (tmp_path / f"{NAME}2").iterdir()} == {"config.json", "model.safetensors"}
-  out = ["--source=text", f"--paths={texts}", "--tokenizer=bytes", "--out=~/漢", "--processes=1"]
-  status, printed = _run(tmp_path, "data.prepare", *out)
-  assert status == 0, printed
-  assert (tmp_path / "漢" / "manifest.json").exists()
-  assert not any(pathlib.Path(ROOT).glob("~*"))
-
-  ablation = [*TINY, data, "--config.train.sample_length=8", f"--workdir=~/{NAME}3", "--grid=model.heads=1"]
-  status, printed = _run(tmp_path, "ablate", *ablation)
-  assert status == 0, printed
-  (log,) = (tmp_path / f"{NAME}3" / "cells").glob("*/log.txt")
-  assert NAME in log.read_text(encoding="utf-8")
+  (folder / "pieces.model").write_bytes(model.getvalue())
+  (folder / "jsonl" / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+  source, tokenizer = SourceConfig(source="text", paths=str(folder / "text")), folder / "tokens" / "tokenizer.json"
+  tokenizer.parent.mkdir()
+  preparation.train(source, 300, 10_000, epath.Path(tokenizer))
+  preparation.prepare(source, str(folder / "tokens"), str(tokenizer), shards=2)
+  return folder
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "mc_jax").rglob("*.py")), ids=lambda path: path.stem)
-def test_paths_are_path_flags_and_text_files_name_their_encoding(path):
-  for call in (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)):
-    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
-    if name in ("read_text", "write_text"):
-      assert {"encoding"} & {keyword.arg for keyword in call.keywords}, f"line {call.lineno}"
-    if name == "DEFINE_string":
-      assert call.args[0].value not in PATHS, f"line {call.lineno}: console.path_flag"
+@pytest.fixture(scope="module")
+def run(corpora, door, tmp_path_factory):
+  """(kind) -> (workdir, flag --config of what trained there)."""
+
+  @functools.cache
+  def make(kind):
+    folder = tmp_path_factory.mktemp(kind.replace(" ", "_"))
+    lines = [f"  {line.format(corpora)}\n" for line in KINDS[kind]]
+    (folder / "config.py").write_text(f"{BASE}{''.join(lines)}  return c\n")
+    config = f"--config={folder / 'config.py'}"
+    done = door("train", config, f"--workdir={folder / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert ("continuation, temperature" in done.stdout) == (kind not in (*SYMBOLS, "niah"))
+    return folder / "run", config
+
+  return make
+
+
+QUICK = ("windows", "tokens", "mqar")
+most = pytest.mark.parametrize(
+  "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
+
+
+def _works(done):
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+def _refuses(done, message):
+  assert done.returncode == 2, done.stdout
+  assert message in done.stderr
+  assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generate(run, door, kind):
+  flags = [f"--workdir={run(kind)[0]}", "--prompt=memory gate", "--max_tokens=20", "--temperature=2", "--stop=zzz"]
+  done = door("generate", *flags)
+  if kind in SYMBOLS:
+    _refuses(done, f"trained on the symbols of data.source={kind}, which stand for no text")
+    return
+  assert len(_works(done).strip()) >= 5
+  (tokens,) = re.findall(r"prompt +(\d+) tokens", done.stderr)
+  whole = "memory gate" if kind == "windows" else trained.load(run(kind)[0]).tokenizer().encode(["memory gate"])[0]
+  assert int(tokens) == len(whole) + (kind != "niah")  # whose rows are no documents
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluate(run, door, kind):
+  workdir, _ = run(kind)
+  task, *options = TASKS[kind]
+  done = door("evaluate", f"--workdir={workdir}", f"--tasks={task}", *options)
+  if kind == "copying":
+    _refuses(done, "perplexity is of text; the data of this run are recall tasks alone (copying)")
+    return
+  _works(done)
+  (name,) = (workdir / "evaluation").glob("*.json")
+  values = json.loads(name.read_text())["results"][-1]["values"]
+  (record,) = [record for record in metrics.read(workdir) if record["step"] == 2]
+  if task == "perplexity":
+    assert values["bits_per_byte"] == pytest.approx(record["validation_bits_per_byte"], rel=1e-5)
+  else:  # the same rows as in training's validation
+    assert values["loss"] == pytest.approx(record["validation_bits_per_answer"] * math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_export(run, door, kind, tmp_path):
+  workdir, _ = run(kind)
+  assert "MB of float32" in _works(door("export", f"--workdir={workdir}", f"--to={tmp_path / 'out'}"))
+  model, _ = export.load(tmp_path / "out")
+  assert model == trained.load(workdir).config.model
+  files = {path.name for path in (tmp_path / "out").iterdir()}
+  assert files == {export.WEIGHTS, export.CONFIG} | KEPT.get(kind, set())
+
+
+@most
+def test_train_again_and_replay(run, door, kind, alone):
+  """A step more, and a step that was dumped."""
+  workdir, config = run(kind)
+  flags = [config, f"--workdir={workdir}", "--config.train.sample_length=0"]
+  printed = _works(door("train", *flags, "--config.train.steps=3"))
+  assert "going on from the checkpoint of step 2" in printed
+  assert metrics.read(workdir)[-1]["step"] == 3
+  settings = grid.read([config])
+  batch = next(datasets.load(settings.data).batches(alone))
+  replay.dump(epath.Path(workdir), 3, state.create(settings, alone), batch, settings)
+  printed = _works(door("train", *flags, "--replay=3"))
+  assert re.search(r"losses not finite +none", printed)
+
+
+@most
+def test_start_from(run, door, kind, tmp_path):
+  workdir, config = run(kind)
+  flags = [f"--config.train.start_from={workdir}", "--config.train.steps=1", "--config.train.sample_length=0"]
+  printed = _works(door("train", config, *flags, f"--workdir={tmp_path / 'new'}"))
+  assert f"starting with the parameters of step {trained.load(workdir).step} in {workdir}" in printed
+  assert "was" not in re.findall(r"starting with.*\n(.*)", printed)[0]
+
+
+@most
+def test_ablate(run, door, kind, tmp_path):
+  """The commands of a cell, as its process is told them."""
+  task, *options = TASKS[kind]
+  flags = [run(kind)[1], f"--workdir={tmp_path}", f"--tasks={task}", *options, "--config.train.sample_length=0"]
+  done = door("ablate", *flags, "--dry_run")
+  if kind == "copying":
+    _refuses(done, "--tasks=perplexity is of text; data.source=copying is a recall task")
+    return
+  commands = [line.strip() for line in _works(done).splitlines() if line.strip().startswith("python -m")]
+  assert len(commands) == 2
+  for command in commands:
+    module, *arguments = shlex.split(command)[2:]
+    _works(door(module.removeprefix("mc_jax."), *arguments))
+  assert f"{task}:" not in _works(door("ablate", *flags, "--dry_run"))
+  assert "finished" in door("ablate", *flags, "--dry_run").stdout

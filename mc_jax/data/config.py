@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
+from mc_jax.data import recall
 from mc_jax.data.errors import ConfigError
 from mc_jax.data.recall.copying import CopyingConfig
 from mc_jax.data.recall.mqar import MQARConfig
@@ -74,6 +76,11 @@ class PartConfig(SourceConfig):
   weight: float = 1.0  # its share of the training rows is weight / the sum of all weights
   split: str = "both"  # "both": some documents are held out for validation; or all are for "training" or "validation"
 
+  @property
+  def trains(self) -> bool:
+    """Whether training rows come from here."""
+    return self.split != "validation" and self.weight > 0
+
 
 @dataclasses.dataclass(frozen=True)
 class PackingConfig:
@@ -116,6 +123,7 @@ class DataConfig(SourceConfig):
   shards: int = 0  # streams that rows are drawn from in turn; 0: batch_size. Another number is another order
   workers: int = 0  # processes that prepare rows; 0: none but the trainer. The order does not depend on it
   on_error: str = "stop"  # what a malformed document does: "stop" the run, or be "skip"ped with a warning
+  allow_growth: bool = False  # a run may resume on the files of its checkpoint and others, in another order of rows
 
   @property
   def parts(self) -> dict[str, PartConfig]:
@@ -126,6 +134,23 @@ class DataConfig(SourceConfig):
     return {self.source: PartConfig(**own)}
 
   @property
+  def relative_paths(self) -> list[str]:
+    """Those of the sources' paths that depend on the current folder."""
+    every = (path.strip() for part in self.parts.values() for path in part.paths.split(","))
+    return [path for path in every if path and "://" not in path and not os.path.isabs(os.path.expanduser(path))]
+
+  @property
+  def has_documents(self) -> bool:
+    """Whether a source holds documents, each between two separators."""
+    return any(part.source in FORMATS for part in self.parts.values())
+
+  @property
+  def has_text(self) -> bool:
+    """Whether ids are a tokenizer's: those of recall tasks may be symbols without a text."""
+    tasks = (recall.TASKS[part.source] for part in self.parts.values() if part.source in TASKS)
+    return self.has_documents or any(task.reads_text for task in tasks)
+
+  @property
   def segments(self) -> bool:
     """Whether batches hold segment_ids."""
     return self.documents if self.packing.method == "windows" else True
@@ -134,6 +159,31 @@ class DataConfig(SourceConfig):
   def virtual_shards(self) -> int:
     """Streams that rows are drawn from in turn: row i of the run comes from stream i modulo this."""
     return self.shards or self.batch_size
+
+  @property
+  def order(self) -> dict[str, object]:
+    """What decides, besides the files, which row comes next and which documents are held out: {field: value}.
+
+    A place in the rows of one order means nothing in those of another.
+    """
+    packed = self.packing.method != "windows"
+    found: dict[str, object] = {"data.packing.method": self.packing.method}
+    if packed or self.has_documents:
+      found["data.length"] = self.length
+    if packed:
+      found |= {f"data.packing.{field}": getattr(self.packing, field) for field in ("align", "window")}
+      found["data.shards"] = self.virtual_shards
+    if self.has_documents:
+      found |= {f"data.{field}": getattr(self, field) for field in ("seed", "validation_fraction")}
+    found["data.sources"] = [name for name, part in self.parts.items() if part.trains]
+    for name, part in self.parts.items():
+      prefix = f"data.sources.{name}" if self.source == "mixture" else "data"
+      found[f"{prefix}.source"] = part.source
+      if part.source in FORMATS:
+        found[f"{prefix}.split"] = part.split
+      if part.source in ("jsonl", "parquet"):
+        found[f"{prefix}.field"] = part.field
+    return found
 
   def problems(self, prefix: str = "data") -> list[str]:
     """Every setting that cannot work, one line each, naming the field and its valid values."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
 
-from mc_jax.data import files, formats, ngram, packing, recall, sources, streams, tokenizers, windows
+from mc_jax.data import files, formats, identity, ngram, packing, recall, sources, streams, tokenizers, windows
 from mc_jax.data.config import FORMATS, TASKS, DataConfig, PartConfig
 from mc_jax.data.documents import Documents, Order
 from mc_jax.data.errors import ConfigError
+from mc_jax.data.identity import Identity
 from mc_jax.data.loader import Batches
 from mc_jax.data.packing import Row
 from mc_jax.data.tokenizers import Tokenizer
@@ -53,7 +53,7 @@ class Dataset:
     prompt: tokens int32 [up to 64] of validation text, or the first tokens of a task's row.
     references: bits per byte that counting reaches, {name: bits}, where tokens are bytes and rows windows of all text.
     facts: what it is, for people.
-    fingerprint: arrays and bytes that are the same in all processes if the data are.
+    identity: What it was read from, for a run that resumes and for models trained on it.
   """
 
   config: DataConfig
@@ -66,21 +66,13 @@ class Dataset:
   prompt: np.ndarray
   references: dict[str, float]
   facts: dict[str, str]
-  fingerprint: tuple[bytes | np.ndarray, ...]
+  identity: Identity
 
   def batches(self, mesh: jax.sharding.Mesh) -> Batches:
     """The training batches on a mesh, from the first on."""
     config = self.config
-    key = None
-    if config.packing.method != "windows":
-      names = [name for name, part in config.parts.items() if _trains(part)]
-      key = {
-        "data.sources": names,
-        "data.shards": config.virtual_shards,
-        "data.length": config.length,
-        "data.packing": [config.packing.method, config.packing.align, config.packing.window],
-      }
-    return Batches(self.training, config.virtual_shards, windows.shapes(config, mesh), config.workers, key)
+    shapes, packed = windows.shapes(config, mesh), config.packing.method != "windows"
+    return Batches(self.training, config.virtual_shards, shapes, config.workers, packed, self.identity)
 
 
 def load(config: DataConfig) -> Dataset:
@@ -102,6 +94,7 @@ def _windows(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
   batches = windows.validation(corpus.validation, config)
   counted = {"training": corpus.training_files, "validation": corpus.validation_files}
   texts = {"training": corpus.training, "validation": corpus.validation}
+  read = {file: digest for name in texts for file, digest in identity.of_stream(counted[name], texts[name]).items()}
   return Dataset(
     config=config,
     tokenizer=tokenizer,
@@ -116,12 +109,8 @@ def _windows(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
       "byte bigram": ngram.bits_per_byte(ngram.bigram(corpus.training), batches),
     },
     facts={f"{name} text": f"{len(texts[name]):,} bytes in {len(counted[name]):,} files" for name in texts},
-    fingerprint=(corpus.training, corpus.validation),
+    identity=Identity(tokenizer.fingerprint, {config.source: dict(sorted(read.items()))}),
   )
-
-
-def _trains(part: PartConfig) -> bool:
-  return part.split != "validation" and part.weight > 0
 
 
 def _mixture(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
@@ -133,7 +122,7 @@ def _mixture(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     if part.source in FORMATS
   }
   tasks = {name: _task(part, config, tokenizer) for name, part in parts.items() if part.source in TASKS}
-  if not any(_trains(part) for part in parts.values()):
+  if not any(part.trains for part in parts.values()):
     raise ConfigError("data.sources: none has a weight above 0 and a split that is not validation")
   validation = {}
   for name, part in parts.items():
@@ -153,12 +142,11 @@ def _mixture(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
   scored = sum(float(batch["weights"].sum()) for part in alike for batch in part.batches)
   first = alike[0].batches[0]
   facts = {"tokenizer": f"{config.tokenizer}, {tokenizer.vocab_size:,} ids"} if documents else {}
-  weights = sum(part.weight for part in parts.values() if _trains(part))
+  weights = sum(part.weight for part in parts.values() if part.trains)
   for name, part in parts.items():
     what = f"{part.source}, {len(documents[name]):,} documents" if name in documents else part.source
-    share = f"{part.weight / weights:.0%} of the rows" if _trains(part) else "validation"
+    share = f"{part.weight / weights:.0%} of the rows" if part.trains else "validation"
     facts[f"source {name}"] = f"{what}, {share}"
-  identity = [[block.name, block.first, block.count, block.size] for d in documents.values() for block in d.blocks]
   return Dataset(
     config=config,
     tokenizer=tokenizer,
@@ -170,7 +158,11 @@ def _mixture(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     prompt=first["tokens"][0, first["segment_ids"][0] == 1][:_PROMPT],
     references={},
     facts=facts,
-    fingerprint=(tokenizer.fingerprint.encode(), json.dumps(identity).encode()),
+    identity=Identity(
+      tokenizer.fingerprint if config.has_text else None,
+      {name: identity.of_blocks(found.blocks) for name, found in documents.items()}
+      | {name: identity.of_texts(_prose(parts[name].paths)) for name in tasks if parts[name].paths},
+    ),
   )
 
 
@@ -178,7 +170,7 @@ def _shard(config: DataConfig, documents: dict, orders: dict, tasks: dict, shard
   """The rows of a virtual shard."""
   made = {}
   for name, part in config.parts.items():
-    if not _trains(part):
+    if not part.trains:
       continue
     if name in documents:
       key = (config.seed, name, "long")
@@ -222,8 +214,12 @@ def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
     raise ConfigError(f"data.tokenizer cannot take the text of niah: {error}") from error
 
 
+def _prose(paths: str) -> dict[str, str]:
+  return files.find(paths, field="paths of niah")
+
+
 def _texts(paths: str) -> Iterable[bytes]:
-  for url in files.find(paths, field="paths of niah").values():
+  for url in _prose(paths).values():
     with files.reading(url) as file:
       yield sources.plain(file.read())
 

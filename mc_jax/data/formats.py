@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import hashlib
 import json
 import pathlib
 import textwrap
@@ -111,6 +112,7 @@ class JsonLines(Block):
   field: str
   offset: int  # of the first line, bytes; 0 in a compressed file
   end: int | None  # behind the last line; None: the file's end
+  digest: str = ""  # of the whole file, decompressed: see data.identity
 
   def read(self) -> Sequence[bytes]:
     with files.reading(self.url, self.offset) as file:
@@ -289,8 +291,10 @@ def _jsonl(name: str, url: str, field: str) -> list[Block]:
   compressed = url.endswith((".gz", ".zst"))
   found, line, offset, count, position = [], 0, 0, 0, 0
   open_line = False  # whether the last line has no end yet
+  digest = hashlib.blake2b(digest_size=8)
   with files.reading(url) as file:
     while data := file.read(_JSONL_BLOCK):
+      digest.update(data)
       last = data.rfind(b"\n") + 1
       if last and not compressed:
         count += data.count(b"\n")
@@ -303,7 +307,7 @@ def _jsonl(name: str, url: str, field: str) -> list[Block]:
   if count or open_line:
     size = files.size(url) if compressed else position - offset
     found.append(JsonLines(name, url, line, count + open_line, size, field, offset, None))
-  return found
+  return [dataclasses.replace(block, digest=digest.hexdigest()) for block in found]
 
 
 def _row_groups(name: str, url: str, field: str) -> list[Block]:

@@ -7,6 +7,7 @@ of its shards. A process follows the shards of its own rows; together they know 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,10 +19,11 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from mc_jax.data import workers as workers_lib
-from mc_jax.data.errors import ConfigError
+from mc_jax.data.identity import Identity
 from mc_jax.data.packing import Row
 from mc_jax.data.streams import Mixture
 
+IDENTITY = "identity"  # in the state of Batches
 _AHEAD = 2  # steps that a worker prepares before they are asked for
 
 
@@ -160,8 +162,8 @@ class Batches:
     shards: number of virtual shards.
     shapes: of a batch, with shardings; see windows.shapes.
     workers: see Rows.
-    key: what the shards' states are good for, in words; None: rows are functions of their number, and a position is all
-      that is kept.
+    states: Whether a position is kept with the shards' states; without them rows are functions of their number.
+    identity: What the rows are read from, which is kept with the position.
   """
 
   def __init__(
@@ -170,9 +172,11 @@ class Batches:
     shards: int,
     shapes: dict[str, jax.ShapeDtypeStruct],
     workers: int = 0,
-    key: dict | None = None,
+    states: bool = False,
+    identity: Identity | None = None,
   ):
-    self._shapes, self._shards, self._key = shapes, shards, key
+    self._shapes, self._shards, self._states = shapes, shards, states
+    self._identity = {} if identity is None else {IDENTITY: dataclasses.asdict(identity)}
     spec = shapes["tokens"]
     indices = spec.sharding.addressable_devices_indices_map(spec.shape).values()
     rows = sorted({row for index in indices for row in range(spec.shape[0])[index[0]]})
@@ -205,24 +209,15 @@ class Batches:
 
   def state(self) -> dict:
     """The position, as JSON's types; of one process's batches or of another number's, it is the same. A collective."""
-    if self._key is None:
-      return {"rows": self.position}
+    place = {"rows": self.position, **self._identity}
+    if not self._states:
+      return place
     states = merge(_gather(table(self._rows.states, self._shards)))
-    return {"rows": self.position, **self._key, "shards": {str(shard): row.tolist() for shard, row in states.items()}}
+    return place | {"shards": {str(shard): row.tolist() for shard, row in states.items()}}
 
   def restore(self, state: dict) -> None:
-    """Goes where `state` was taken.
-
-    Raises:
-      ConfigError: it is of rows that were drawn in another way.
-    """
-    if self._key is not None and (then := {name: state.get(name) for name in self._key}) != self._key:
-      differ = [f"{name} was {then[name]!r} and is now {now!r}" for name, now in self._key.items() if then[name] != now]
-      raise ConfigError(
-        f"the checkpoint's place in the data is that of other rows: {'; '.join(differ)}. "
-        "Use another --workdir, or the values of the checkpoint"
-      )
-    shards = state.get("shards", {}) if self._key is not None else {}
+    """Goes where `state` was taken, in rows of the same DataConfig.order."""
+    shards = state.get("shards", {}) if self._states else {}
     self._rows.seek(state["rows"], {int(shard): np.array(row, np.int64) for shard, row in shards.items()})
 
   def close(self) -> None:

@@ -96,10 +96,13 @@ class Packed:
     self._start, self._done, self._filled = cursor._replace(rows=0), cursor.rows, None
 
   def _fill(self) -> None:
-    """Has rows that are not done: those of the cursor, or, when they are, the next."""
-    if self._filled is not None and self._done == len(self._filled):
-      self._start, self._done, self._filled = self._behind, 0, None
-    if self._filled is None:
+    """Has rows that are not done: those of the cursor, or, when they are, the next.
+
+    A cursor can have more rows done than there are, where documents have come to the corpus since.
+    """
+    while self._filled is None or self._done >= len(self._filled):
+      if self._filled is not None:
+        self._start, self._done = self._behind, 0
       how = self._first if self._start[:2] == (0, 0) else self._packing
       self._filled, self._behind = packing.fill(self._read, self._start, self._length, how)
 

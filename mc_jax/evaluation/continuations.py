@@ -20,7 +20,7 @@ from mc_jax.data.windows import Batch
 from mc_jax.evaluation import scoring
 from mc_jax.evaluation.subject import Subject
 from mc_jax.inference import Decoder, Request, generation
-from mc_jax.inference.text import Stream
+from mc_jax.inference.text import Stream, known, stops
 from mc_jax.models import CacheConfig
 
 STEP = 32  # tokens of a forward pass that a decoding step is taken to cost: an estimate, which changes no result
@@ -88,12 +88,12 @@ def written(
     decoder = _decoder(subject, tokens)
     for batch in _parts(places, subject.rows_of(tokens).batch_size):
       streams = {i: Stream(tokenizer.decode, until[i]) for i in batch}
-      asked = [dataclasses.replace(requests[i], stop=_stop(tokenizer, until[i])) for i in batch]
+      asked = [dataclasses.replace(requests[i], stop=stops(tokenizer, until[i])) for i in batch]
       missing = subject.rows_of(tokens).batch_size - len(batch)
       for block in decoder.generate([*asked, *[dataclasses.replace(asked[0], max_tokens=1)] * missing]):
         for stream, made in zip(streams.values(), block, strict=False):
           if not stream.ended:
-            stream.add(made[(made != generation.NOTHING) & (made != tokenizer.separator)])
+            stream.add(known(made[made != tokenizer.separator], tokenizer))
         if all(stream.ended for stream in streams.values()):
           break
       for i, stream in streams.items():
@@ -195,12 +195,6 @@ def _decoder(subject: Subject, tokens: int) -> Decoder:
   config = nnx.merge(subject.graph, subject.params).config
   mesh = subject.mesh if subject.mesh.size > 1 else None
   return Decoder(config, subject.graph, subject.params, CacheConfig(tokens), mesh)
-
-
-def _stop(tokenizer: tokenizers.Tokenizer, until: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-  """Tokens that end a continuation on the device; texts that other tokens spell are found by `Stream`."""
-  spelled = (tuple(ids.tolist()) for ids in tokenizer.encode(until)) if until else ()
-  return (*(ids for ids in spelled if ids), (tokenizer.separator,))
 
 
 def _grouped(key: Callable[[int], object], count: int) -> list[tuple[object, list[int]]]:

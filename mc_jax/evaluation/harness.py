@@ -21,8 +21,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from mc_jax.data import ConfigError, tokenizers
-from mc_jax.data.config import TEXTS
+from mc_jax.data import ConfigError, identity, tokenizers
 from mc_jax.evaluation import continuations
 from mc_jax.evaluation.continuations import Likelihood, Pair
 from mc_jax.evaluation.subject import Options, Result, Subject
@@ -42,17 +41,18 @@ class HarnessModel(TemplateLM):
       parts of as many tokens, each after one token of the part before, the last after as many as there is room for.
 
   Raises:
-    ConfigError: the subject's run has no text.
+    ConfigError: the subject's run has no text, or another tokenizer.
   """
 
   def __init__(self, subject: Subject, length: int):
     super().__init__()
-    if not any(part.source in (*TEXTS, "tokens") for part in subject.data.parts.values()):
+    if not subject.data.has_documents:
       raise ConfigError(
         f"tasks of lm-evaluation-harness are text; data.source={subject.data.source} of this run is none"
       )
     self._subject = subject
     self._tokenizer = tokenizers.load(subject.data.tokenizer, subject.data.separator)
+    identity.require_tokenizer(subject.trained, self._tokenizer.fingerprint, subject.data.tokenizer)
     self.max_length = length
 
   @property

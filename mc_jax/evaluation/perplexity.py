@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+from absl import logging
 
-from mc_jax.data import ConfigError
+from mc_jax.data import ConfigError, identity
 from mc_jax.data.windows import Batch
 from mc_jax.evaluation import scoring
 from mc_jax.evaluation.scoring import Scored
@@ -29,9 +30,15 @@ def run(subject: Subject, options: Options) -> Iterator[Result]:
     raise ConfigError(line)
   data = subject.rows_of(longest)
   dataset = subject.load(data, "perplexity")
+  if subject.trained is not None and (line := identity.unlike(subject.trained, dataset.identity)):
+    logging.warning("not the data that the model was trained on, which may hold out other documents: %s", line)
   texts = {name: part for name, part in dataset.validation.items() if part.unit == "byte"}
   if not texts:
-    raise ConfigError("perplexity is of text; the data of this run are recall tasks alone")
+    sources = ", ".join(dict.fromkeys(part.source for part in data.parts.values()))
+    raise ConfigError(
+      f"perplexity is of text; the data of this run are recall tasks alone ({sources}): their loss is "
+      "validation_bits_per_answer in metrics.jsonl, and --tasks has some for mqar and niah"
+    )
   for length in lengths:
     parts = longest // length
     shorter = dataclasses.replace(data, length=length, batch_size=data.batch_size * parts)

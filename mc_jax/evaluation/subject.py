@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import math
+import os
 import pathlib
 from collections.abc import Sequence
 
 import jax
 from flax import nnx
 
-from mc_jax.data import ConfigError, DataConfig, datasets
+from mc_jax.data import ConfigError, DataConfig, datasets, identity
+from mc_jax.data.identity import Identity
 from mc_jax.data.windows import Batch
 from mc_jax.evaluation import scoring
 from mc_jax.evaluation.scoring import Scored
@@ -26,6 +29,7 @@ class Subject:
     vocab_size: of the model.
     data: of its run: tasks take their settings, and the size of a batch, from it.
     mesh: that the parameters lie on.
+    trained: The data that the model was trained on; None: unknown.
   """
 
   graph: nnx.GraphDef
@@ -33,6 +37,7 @@ class Subject:
   vocab_size: int
   data: DataConfig
   mesh: jax.sharding.Mesh
+  trained: Identity | None = None
   _scorers: dict = dataclasses.field(default_factory=dict, init=False, repr=False)  # compiled, by shape
 
   def rows_of(self, length: int) -> DataConfig:
@@ -45,11 +50,21 @@ class Subject:
     """The data of a task.
 
     Raises:
-      ConfigError: `data` has problems, or ids that the model does not know.
+      ConfigError: `data` has problems, or ids that the model does not know or knows as those of another tokenizer.
     """
     if found := data.problems():
       raise ConfigError("\n".join(f"{what}: {problem}" for problem in found))
-    dataset = datasets.load(data)
+    try:
+      dataset = datasets.load(data)
+    except ConfigError as error:
+      missing = [path for path in data.relative_paths if not glob.glob(os.path.expanduser(path), recursive=True)]
+      if not missing:
+        raise
+      raise ConfigError(
+        f"{error}; {', '.join(missing)} is looked for in the current folder, {os.getcwd()}: start in the folder where "
+        "training was started, or give --config.data.paths=/ABSOLUTE/PATH"
+      ) from error
+    identity.require_tokenizer(self.trained, dataset.identity.tokenizer, data.tokenizer)
     if dataset.vocab_size > self.vocab_size:
       raise ConfigError(
         f"{what} needs a model.vocab_size of at least {dataset.vocab_size}, the number of its ids; the run has "

@@ -88,6 +88,7 @@ def save(
   *,
   dtype: str = "float32",
   file_bytes: int = _FILE_BYTES,
+  others: Mapping[str, bytes] | None = None,
 ) -> list[pathlib.Path]:
   """Writes a model.
 
@@ -99,6 +100,7 @@ def save(
     params: nested dict of arrays, blocks stacked on their first axis: TrainState.params.
     dtype: of the tensors, one of DTYPES; bfloat16 is rounded to the nearest.
     file_bytes: of tensors in one file, at most, but that no tensor is divided.
+    others: Files to write beside the tensors, {name: content}, such as the tokenizer.
 
   Returns:
     The files of tensors.
@@ -110,10 +112,12 @@ def save(
   if dtype not in DTYPES:
     raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
   with lock.take(require_empty(folder), "exports to", "export to a new folder"):
-    return _write(require_empty(folder), config, params, dtype, file_bytes)
+    return _write(require_empty(folder), config, params, dtype, file_bytes, others or {})
 
 
-def _write(folder: pathlib.Path, config: ModelConfig, params: dict, dtype: str, file_bytes: int) -> list[pathlib.Path]:
+def _write(
+  folder: pathlib.Path, config: ModelConfig, params: dict, dtype: str, file_bytes: int, others: Mapping[str, bytes]
+) -> list[pathlib.Path]:
   places, flat, kind = tensors(config), traverse_util.flatten_dict(params), jnp.dtype(dtype)
   sizes = {name: math.prod(place.shape) * kind.itemsize for name, place in places.items()}
   files = _files(sizes, file_bytes)
@@ -127,6 +131,8 @@ def _write(folder: pathlib.Path, config: ModelConfig, params: dict, dtype: str, 
   if len(files) > 1:
     where = {name: file for file, names in files.items() for name in names}
     _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
+  for name, content in others.items():
+    (folder / name).write_bytes(content)
   _write_json(folder / CONFIG, dataclasses.asdict(config))
   for file in files:  # safetensors makes files for their owner alone, whatever the umask says
     shutil.copymode(folder / CONFIG, folder / file)

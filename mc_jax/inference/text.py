@@ -4,6 +4,22 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mc_jax.data.tokenizers import Tokenizer
+
+
+def known(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+  """The ids [tokens] that the tokenizer has; a model with a larger vocabulary may write others, which are no text."""
+  return ids[(ids >= 0) & (ids < tokenizer.vocab_size)]
+
+
+def stops(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+  """Sequences of ids that end a continuation on the device: `texts` as the tokenizer spells them, a document's end.
+
+  `Stream` finds the texts that other ids spell.
+  """
+  spelled = (tuple(ids.tolist()) for ids in tokenizer.encode(list(texts))) if texts else ()
+  return (*(ids for ids in spelled if ids), (tokenizer.separator,))
+
 
 class Stream:
   """Text that is certain: no half characters, and nothing of what may become a stop.

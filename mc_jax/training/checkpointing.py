@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mc_jax.data import ConfigError, loader
+from mc_jax.data.identity import Identity
 from mc_jax.training import config as config_lib
 from mc_jax.training import digests, distributed, outputs
 from mc_jax.training.config import Config
@@ -135,6 +136,10 @@ class Checkpoints:
     data.restore(restored["data"])
     return restored["state"]
 
+  def identity(self, step: int) -> Identity | None:
+    """The data that `step` was trained on; None where the checkpoint does not say."""
+    return identity_of(self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"])
+
   def config(self, step: int) -> dict:
     """The configuration that `step` was saved with, as a nested dict."""
     return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
@@ -171,6 +176,11 @@ class Checkpoints:
     self._manager.wait_until_finished()
     if distributed.is_first():
       digests.write(self._folder / str(step))
+
+
+def identity_of(data: dict) -> Identity | None:
+  """The identity in what a checkpoint has of the data, see loader.Batches.state; None where it has none."""
+  return Identity(**data[loader.IDENTITY]) if loader.IDENTITY in data else None
 
 
 def require_intact(checkpoint: epath.Path) -> None:
@@ -267,3 +277,23 @@ def changed(stored: dict | Config, config: Config, workdir: epath.Path) -> dict[
       "with parameters that were trained under another aggregation: train.start_from)"
     )
   return fields
+
+
+def require_order(stored: Config, config: Config) -> None:
+  """Raises ConfigError, naming the fields, if a run would resume at a place in other rows than the checkpoint's.
+
+  Args:
+    stored: The checkpoint's configuration.
+    config: The run's.
+  """
+  then, now = stored.data.order, config.data.order
+  if lines := [
+    f"  {field}: {then.get(field)!r} in the checkpoint, {now.get(field)!r} now"
+    for field in {**then, **now}
+    if then.get(field) != now.get(field)
+  ]:
+    raise ConfigError(
+      "the checkpoint's place in the data is that of other rows, or other documents were held out for validation:\n"
+      + "\n".join(lines)
+      + "\nUse another --workdir, or the values of the checkpoint"
+    )

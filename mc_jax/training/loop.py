@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 import jax
 from etils import epath
 
-from mc_jax.data import ConfigError, datasets, loader, windows
+from mc_jax.data import ConfigError, datasets, identity, loader, windows
 from mc_jax.data.files import path
 from mc_jax.evaluation import scoring
+from mc_jax.inference.text import known
 from mc_jax.training import config as config_lib
-from mc_jax.training import distributed, flops, metrics, optimizer, report, sampling, stability, state, trained
-from mc_jax.training.checkpointing import AGGREGATION, HOW, Checkpoints, changed
+from mc_jax.training import distributed, flops, kept, metrics, optimizer, report, sampling, stability, state, trained
+from mc_jax.training.checkpointing import AGGREGATION, HOW, Checkpoints, changed, require_order
 from mc_jax.training.config import Config
 from mc_jax.training.faulty import Faulty
 from mc_jax.training.interrupt import Interrupt, deferred
@@ -75,14 +76,14 @@ def train(
   """
   begin, train = time.monotonic(), config.train
   mesh = config.check().make_mesh(devices)
-  data = datasets.load(config.data)
+  workdir = epath.Path(workdir)
+  data = datasets.load(kept.available(workdir, config.data))
   if config.model.vocab_size < data.vocab_size:
     raise ConfigError(
       f"model.vocab_size={config.model.vocab_size} must be at least {data.vocab_size}: so many ids do the data have "
       f"(data.source={config.data.source}, data.tokenizer={config.data.tokenizer})"
     )
-  distributed.require_equal("the settings or the data", config_lib.to_json(config).encode(), *data.fingerprint)
-  workdir = epath.Path(workdir)
+  distributed.require_equal("the settings or the data", config_lib.to_json(config).encode(), data.identity.to_bytes())
   with (
     occupied(workdir),
     outputs(workdir) as files,
@@ -209,14 +210,18 @@ def _start(run: _Run, checkpoints: Checkpoints) -> state.TrainState:
   else:
     stored = config_lib.from_dict(checkpoints.config(step))
     fields = changed(stored, config, run.workdir)
+    require_order(stored, config)
+    lines = identity.resumed(checkpoints.identity(step), run.data.identity, config.data.allow_growth)
+    schedules = (stored.optimizer, stored.train.steps, config.optimizer, config.train.steps)
+    lines += optimizer.schedule_changes(*schedules, done=step)
     current = checkpoints.restore(step, state.abstract(config, mesh), run.batches)
     run.files.fetch(metrics.JSONL)
     print(f"going on from the checkpoint of step {step} in {run.workdir}")
     for field, (then, now) in fields.items():
       print(f"  {field} was {then!r} and is now {now!r}")
-    schedules = (stored.optimizer, stored.train.steps, config.optimizer, config.train.steps)
-    for line in optimizer.schedule_changes(*schedules, done=step):
+    for line in lines:
       print(f"  {line}")
+  kept.keep(run.files, run.data.config)
   (run.files.folder / "config.json").write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
   run.files.send()
   return current
@@ -231,12 +236,27 @@ def _first(run: _Run) -> state.TrainState:
   reading = {name: value for name, value in config_lib.fields(config).items() if name in own}
   found = trained.load(path(origin), reading, mesh=mesh, scores_may_differ=True)
   changed(found.config, config, path(origin))  # refuses what else differs in the model
+  _require_ids_of(found, run)
   print(f"starting with the parameters of step {found.step} in {origin}")
   for name, (then, now) in config_lib.differences(found.stored, found.config).items():
     print(f"  {name} was {then!r} there and is {now!r} here")
   for change in found.changes:
     print(f"  {change}")
   return dataclasses.replace(state.create(config, mesh), params=found.params)
+
+
+def _require_ids_of(origin: trained.Trained, run: _Run) -> None:
+  """Raises ConfigError if ids meant something else where the parameters come from."""
+  folder, data = run.config.train.start_from, origin.stored.data
+  if origin.identity is None:
+    print("the checkpoint does not say which tokenizer it was trained with: it cannot be compared")
+  elif origin.identity.tokenizer != run.data.identity.tokenizer:
+    there = f"data.tokenizer={data.tokenizer}" if data.has_text else f"symbols without text (data.source={data.source})"
+    here = f"data.tokenizer={run.config.data.tokenizer}" if run.config.data.has_text else "symbols without text"
+    raise ConfigError(
+      f"train.start_from={folder} was trained on {there}, and this run reads {here}: ids stand for something else. Use "
+      "the same tokenizer and data.separator, or leave out train.start_from"
+    )
 
 
 def _compile(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Compiled, metrics.Meter]:
@@ -281,7 +301,7 @@ def _finish(run: _Run, params: dict, rows: dict[str, str]) -> None:
   train, folder, data = run.config.train, run.files.folder, run.data
   report.curve(folder / report.CURVE, metrics.read(folder), data.references, data.unit, data.units_per_token)
   rows |= {"loss curve": str(run.workdir / report.CURVE)}
-  if train.sample_length and data.unit == "byte":  # a task's rows are no text
+  if train.sample_length and data.unit == "byte":  # tasks begin with nothing that could be continued
     with jax.set_mesh(run.mesh):
       continuation = sampling.sample(
         state.graph(run.config),
@@ -295,7 +315,8 @@ def _finish(run: _Run, params: dict, rows: dict[str, str]) -> None:
       )
     text = (
       f"prompt, from the validation text:\n{data.tokenizer.decode(data.prompt)}\n\n"
-      f"continuation, temperature {train.sample_temperature}:\n{data.tokenizer.decode(continuation)}\n"
+      f"continuation, temperature {train.sample_temperature}:\n"
+      f"{data.tokenizer.decode(known(continuation, data.tokenizer))}\n"
     )
     (folder / report.SAMPLE).write_text(text, encoding="utf-8")
     print(text)

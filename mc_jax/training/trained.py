@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 
 import jax
@@ -13,11 +14,12 @@ from absl import logging
 from etils import epath
 from flax import traverse_util
 
-from mc_jax.data import ConfigError
+from mc_jax.data import ConfigError, identity, tokenizers
+from mc_jax.data.identity import Identity
 from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training import config as config_lib
-from mc_jax.training import digests, outputs, state
-from mc_jax.training.checkpointing import FOLDER, require_intact
+from mc_jax.training import digests, kept, outputs, state
+from mc_jax.training.checkpointing import FOLDER, identity_of, require_intact
 from mc_jax.training.config import Config
 
 
@@ -26,12 +28,13 @@ class Trained:
   """What a checkpoint holds of a model, ready to be evaluated, asked or exported.
 
   Attributes:
-    config: of the run, with the overrides.
-    stored: the same without them.
+    config: of the run, with the overrides; data.tokenizer is the copy in the workdir, if there is one.
+    stored: the same without the overrides.
     params: nested dict of float32 arrays, as TrainState.params; `nnx.merge(state.graph(config), params)` is the model.
     step: of the checkpoint.
     mesh: that the parameters lie on.
     changes: how the parameters differ from the checkpoint's, a line each; see `scores_may_differ` of `load`.
+    identity: The data that the model was trained on; None where the checkpoint does not say.
   """
 
   config: Config
@@ -40,6 +43,32 @@ class Trained:
   step: int
   mesh: jax.sharding.Mesh
   changes: tuple[str, ...] = ()
+  identity: Identity | None = None
+
+  def tokenizer(self) -> tokenizers.Tokenizer:
+    """The tokenizer of the run's text.
+
+    Raises:
+      ConfigError: it cannot be read, or is not the one that the model was trained with.
+    """
+    data = self.config.data
+    found = tokenizers.load(data.tokenizer, data.separator)
+    identity.require_tokenizer(self.identity, found.fingerprint, data.tokenizer)
+    return found
+
+  def tokenizer_file(self) -> dict[str, bytes]:
+    """The file of the run's own tokenizer, {name: content}; {} where tokens are bytes or stand for no text.
+
+    Raises:
+      ConfigError: it cannot be read, or has changed since the run.
+    """
+    name, where = kept.name(self.stored.data), self.stored.data.tokenizer
+    if name is None:
+      return {}
+    content = tokenizers.read(where)
+    if self.identity is not None and hashlib.sha256(content).hexdigest() != self.identity.tokenizer.partition("/")[0]:
+      raise ConfigError(f"{where} is not the tokenizer that the model was trained with")
+    return {name: content}
 
 
 def load(
@@ -71,9 +100,10 @@ def load(
   overrides = dict(overrides or {})
   with _open(epath.Path(workdir)) as manager:
     step = _step(manager, epath.Path(workdir) / FOLDER, step)
-    args = ocp.args.Composite(config=ocp.args.JsonRestore())
-    stored = config_lib.from_dict(manager.restore(step, args=args)["config"])
-    stored = dataclasses.replace(stored, mesh=MeshConfig())
+    args = ocp.args.Composite(config=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
+    restored = manager.restore(step, args=args)
+    stored = config_lib.from_dict(restored["config"])
+    stored = dataclasses.replace(stored, mesh=MeshConfig(), data=kept.own(epath.Path(workdir), stored.data))
     config = config_lib.replace(stored, _defaults(stored, overrides) | overrides)
     if new := [problem for problem in config.problems() if problem not in stored.problems()]:
       raise ConfigError("\n".join(new))  # what the run itself did is not questioned again
@@ -91,7 +121,7 @@ def load(
   changes = ()
   if new_scores:
     params, changes = _put_into(params, state.create(config, mesh).params)
-  return Trained(config, stored, params, step, mesh, changes)
+  return Trained(config, stored, params, step, mesh, changes, identity_of(restored["data"]))
 
 
 def _open(workdir: epath.Path) -> ocp.CheckpointManager:
@@ -109,7 +139,7 @@ def _open(workdir: epath.Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
       folder if outputs.in_bucket(folder) else folder.absolute(),
       options=ocp.CheckpointManagerOptions(read_only=True),
-      item_names=("state", "config"),
+      item_names=("state", "data", "config"),
     )
   finally:
     logging.set_verbosity(verbosity)
