@@ -31,7 +31,8 @@ def run(job):
   os.write(writing, job["input"].encode())
   os.close(writing)
   os.dup2(reading, 0)
-  sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+  streams = (open(number, mode, closefd=False) for number, mode in enumerate("rww"))  # noqa: SIM115
+  sys.stdin, sys.stdout, sys.stderr = streams
   os.chdir(job["folder"])
   jax.config.update("jax_compilation_cache_dir", job["cache"])
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 from etils import epath
 
-from mc_jax.data import datasets, preparation
+from mc_jax.data import datasets, learning, preparation
 from mc_jax.data.config import SourceConfig
 from mc_jax.inference import export
 from mc_jax.training import grid, metrics, replay, state, trained
@@ -85,7 +85,7 @@ def corpora(tmp_path_factory):
   (folder / "jsonl" / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
   source, tokenizer = SourceConfig(source="text", paths=str(folder / "text")), folder / "tokens" / "tokenizer.json"
   tokenizer.parent.mkdir()
-  preparation.train(source, 300, 10_000, epath.Path(tokenizer))
+  learning.train(source, 300, 10_000, epath.Path(tokenizer))
   preparation.prepare(source, str(folder / "tokens"), str(tokenizer), shards=2)
   return folder
 
