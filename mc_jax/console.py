@@ -7,13 +7,15 @@ ended it.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import fcntl
 import io
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NoReturn
 
 from absl import app, flags
@@ -73,16 +75,24 @@ def parse_flags(argv: list[str]) -> list[str]:
   return rest
 
 
-def parse_arguments(argv: list[str]) -> list[str]:
+def parse_arguments(argv: list[str], fields: Iterable[str] = ()) -> list[str]:
   """absl's parsing, for a program that takes other arguments as well: they are returned.
 
+  Args:
+    argv: The command line.
+    fields: Names of the configuration's fields, which are flags too: "config.train.steps".
+
   Raises:
-    ConfigError: An unknown flag or a wrong value.
+    ConfigError: An unknown flag, with the program's own that is nearest to it, or a wrong value.
   """
   from mc_jax.data.errors import ConfigError
 
   try:
     return flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    near = " or ".join(f"--{name}" for name in _near(error.flagname, fields))
+    hint = f"did you mean {near}?" if near else "--help lists those there are"
+    raise ConfigError(f"there is no flag --{error.flagname}; {hint}") from error
   except flags.Error as error:
     raise ConfigError(" ".join(str(error).split())) from error
 
@@ -113,6 +123,21 @@ def typed(name: str, text: str) -> str:
     raise ConfigError(f"--{name} is not UTF-8: {error}") from error
 
 
+@contextlib.contextmanager
+def naming(names: Mapping[str, str]) -> Iterator[None]:
+  """Within it, a ConfigError says "--paths" where it would say "data.paths", if `names` has {"data.paths": "--paths"}.
+
+  For programs whose flags are not the fields of a configuration.
+  """
+  from mc_jax.data.errors import ConfigError
+
+  try:
+    yield
+  except ConfigError as error:
+    known = rf"(?<![\w./-])(?:{'|'.join(map(re.escape, names))})(?![\w/]|\.\w)"  # no part of a file's name
+    raise ConfigError(re.sub(known, lambda found: names[found[0]], str(error))) from error
+
+
 def tell(text: str) -> None:
   """Prints a line on standard error, also from a signal's handler, which may have interrupted another print."""
   with contextlib.suppress(OSError):
@@ -123,6 +148,13 @@ def silence() -> None:
   """Sends standard output to nowhere from now on."""
   sys.stdout.flush()
   _discard(1)
+
+
+def _near(name: str, fields: Iterable[str]) -> list[str]:
+  """The flag of this program that `name` is most like, and the fields of a configuration that are called so."""
+  modules = flags.FLAGS.flags_by_module_dict().items()
+  own = [flag.name for module, found in modules if module == sys.argv[0] or "mc_jax" in module for flag in found]
+  return difflib.get_close_matches(name, own, n=1) + [field for field in fields if field.split(".")[-1] == name][:3]
 
 
 class _Path(flags.ArgumentParser):

@@ -49,6 +49,13 @@ LOAD = console.path_flag("load_prompt", None, "folder of a saved prompt, which -
 
 def main(_: list[str]) -> None:
   """Generates as the flags say."""
+  flag_of = {"tokens": CONTEXT, "capacity": CAPACITY, "full": FULL_CACHE, "dtype": CACHE_DTYPE, "memory": CACHE_MEMORY}
+  when = " when it was saved" if LOAD.value else ""
+  with console.naming({f"cache.{field}": f"--{flag.name}{when}" for field, flag in flag_of.items()}):
+    _generate()
+
+
+def _generate() -> None:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.ERROR)
   model = trained.load(outputs.workdir(WORKDIR.value), commandline.overrides(CONFIG), step=STEP.value)

@@ -105,7 +105,7 @@ def test_output_that_nobody_reads_ends_a_door_that_lives_for_it(doors, tmp_path)
     ("--to=", 2, "error: flag --to=: the path is empty (an unset variable?)\n"),
     ("--json=nowhere/x", 2, "error: flag --json=nowhere/x: there is no folder nowhere to write it in\n"),
     ("--json=.", 2, "error: flag --json=.: it is a folder; give a file\n"),
-    ("--wrods=x", 2, "error: Unknown command line flag 'wrods'. Did you mean: words ?\n"),
+    ("--wrods=x", 2, "error: there is no flag --wrods; did you mean --words?\n"),
     (r"--words=$'\xff'", 2, "error: --words is not UTF-8: 'utf-8' codec can't decode byte 0xff in position 0: "),
     ("--raises=os", 1, "error: \\u6f22\n"),
     ("--raises=hopeless", 2, "error: \\u6f22\n"),

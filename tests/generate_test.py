@@ -45,7 +45,7 @@ def test_a_prompt_is_saved_and_continued_again(run, tmp_path):
   assert again.stdout == whole.stdout
   full = _generate(*options, f"--load_prompt={tmp_path / 'prompt'}", "--prompt=" + "x" * 30)
   assert full.returncode == 2
-  assert "are more than the 40 that the cache is for" in full.stderr
+  assert "are more than the 40 that the cache is for (--context when it was saved)" in full.stderr
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,9 @@ def test_a_prompt_is_saved_and_continued_again(run, tmp_path):
   [
     ([], "the prompt is empty"),
     (["--prompt=x", "--prompt_file=y"], "--prompt and --prompt_file are both given"),
-    (["--prompt=x", "--max_tokens=40", "--capacity=2"], "cache.capacity=2 is too small: 42 tokens"),
+    (["--prompt=x", "--max_tokens=40", "--capacity=2"], "--capacity=2 is too small: 42 tokens"),
+    (["--prompt=x", "--max_tokens=40", "--context=30"], "more than the 30 that the cache is for (--context)"),
+    (["--prompt=x", "--tokens=40"], "there is no flag --tokens; did you mean --max_tokens?"),
     (["--prompt=x", "--config.model.heads=1"], "--config.model.heads: 2 in the checkpoint, 1 asked for"),
     (["--load_prompt=nowhere"], "nowhere is not there"),
     (["--prompt=x", "--top_p=0"], "top_p must be above 0"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 from mc_jax.data import recall
 from mc_jax.data.errors import ConfigError
@@ -132,12 +131,6 @@ class DataConfig(SourceConfig):
       return self.sources
     own = {field.name: getattr(self, field.name) for field in dataclasses.fields(SourceConfig)}
     return {self.source: PartConfig(**own)}
-
-  @property
-  def relative_paths(self) -> list[str]:
-    """Those of the sources' paths that depend on the current folder."""
-    every = (path.strip() for part in self.parts.values() for path in part.paths.split(","))
-    return [path for path in every if path and "://" not in path and not os.path.isabs(os.path.expanduser(path))]
 
   @property
   def has_documents(self) -> bool:

@@ -90,7 +90,7 @@ def _parts(paths: str, field: str) -> Iterator[tuple[str, list[str]]]:
 def _hint(pattern: str) -> str:
   if "://" in pattern or os.path.isabs(os.path.expanduser(pattern)):
     return ""
-  return f"; relative paths are read from {os.getcwd()}: start from the folder they belong to, or give absolute paths"
+  return f"; relative paths are read from {os.getcwd()}: start in the folder they belong to, or give absolute paths"
 
 
 def _local(url: str) -> str | None:

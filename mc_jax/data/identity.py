@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -129,13 +129,14 @@ def resumed(then: Identity | None, now: Identity, allow_growth: bool) -> list[st
     raise ConfigError(
       "the data are not those that the checkpoint was trained on:\n"
       + "\n".join(f"  {line}" for line in found)
-      + "\nPut them back, or train in another --workdir (train.start_from=WORKDIR starts with this run's parameters)"
+      + "\nPut them back, or train in another --workdir (--config.train.start_from=WORKDIR starts with this run's "
+      "parameters)"
     )
-  grown = [f"data of {name}: {_some(more)}" for name, more in _added(then, now).items() if more]
+  grown = [f"{name} has {_some(more)}" for name, more in _added(then, now).items() if more]
   if not grown:
     return []
   what = (
-    f"the data have grown since the checkpoint, by {'; '.join(grown)}. The rows come in another order from here on, "
+    f"the data have grown since the checkpoint: {'; '.join(grown)}. The rows come in another order from here on, "
     "documents of this epoch may be read again or not at all, and the validation set has other documents, so that its "
     "loss is not comparable with earlier ones"
   )
@@ -155,19 +156,20 @@ def _differences(then: Identity, now: Identity) -> Iterator[str]:
   """What is not as it was, one line each, but for files that were added."""
   if then.tokenizer != now.tokenizer:
     yield f"the tokenizer has another fingerprint: {_short(then.tokenizer)} then, {_short(now.tokenizer)} now"
-  for name in then.files.keys() & now.files.keys():
+  for name in (name for name in then.files if name in now.files):
     old, new = then.files[name], now.files[name]
     gone = [file for file in old if file not in new]
-    if gone and set(old.values()) <= set(new.values()):
+    added = {digest for file, digest in new.items() if file not in old}
+    if gone and {old[file] for file in gone} <= added:
       yield (
-        f"{name}: {len(gone)} files have other names, such as {gone[0]}: names are relative to the folder that all "
-        "files share, and decide what is held out for validation"
+        f"{name}: {_of(gone, old, 'has', 'have')} other names, such as {gone[0]}: names are relative to the "
+        "folder that all files share, and decide what is held out for validation"
       )
       continue
     if gone:
-      yield f"{name}: {len(gone)} of {len(old)} files are gone: {_listed(gone)}"
+      yield f"{name}: {_of(gone, old, 'is', 'are')} gone: {_listed(gone)}"
     if changed := [file for file in old if new.get(file, old[file]) != old[file]]:
-      yield f"{name}: {len(changed)} of {len(old)} files have other contents: {_listed(changed)}"
+      yield f"{name}: {_of(changed, old, 'has', 'have')} other contents: {_listed(changed)}"
     if not gone and [file for file in new if file in old] != list(old):
       yield f"{name}: the files are read in another order"
 
@@ -175,6 +177,11 @@ def _differences(then: Identity, now: Identity) -> Iterator[str]:
 def _added(then: Identity, now: Identity) -> dict[str, list[str]]:
   shared = (name for name in now.files if name in then.files)
   return {name: [file for file in now.files[name] if file not in then.files[name]] for name in shared}
+
+
+def _of(some: Collection, every: Collection, one: str, more: str) -> str:
+  """Such as "1 of 6 files is" or "2 of 6 files are"."""
+  return f"{len(some)} of {len(every)} files {one if len(some) == 1 else more}"
 
 
 def _some(names: list[str]) -> str:

@@ -38,9 +38,15 @@ _SUMS = {"documents": "documents", "text_bytes": "bytes of text", "tokens": "tok
 
 def main(_: list[str]) -> None:
   """Prepares as the flags say."""
+  with console.naming({f"data.{name}": f"--{name}" for name in ("source", "paths", "field", "tokenizer", "separator")}):
+    _checked()
+
+
+def _checked() -> None:
+  """Checks the flags, and prepares while no other process does the same."""
   source = SourceConfig(source=_SOURCE.value, paths=_PATHS.value, field=_FIELD.value)
-  if found := source.source_problems("", length=1):
-    raise ConfigError("\n".join(line.replace(".", "--", 1) for line in found))
+  if found := source.source_problems("data", length=1):
+    raise ConfigError("\n".join(found))
   if (_TOKENIZER.value is None) == (_TRAIN_BPE.value is None):
     raise ConfigError("give one of --tokenizer and --train_bpe")
   if _TRAIN_BPE.value is None and flags.FLAGS["train_bytes"].present:

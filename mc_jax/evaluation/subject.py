@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import math
-import os
 import pathlib
 from collections.abc import Sequence
 
@@ -54,16 +52,7 @@ class Subject:
     """
     if found := data.problems():
       raise ConfigError("\n".join(f"{what}: {problem}" for problem in found))
-    try:
-      dataset = datasets.load(data)
-    except ConfigError as error:
-      missing = [path for path in data.relative_paths if not glob.glob(os.path.expanduser(path), recursive=True)]
-      if not missing:
-        raise
-      raise ConfigError(
-        f"{error}; {', '.join(missing)} is looked for in the current folder, {os.getcwd()}: start in the folder where "
-        "training was started, or give --config.data.paths=/ABSOLUTE/PATH"
-      ) from error
+    dataset = datasets.load(data)
     identity.require_tokenizer(self.trained, dataset.identity.tokenizer, data.tokenizer)
     if dataset.vocab_size > self.vocab_size:
       raise ConfigError(

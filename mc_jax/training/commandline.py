@@ -7,6 +7,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
+from mc_jax import console
 from mc_jax.data import ConfigError, files
 from mc_jax.training import config
 
@@ -47,8 +48,8 @@ def parse(holder: flags.FlagHolder, argv: list[str]) -> list[str]:
     elif name == "config" and holder.default is not None:
       raise ConfigError("--config=FILE is for training; here the run's own is read from --workdir=RUN")
   try:
-    rest = flags.FLAGS(expanded(argv))
-  except (flags.Error, KeyError) as error:  # KeyError: a name in data.sources that the config file does not have
+    rest = console.parse_arguments(expanded(argv), [f"config.{field}" for field in config.fields(config.Config())])
+  except KeyError as error:  # a name in data.sources that the config file does not have
     raise ConfigError(" ".join(str(error.args[0]).split())) from error
   try:
     if holder.value is not None:

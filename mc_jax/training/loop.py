@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import jax
 from etils import epath
 
-from mc_jax.data import ConfigError, datasets, identity, loader, windows
+from mc_jax.data import ConfigError, datasets, identity, loader, whole, windows
 from mc_jax.data.files import path
 from mc_jax.evaluation import scoring
 from mc_jax.inference.text import known
@@ -222,7 +222,7 @@ def _start(run: _Run, checkpoints: Checkpoints) -> state.TrainState:
     for line in lines:
       print(f"  {line}")
   kept.keep(run.files, run.data.config)
-  (run.files.folder / "config.json").write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
+  whole.write(run.files.folder / "config.json", config_lib.to_json(config) + "\n")
   run.files.send()
   return current
 
@@ -318,9 +318,9 @@ def _finish(run: _Run, params: dict, rows: dict[str, str]) -> None:
       f"continuation, temperature {train.sample_temperature}:\n"
       f"{data.tokenizer.decode(known(continuation, data.tokenizer))}\n"
     )
-    (folder / report.SAMPLE).write_text(text, encoding="utf-8")
+    whole.write(folder / report.SAMPLE, text)
     print(text)
     rows |= {"sample": str(run.workdir / report.SAMPLE)}
   table = report.table(rows, "result")
-  (folder / report.TABLE).write_text(table + "\n", encoding="utf-8")
+  whole.write(folder / report.TABLE, table + "\n")
   print(table, flush=True)

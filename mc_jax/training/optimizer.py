@@ -59,14 +59,14 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def schedule_changes(then: OptimizerConfig, then_steps: int, now: OptimizerConfig, steps: int, done: int) -> list[str]:
-  """Lines about the next learning rate of a run that resumes after `done` updates; none if the rate stays the same.
+  """Lines about the next learning rate of a run that resumes after `done` updates; none if it is the same, or none is.
 
   Args:
     then, then_steps: The schedule that the run had: its settings and train.steps.
     now, steps: The schedule that it resumes with.
   """
   expected, rate = (float(schedule(*at)(done)) for at in ((then, then_steps), (now, steps)))
-  if math.isclose(rate, expected, rel_tol=1e-3):
+  if done >= steps or math.isclose(rate, expected, rel_tol=1e-3):
     return []
   ended, end = then.decay_steps or then_steps, now.decay_steps or steps
   line = f"the learning rate of step {done + 1} is {rate:.3g}; in the earlier schedule it was {expected:.3g}"

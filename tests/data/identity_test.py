@@ -53,7 +53,7 @@ def test_other_contents_under_the_same_name_are_noticed(corpora, texts, tmp_path
   then = _load(source, folder)
   changed = sorted(folder.iterdir())[-1]
   _rewritten(changed, [text.swapcase() for text in texts[25:]])
-  with pytest.raises(ConfigError, match=f"{source}: 1 of .* files have other contents: {changed.name}"):
+  with pytest.raises(ConfigError, match=f"{source}: 1 of .* files has other contents: {changed.name}"):
     identity.resumed(then, _load(source, folder), allow_growth=True)
 
 
@@ -82,10 +82,10 @@ def _with(files, tokenizer="abc/0"):
 @pytest.mark.parametrize(
   ("now", "message"),
   [
-    (_with({"a": "1", "c": "3"}), "books: 1 of 3 files are gone: b"),
+    (_with({"a": "1", "c": "3"}), "books: 1 of 3 files is gone: b"),
     (_with({"a": "1", "b": "0", "c": "0", "d": "4"}), "books: 2 of 3 files have other contents: b, c"),
     (_with({"b": "2", "a": "1", "c": "3"}), "books: the files are read in another order"),
-    (_with({"u/a": "1", "u/b": "2", "u/c": "3", "v/d": "4"}), "books: 3 files have other names, such as a"),
+    (_with({"u/a": "1", "u/b": "2", "u/c": "3", "v/d": "4"}), "books: 3 of 3 files have other names, such as a"),
     (_with(THEN.files["books"], "abd/0"), "another fingerprint: abc/0 then, abd/0 now"),
     (_with(THEN.files["books"], "abc/1"), "another fingerprint: abc/0 then, abc/1 now"),
     (_with(THEN.files["books"], None), "another fingerprint: abc/0 then, none now"),
@@ -98,10 +98,16 @@ def test_what_is_not_as_it_was_is_refused_whatever_is_allowed(now, message):
   assert "another --workdir" in str(raised.value)
 
 
+def test_a_second_copy_of_a_file_that_is_gone_is_no_other_name():
+  then, now = _with({"a": "1", "copy": "1"}), _with({"a": "1"})
+  with pytest.raises(ConfigError, match="books: 1 of 2 files is gone: copy"):
+    identity.resumed(then, now, allow_growth=False)
+
+
 def test_what_has_grown_is_allowed_when_asked_for():
   files = {name: str(name) for name in "defghi"}
   grown = _with({**THEN.files["books"], **files})
-  with pytest.raises(ConfigError, match=r"by data of books: 6 new files \(d, e, f, g and 2 more\).*allow_growth=True"):
+  with pytest.raises(ConfigError, match=r": books has 6 new files \(d, e, f, g and 2 more\).*allow_growth=True"):
     identity.resumed(THEN, grown, allow_growth=False)
   (line,) = identity.resumed(THEN, grown, allow_growth=True)
   assert "not comparable with earlier ones" in line

@@ -73,6 +73,21 @@ def test_bad_input_ends_with_status_2_and_one_line(corpus, tmp_path):
   assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (("--paths=", "--tokenizer=bytes"), "--paths must be files, .* when --source is jsonl, got ''"),
+    (("--paths=none/*.x", "--tokenizer=bytes"), r"--paths: no file matches 'none/\*\.x'; relative paths are read "),
+    (("--paths={corpus}", "--tokenizer=a/data.tokenizer.json"), r"--tokenizer must be .*'a/data\.tokenizer\.json'"),
+  ],
+)
+def test_messages_name_its_own_flags(corpus, tmp_path, flags, message):
+  flags = [flag.format(corpus=corpus) for flag in flags]
+  ended = _command("--source=jsonl", *flags, f"--out={tmp_path}/out")
+  assert ended.returncode == 2
+  assert re.match(f"error: {message}", ended.stderr), ended.stderr
+
+
 def test_a_killed_process_ends_with_status_1(corpus, tmp_path, monkeypatch):
   monkeypatch.setattr(preparation, "_start", _die)
   with pytest.raises(OSError, match="a process that tokenized was killed"):

@@ -45,6 +45,7 @@ def test_a_finished_cosine_that_is_made_longer_is_reported_with_the_flag_that_ke
   assert f"the learning rate of step 11 is {rate:.3g}; in the earlier schedule it was 0.1" in line
   assert "ended at step 10 and now ends at step 20" in line
   assert flag.endswith("--config.optimizer.decay_steps=10")
+  assert optimizer.schedule_changes(config, 20, config, 10, done=10) == []  # no step is left
   kept = dataclasses.replace(config, decay_steps=10)
   assert optimizer.schedule_changes(config, 10, kept, 20, done=10) == []
 
