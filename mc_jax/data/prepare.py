@@ -38,7 +38,8 @@ _SUMS = {"documents": "documents", "text_bytes": "bytes of text", "tokens": "tok
 
 def main(_: list[str]) -> None:
   """Prepares as the flags say."""
-  with console.naming({f"data.{name}": f"--{name}" for name in ("source", "paths", "field", "tokenizer", "separator")}):
+  named = {f"data.{name}": f"--{name}" for name in ("source", "paths", "field", "tokenizer", "separator")}
+  with console.naming(named | {"on_error=skip": "--on_error=skip"}):
     _checked()
 
 
