@@ -37,7 +37,7 @@ def learn(source: SourceConfig, vocab_size: int, most: int, out: str, on_error: 
   """
   folder = files.path(out)
   settings = {"train_bpe": vocab_size, "train_bytes": most, "source": source.source, "field": source.field}
-  found = files.matches(source.paths) if source.paths else []
+  found = list(files.find(source.paths, formats.SUFFIXES[source.source])) if source.paths else []
   settings |= {"paths": source.paths, "files": hashlib.sha256(repr(found).encode()).hexdigest()}
   if (folder / FILE).exists():
     _compare(folder, settings)

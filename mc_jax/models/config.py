@@ -81,15 +81,20 @@ class MemoryConfig:
         f"{prefix}.after_training={self.after_training!r} is for models trained with {prefix}.aggregation='none', "
         f"got {self.aggregation!r}: use after_training=None"
       )
-    gated = [name for name in memory.AGGREGATIONS if name not in _UNGATED]
-    if self.aggregation in _UNGATED and self.after_training is None:
+    if self.unread:
+      gated = [name for name in memory.AGGREGATIONS if name not in _UNGATED]
       found += [
         f"{prefix}.{field}={value!r} has no effect with {prefix}.aggregation={self.aggregation!r}, which has no gates: "
         f"use {field}={default!r}, or one of {', '.join(gated)} as {prefix}.aggregation"
-        for field, default in _GATES_ALONE.items()
+        for field, default in self.unread.items()
         if (value := getattr(self, field)) != default
       ]
     return found
+
+  @property
+  def unread(self) -> dict[str, object]:
+    """Fields that nothing reads, with their defaults: those of gates, where the aggregation has none."""
+    return _GATES_ALONE if self.aggregation in _UNGATED and self.after_training is None else {}
 
   def as_read(self) -> "MemoryConfig":
     """These values with `after_training` in effect: what a layer does. Itself where there is nothing to do."""

@@ -267,7 +267,8 @@ def changed(stored: dict | Config, config: Config, workdir: epath.Path) -> dict[
   """
   then = stored if isinstance(stored, Config) else config_lib.from_dict(stored)
   fields = config_lib.differences(then, config)
-  model = {name: pair for name, pair in fields.items() if name.startswith("model.") and name not in HOW}
+  unread = {f"model.memory.{name}" for name in then.model.memory.unread.keys() & config.model.memory.unread.keys()}
+  model = {name: pair for name, pair in fields.items() if name.startswith("model.") and name not in {*HOW, *unread}}
   if model:
     lines = [f"  {field}: {a!r} in the checkpoint, {b!r} now" for field, (a, b) in model.items()]
     raise ConfigError(

@@ -12,6 +12,8 @@ matplotlib.use("Agg")  # files only: no display is needed
 
 from matplotlib import pyplot
 
+from mc_jax.evaluation.report import save
+
 CURVE = "loss.png"
 TABLE = "report.txt"
 SAMPLE = "sample.txt"
@@ -55,8 +57,7 @@ def curve(
   axes.set_ylabel(f"bits per {unit}")
   axes.legend()
   axes.grid(alpha=0.3)
-  figure.savefig(path, dpi=120)
-  pyplot.close(figure)
+  save(figure, path, dpi=120)
 
 
 def _smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -29,13 +29,12 @@ def test_it_is_learned_again_only_where_it_is_missing(source, corpora, tmp_path,
   data = (out / learning.FILE).read_bytes()
   monkeypatch.setattr(tokenizers, "train_bpe", None)
   monkeypatch.chdir(corpora["parquet"])
-  for paths in (source.paths, "../parquet", ".."):
-    same = SourceConfig(source="parquet", paths=paths)
-    if paths == "..":
-      with pytest.raises(ConfigError, match=r"--paths was '.*' and is now '\.\.'"):
-        learning.learn(same, 280, 5000, str(out))
-    else:
-      assert learning.learn(same, 280, 5000, str(out)) is None
+  for paths in (source.paths, "../parquet", ".."):  # the same files, from wherever the command is given
+    assert learning.learn(SourceConfig(source="parquet", paths=paths), 280, 5000, str(out)) is None
+  (tmp_path / "more.parquet").write_bytes(b"")
+  more = SourceConfig(source="parquet", paths=f"{source.paths},{tmp_path}/more.parquet")
+  with pytest.raises(ConfigError, match=r"--paths was '.*' and is now '.*more\.parquet'"):
+    learning.learn(more, 280, 5000, str(out))
   assert (out / learning.FILE).read_bytes() == data
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from mc_jax.data import ConfigError, datasets
+from mc_jax.models import MemoryConfig
 from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training import config as config_lib
 from mc_jax.training import state
@@ -94,3 +95,12 @@ def test_other_fields_may_change_and_new_ones_have_their_defaults(tiny):
   stored = dataclasses.asdict(tiny())
   del stored["model"]["rope_theta"]  # as if saved before there was such a field
   assert changed(stored, tiny(steps=7), pathlib.Path("x")) == {"train.steps": (6, 7)}
+
+
+def test_a_gate_that_nothing_reads_makes_no_other_model(tiny):
+  memory = MemoryConfig(rule="linear", aggregation="residual", chunk=4, segment_length=8)
+  stored = dataclasses.asdict(tiny(memory=dataclasses.replace(memory, gate="sigmoid")))
+  assert set(changed(stored, tiny(memory=memory), pathlib.Path("x"))) == {"model.memory.gate"}
+  stored = dataclasses.asdict(tiny(memory=dataclasses.replace(memory, gate="sigmoid", aggregation="grm")))
+  with pytest.raises(ConfigError, match=r"model\.memory\.gate"):
+    changed(stored, tiny(memory=dataclasses.replace(memory, aggregation="grm")), pathlib.Path("x"))
