@@ -81,6 +81,14 @@ def titans_write_bwd(head_dim=128, chunk=256):
   return backward(rules.titans(chunk=chunk), head_dim)
 
 
+def titans_solved_write_fwd(head_dim=128, chunk=256):
+  return forward(rules.titans(chunk=chunk, normalized=True), head_dim)
+
+
+def titans_solved_write_bwd(head_dim=128, chunk=256):
+  return backward(rules.titans(chunk=chunk, normalized=True), head_dim)
+
+
 def linear_write_fwd(head_dim=128, chunk=256):
   return forward(rules.linear(chunk=chunk), head_dim)
 

@@ -1,7 +1,8 @@
 """Decoding: a prompt at once, then token by token, with the numbers of the whole sequence's forward pass.
 
-A token in the middle of a chunk is a chunk of one token, whose inner gradients are taken where the chunk began: what
-`online.write` does for a chunk it does here for a token, and all scores, gates and reads are training's own.
+A token in the middle of a chunk is a chunk of one token, whose inner gradient is taken where those of its chunk are
+(`online.Chunk`): what `online.write` does for a chunk it does here for a token, and all scores, gates and reads are
+training's own.
 
 The finished segments' states lie in slots. A segment's state goes into its slot when the next segment's first token
 comes: until then nobody reads it. When no slot is left it takes the oldest one's place; who wants an error instead asks
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mc_jax.memory import aggregate, arguments, caching, online, pages, passes, segments
+from mc_jax.memory import aggregate, arguments, caching, networks, online, pages, passes, segments
 from mc_jax.memory import documents as documents_lib
 from mc_jax.memory import gates as gating
 from mc_jax.memory.networks import Weights
@@ -78,6 +79,11 @@ class Options(caching.Options):
     """Whether inner gradients depend on the state, so that where a chunk began must be kept."""
     return not self.rule.affine
 
+  @property
+  def chunk(self) -> int:
+    """Tokens in a chunk, at most."""
+    return min(self.rule.chunk, self.segment_length)
+
 
 class Quantized(NamedTuple):
   """Matrices as int8 [..., in, out], each with a float32 scale [..., 1, 1]."""
@@ -107,8 +113,7 @@ class Cache(NamedTuple):
   Attributes:
     position: [b] int32, tokens so far.
     state: what the memory carries, leaves [b, h, ...], at least float32.
-    chunk_start: the memory before the current chunk, where inner gradients are taken, {name: [b, h, in, out]}; None
-      where they do not depend on it.
+    chunk: what inner gradients in the current chunk depend on; None where they do not depend on the state.
     keys: [b, h, d], the sum of the current segment's keys.
     memories: the cached states, {name: [slots, b, h, in, out]} or Quantized; Paged in host memory.
     summaries: of the cached segments, [slots, b, h, d].
@@ -117,7 +122,7 @@ class Cache(NamedTuple):
 
   position: jax.Array
   state: online.State
-  chunk_start: Weights | None
+  chunk: online.Chunk | None
   keys: jax.Array
   memories: Memories
   summaries: jax.Array
@@ -155,7 +160,7 @@ def init_cache(options: Options, init: Weights, *, batch: int, head_dim: int, dt
   return Cache(
     position=jnp.zeros(batch, jnp.int32),
     state=state,
-    chunk_start=state.memory if options.chunked else None,
+    chunk=_new_chunk(options, state, dtype) if options.chunked else None,
     keys=jnp.zeros((batch, heads, head_dim), wide),
     memories=_to_memory(_store(options, empty, dtype)),
     summaries=jnp.zeros((options.slots, batch, heads, head_dim), wide),
@@ -207,31 +212,31 @@ def prefill(
   tokens = caching.heads_first(q, k, v, u, gates, documents)._replace(q=None, u=None, documents=None)
 
   # The last segment's tokens once more: what a cache needs of its middle, the pass over the sequence does not keep.
-  place = jnp.minimum(start[:, None] + jnp.arange(size), length - 1)[:, None]
-
-  def of_last_segment(x):
-    return jnp.take_along_axis(x, place.reshape(batch, 1, size, *[1] * (x.ndim - 3)), axis=2)
-
-  tokens = jax.tree.map(of_last_segment, tokens)
+  place = jnp.minimum(start[:, None] + jnp.arange(size), length - 1)
+  tokens = jax.tree.map(lambda x: _take(x, place), tokens)
   into = position - start  # tokens in the last segment
   wide = state_dtype(q.dtype)
   inside = jnp.arange(size) < into[:, None]
   keys = jnp.where(inside[:, None, :, None], tokens.k.astype(wide), 0).sum(2)
-  chunk_start = None
+  chunk = None
   if options.chunked:
     fresh = {name: w.astype(wide) for name, w in init.items()}
     first = online.start_state(rule, fresh, tokens.k)
     if options.carries:
       before = _of_rows(cached.states, jnp.maximum(segment - 1, 0))
       first = _where(segment > 0, before, first)
-    one = jnp.ones((batch, 1, size), jnp.int32)
-    whole_chunks = jnp.arange(size) < (into // rule.chunk * rule.chunk)[:, None]
-    tokens = tokens._replace(documents=documents_lib.Documents(one, one, whole_chunks[:, None]))
-    tokens = tokens._replace(gates={n: jnp.where(whole_chunks[:, None], g, 1) for n, g in tokens.gates.items()})
-    tokens = tokens._replace(q=tokens.k[..., :0])
-    chunk_start = passes.write(
-      rule, fresh, tokens, (size,), read=lambda _, x: x, carries=True, side_by_side=1, start=first
-    ).end.memory
+    whole = into // options.chunk * options.chunk  # tokens in whole chunks
+    first = passes.write(
+      *(rule, fresh, _valid(tokens, jnp.arange(size) < whole[:, None])._replace(q=tokens.k[..., :0]), (size,)),
+      **dict(read=lambda _, x: x, carries=True, side_by_side=1, start=first),
+    ).end
+    chunk = online.Chunk(first.memory, None)
+    if rule.solve:
+      place = whole[:, None] + jnp.arange(options.chunk)
+      begun = jax.tree.map(lambda x: _take(x, jnp.minimum(place, size - 1)), tokens)
+      begun = _valid(begun, place < into[:, None])
+      _, memory = online.write(rule, first, fresh, begun.k, begun.v, begun.gates, begun.documents)
+      chunk = online.chunk_of(rule, memory)
 
   held = jnp.maximum(_held(segment, options.slots), 0)
 
@@ -243,7 +248,7 @@ def prefill(
   return y, Cache(
     position=position,
     state=_of_rows(cached.states, segment),
-    chunk_start=chunk_start,
+    chunk=chunk,
     keys=keys,
     memories=_to_memory(_store(options, {name: slots(w) for name, w in cached.states.memory.items()}, q.dtype)),
     summaries=summaries if cached.summaries is None else slots(cached.summaries),
@@ -289,14 +294,17 @@ def step(
   fresh = {name: w.astype(state_dtype(dtype)) for name, w in init.items()}
   x = caching.heads_first(q, k, v, u, gates, None)
   cache = _enter(options, fresh, cache, x.k, active)
-  state, _ = online.write(rule, cache.state, fresh, x.k, x.v, x.gates, None, gradient_at=cache.chunk_start)
+  state, memory = online.write(rule, cache.state, fresh, x.k, x.v, x.gates, None, chunk=cache.chunk)
   cache = cache._replace(state=state, keys=cache.keys + x.k[:, :, 0].astype(cache.keys.dtype))
+  if rule.solve:
+    place = cache.position % options.segment_length % options.chunk
+    cache = cache._replace(chunk=online.advance(rule, cache.chunk, place, memory, x.gates))
   y = _read(options, x, token_scores, cache)
   cache = cache._replace(position=cache.position + 1)
   if active is not None:  # what is in slots was written by the active rows alone
 
     def by_row(cache):
-      return dict(position=cache.position, state=cache.state, chunk_start=cache.chunk_start, keys=cache.keys)
+      return dict(position=cache.position, state=cache.state, chunk=cache.chunk, keys=cache.keys)
 
     cache = cache._replace(**_where(active, by_row(cache), by_row(before)))
   return jnp.moveaxis(y, 1, 2).astype(dtype), cache
@@ -312,11 +320,27 @@ def _enter(options: Options, fresh: Weights, cache: Cache, k: jax.Array, active:
   state = cache.state
   if not options.carries:
     state = _where(begins, online.start_state(options.rule, fresh, k), state)
-  chunk_start = cache.chunk_start
+  chunk = cache.chunk
   if options.chunked:
-    chunk_start = _where(inside % options.rule.chunk == 0, state.memory, chunk_start)
+    chunk = _where(inside % options.chunk == 0, _new_chunk(options, state, k.dtype), chunk)
   keys = jnp.where(_rows(begins, cache.keys.ndim), 0, cache.keys)
-  return cache._replace(state=state, chunk_start=chunk_start, keys=keys)
+  return cache._replace(state=state, chunk=chunk, keys=keys)
+
+
+def _new_chunk(options: Options, state: online.State, dtype: jnp.dtype) -> online.Chunk:
+  """A chunk that begins at a state and has no token yet."""
+  if not options.rule.solve:
+    return online.Chunk(state.memory, None)
+
+  def empty(*width):
+    return jnp.zeros((*state.memory[last].shape[:-2], options.chunk, *width), state_dtype(dtype))
+
+  last = networks.last(options.rule.network, state.memory)
+  momentum = state.momentum[last] if options.rule.momentum else None
+  accumulated = empty() if options.rule.momentum else None
+  features, answer = state.memory[last].shape[-2:]
+  solving = online.Solving(momentum, empty(features), empty(answer), empty(), accumulated)
+  return online.Chunk(state.memory, solving)
 
 
 def _append(options: Options, cache: Cache, finished: jax.Array, dtype: jnp.dtype) -> Cache:
@@ -447,6 +471,18 @@ def _quantize(w: jax.Array) -> Quantized:
 def _load(memories: dict[str, jax.Array | Quantized], dtype: jnp.dtype) -> Weights:
   """Cached weights as they are multiplied."""
   return {name: (w.values * w.scale).astype(dtype) if isinstance(w, Quantized) else w for name, w in memories.items()}
+
+
+def _take(x: jax.Array, place: jax.Array) -> jax.Array:
+  """Tokens at each row's places: x [b, h, length, ...], place [b, n] to [b, h, n, ...]."""
+  return jnp.take_along_axis(x, place.reshape(len(place), 1, -1, *[1] * (x.ndim - 3)), axis=2)
+
+
+def _valid(tokens: passes.Tokens, valid: jax.Array) -> passes.Tokens:
+  """The tokens of one document, those that are not valid [b, length] as padding."""
+  one = jnp.ones((len(valid), 1, valid.shape[1]), jnp.int32)
+  gates = {name: jnp.where(valid[:, None], gate, 1) for name, gate in tokens.gates.items()}
+  return tokens._replace(documents=documents_lib.Documents(one, one, valid[:, None]), gates=gates)
 
 
 def _of_rows(tree, index: jax.Array):

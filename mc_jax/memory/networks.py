@@ -45,11 +45,16 @@ class MLP:
 
   `norm` puts a parameter-free layer norm on the branch: x + LN(...). M_0 is never zero: a zero MLP has zero gradients
   for ever.
+
+  M_0 is drawn from N(0, 1 / in), for inputs of unit variance. With `unit_keys` it is at the scale of keys of unit
+  LENGTH: W_1 ~ N(0, 1), without which the hidden layer is a linear map in disguise, and the last layer ~ N(0, 1 / (in
+  out)), which answers with a length of about 1, as the keys have.
   """
 
   depth: int = 2
   expansion: int = 4
   norm: bool = False
+  unit_keys: bool = False
 
   def __post_init__(self):
     for field in ("depth", "expansion"):
@@ -65,12 +70,31 @@ class MLP:
 
   def init(self, key: jax.Array, heads: int, head_dim: int) -> Weights:
     widths = [head_dim] + [self.expansion * head_dim] * (self.depth - 1) + [head_dim]
+
+    def scale(layer, d_in):
+      if not self.unit_keys or self.depth == 1 or 1 < layer < self.depth:
+        return d_in**-0.5
+      return 1.0 if layer == 1 else (d_in * head_dim) ** -0.5
+
     return {
-      f"w{layer}": jax.random.normal(k, (heads, d_in, d_out), jnp.float32) * d_in**-0.5
+      f"w{layer}": jax.random.normal(k, (heads, d_in, d_out), jnp.float32) * scale(layer, d_in)
       for layer, (k, d_in, d_out) in enumerate(
         zip(jax.random.split(key, self.depth), widths[:-1], widths[1:], strict=True), start=1
       )
     }
+
+
+def last(network: Network, weights: Weights) -> str:
+  """The name of the layer that the network reads last. weights {name: [..., in, out]}."""
+  called = []
+
+  def linear(name, x):
+    called.append(name)
+    return jnp.zeros((*x.shape[:-1], weights[name].shape[-1]))
+
+  width = next(iter(weights.values())).shape[-2]
+  jax.eval_shape(lambda: network(jnp.zeros((1, width)), linear))
+  return called[-1]
 
 
 @jax.custom_jvp

@@ -12,19 +12,33 @@ hence an online read is two dense products and one causal linear attention:
 
   x_t W_t = A_t (x_t W_0) + c_t (x_t S_0) - sum_j C_tj <x_t, z_j> delta_j.
 
+A rule that SOLVES takes the error of token t not at W_0 but at W_{t-1}, as far as the network's LAST layer goes (the
+others are frozen, their features z at W_0). W_{t-1} has the same form with the coefficients of the row before, A'_t =
+A_{t-1}, c'_t = c_{t-1}, C'_tj = C_{t-1,j}, so that with r_t the error at A'_t W_0 + c'_t S_0 and g the loss's curvature
+
+  delta_t = r_t - sum_{j<t} N_tj delta_j,   N_tj = g C'_tj <z_t, z_j>,   or   (I + N) delta = r
+
+(times the gains of the answer in the layer's output, where a norm follows it). For a matrix this is the delta rule,
+exact at every chunk length; of a deep memory's writes the last layer's are nearly all, for its weights are small.
+
 Shapes: `...` is [batch, heads], T the chunk's tokens, J = T + window - 1 the keys written in it (a window reaches
 back; the chunk's keys come first), d = head_dim. Documents broadcast over heads: [batch, 1, T].
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from mc_jax.memory import networks
 from mc_jax.memory.documents import Documents, Visible, positions, visible
 from mc_jax.memory.networks import Linear, Weights
 from mc_jax.memory.rules import Rule
+
+# Added to what steps are divided by: keys of padding are zero.
+_TINY = 1e-6
 
 
 class State(NamedTuple):
@@ -60,6 +74,43 @@ class Coefficients(NamedTuple):
   momentum: jax.Array | None
 
 
+class Solving(NamedTuple):
+  """The tokens of a chunk so far, by which a rule that solves corrects the next token's error.
+
+  Attributes:
+    momentum: beta_{t-1} .. beta_1 S_0 of the last layer, [..., in, out]; None without momentum.
+    features: of the tokens, see `Keys`, [..., T, in].
+    answers: delta of the network's answers, in steps, [..., T, d].
+    mix, accumulated: row t - 1 of C and of Q B, [..., T], 0 for tokens to come; accumulated is None without momentum.
+  """
+
+  momentum: jax.Array | None
+  features: jax.Array
+  answers: jax.Array
+  mix: jax.Array
+  accumulated: jax.Array | None
+
+
+class Chunk(NamedTuple):
+  """What the inner gradient of a chunk's next token depends on.
+
+  Attributes:
+    memory: where it is taken, {name: [..., in, out]}: W_0; the last layer of a rule that solves, A'_t W_0 + c'_t S_0.
+    solving: the rest, of a rule that solves; else None.
+  """
+
+  memory: Weights
+  solving: Solving | None
+
+
+class Prior(NamedTuple):
+  """The coefficients of W_{t-1}: A', c' and C' of the module's text, as Coefficients has A, c and C."""
+
+  decay: jax.Array | None
+  carry: jax.Array | None
+  mix: jax.Array
+
+
 class Online(NamedTuple):
   """The online memory of every token of a chunk, ready to be read.
 
@@ -69,6 +120,7 @@ class Online(NamedTuple):
     seen: who sees whom; which tokens continue the document of `start`.
     coefficients: A, c and C.
     inputs: z {name: [..., J, in]}; errors: delta {name: [..., J, out]}.
+    features: see `Keys`; answers: delta of the network's answers [..., J, d], in steps as `errors` are.
   """
 
   start: State
@@ -77,6 +129,8 @@ class Online(NamedTuple):
   coefficients: Coefficients
   inputs: Weights
   errors: Weights
+  features: jax.Array | None
+  answers: jax.Array
 
 
 def state_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -148,7 +202,7 @@ def write(
   gates: Weights,
   documents: Documents | None,
   *,
-  gradient_at: Weights | None = None,
+  chunk: Chunk | None = None,
 ) -> tuple[State, Online]:
   """One chunk step: writes T tokens; returns the state after them and the online memory of each.
 
@@ -159,21 +213,33 @@ def write(
     k, v: [..., T, d], zero at padding.
     gates: {name: [..., T]}, finite and positive at padding.
     documents: arrays [batch, 1, T]; None for one document without padding.
-    gradient_at: where inner gradients are taken, if not at start.memory: of tokens in the middle of a chunk.
+    chunk: of one token in the middle of a chunk, what came before it there; T is 1 then.
   """
   dtype = k.dtype
   seen = visible(documents, k.shape[-2], rule.window)
   if rule.window > 1:
     k, v = (jnp.concatenate([x, tail], -2) for tail, x in zip(start.tail, (k, v), strict=True))
-  point = start if gradient_at is None else start._replace(memory=gradient_at)
-  inputs, errors = inner_gradients(rule, k, v, _start_read(point, fresh, seen.keys_incoming, dtype), fresh)
-  c = coefficients(rule, gates, seen, dtype)
+  c, prior = coefficients(rule, gates, seen, dtype)
+  at = _start_read(start, fresh, seen.keys_incoming, dtype)
+  if chunk is not None:
+    at = dense(chunk.memory, dtype)
+  elif rule.solve:
+    at = _before_writes(at, start, networks.last(rule.network, fresh), seen.keys_incoming, prior, dtype)
+  keys = key_gradients(rule, k, v, at, fresh)
+  if rule.solve and chunk is None:
+    moved = rule.curvature * prior.mix * _gram(keys.features, keys.features, dtype)
+    keys = keys._replace(answers=solve(moved * keys.scale[..., None, :], keys.answers))
+  elif rule.solve:
+    earlier = chunk.solving
+    moved = rule.curvature * earlier.mix[..., None, :] * _gram(keys.features, earlier.features, dtype)
+    keys = keys._replace(answers=keys.answers - product(moved, earlier.answers, moved.dtype))
+  answers, errors = keys.pull(keys.answers)
 
   def came_in(before, otherwise):  # the state before the chunk, if it is the last token's
     return before if seen.continues is None else jnp.where(seen.continues, before, otherwise)
 
   def written(name, weights):  # sum_j weights_j z_j (x) delta_j, weighing the narrower of the two
-    z, delta = inputs[name], errors[name]
+    z, delta = keys.inputs[name], errors[name]
     if z.shape[-1] < delta.shape[-1]:
       z = _column(weights) * z
     else:
@@ -192,7 +258,7 @@ def write(
     memory[name] -= written(name, c.mix[..., -1, :])
   tail = tuple(_last(x, rule.window - 1, seen) for x in (k, v)) if rule.window > 1 else None
   end = State(memory, momentum if rule.momentum else None, tail)
-  return end, Online(start, fresh, seen, c, inputs, errors)
+  return end, Online(start, fresh, seen, c, keys.inputs, errors, keys.features, answers)
 
 
 def read(online: Online, name: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -208,10 +274,15 @@ def read(online: Online, name: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array
   return y - product(attention, online.errors[name], dtype)
 
 
-def coefficients(rule: Rule, gates: Weights, seen: Visible, compute: jnp.dtype) -> Coefficients:
-  """A, c, C, and the last rows that the next state needs. gates {name: [..., T]}; products in the compute dtype."""
+def coefficients(rule: Rule, gates: Weights, seen: Visible, compute: jnp.dtype) -> tuple[Coefficients, Prior | None]:
+  """A, c, C and the last rows that the next state needs; of a rule that solves, those of the tokens before as well.
+
+  gates {name: [..., T]}; products in the compute dtype.
+  """
   dtype = state_dtype(compute)
   gates = {name: gates[name].astype(dtype) for name in rule.gates}
+  if rule.normalized and rule.momentum:  # an average of steps, whatever its horizon
+    gates["eta"] *= 1.0 - gates["beta"]
 
   def stepped(weights):  # weights @ B
     if not rule.step:
@@ -223,42 +294,131 @@ def coefficients(rule: Rule, gates: Weights, seen: Visible, compute: jnp.dtype) 
     band = sum(jnp.where(age == i, _column(gates[eta]), 0.0) for i, eta in enumerate(rule.steps))
     return product(weights, jnp.where(seen.reach, band, 0.0), compute)
 
-  decay, retained = _decays(gates["alpha"], seen.same) if rule.retention else (None, seen.same.astype(dtype))
+  retained, before = _decays(gates.get("alpha"), seen.same, dtype)
   if not rule.momentum:
-    return Coefficients(decay, None, stepped(retained), None, None)
-  kept, accumulated = _decays(gates["beta"], seen.same)
-  carry = (retained * kept[..., None, :]).sum(-1)
-  accumulated = stepped(accumulated)
-  return Coefficients(decay, carry, product(retained, accumulated, compute), kept[..., -1], accumulated[..., -1, :])
+    c = Coefficients(retained.total, None, stepped(retained.since), None, None)
+    return c, Prior(before.total, None, stepped(before.since)) if rule.solve else None
+  kept, _ = _decays(gates["beta"], seen.same, dtype)
+  accumulated = stepped(kept.since)
+
+  def carry(decays):  # sum_i P_ti b_i
+    return (decays.since * kept.total[..., None, :]).sum(-1)
+
+  def mix(decays):  # P Q B
+    return product(decays.since, accumulated, compute)
+
+  c = Coefficients(retained.total, carry(retained), mix(retained), kept.total[..., -1], accumulated[..., -1, :])
+  return c, Prior(before.total, carry(before), mix(before)) if rule.solve else None
 
 
-def inner_gradients(
-  rule: Rule, k: jax.Array, v: jax.Array, linear: Linear, weights: Weights
-) -> tuple[Weights, Weights]:
-  """Every key's inner gradient: each layer's input z {name: [..., J, in]} and error delta {name: [..., J, out]}.
+class Keys(NamedTuple):
+  """The inner gradients of keys.
 
-  The loss's gradient at key j in weights `name` is z_j (x) delta_j, all layers together scaled down to
-  rule.max_grad_norm. The errors are gradients in a zero added to each layer's output, so that no network needs a
-  backward pass of its own. `linear` reads the state before the chunk, `weights` gives the layers' widths.
+  Attributes:
+    inputs: each layer's input z, {name: [..., J, in]}.
+    features: the last layer's, times the gain of the answer in its output, [..., J, in]; None if not normalized. The
+      gain is the length of the gradient of <p, M(k)>, p = (1, -1, 1, ...) / |p|: 1 unless a norm follows the layer.
+    answers: the loss's gradient in the network's answer M(k), [..., J, d].
+    scale: [..., J], what makes a step of 1 remove all of a key's error, as far as the last layer goes; None where steps
+      are multiples of the gradient.
+    pull: (answers) to (answers in steps, delta {name: [..., J, out]}, each layer's error in steps).
   """
 
-  def loss(bumps):
+  inputs: Weights
+  features: jax.Array | None
+  answers: jax.Array
+  scale: jax.Array | None
+  pull: Callable[[jax.Array], tuple[jax.Array, Weights]]
+
+
+def key_gradients(rule: Rule, k: jax.Array, v: jax.Array, linear: Linear, weights: Weights) -> Keys:
+  """Every key's inner gradient: in weights `name` it is z_j (x) delta_j.
+
+  The errors are gradients in a zero added to each layer's output, so that no network needs a backward pass of its own.
+  `linear` reads the state that they are taken at, `weights` gives the layers' widths.
+  """
+  wide = state_dtype(k.dtype)
+
+  def answer(bumps):
     inputs = {}
 
     def bumped(name, x):
       inputs[name] = x.astype(k.dtype)
       return linear(name, x) + bumps[name]
 
-    return rule.loss(rule.network(k, bumped), v).sum(), inputs
+    return rule.network(k, bumped), inputs
 
-  wide = state_dtype(k.dtype)
   bumps = {name: jnp.zeros((*k.shape[:-1], w.shape[-1]), wide) for name, w in weights.items()}
-  errors, inputs = jax.grad(loss, has_aux=True)(bumps)
-  if rule.max_grad_norm is not None:
-    squared = sum(jnp.square(inputs[n].astype(wide)).sum(-1) * jnp.square(errors[n]).sum(-1) for n in errors)
-    scale = rule.max_grad_norm * jax.lax.rsqrt(jnp.maximum(squared, rule.max_grad_norm**2))
-    errors = {name: scale[..., None] * error for name, error in errors.items()}
-  return inputs, errors
+  y, back, inputs = jax.vjp(answer, bumps, has_aux=True)
+  answers = jax.grad(lambda y: rule.loss(y, v).sum())(y)
+  features = scale = None
+  if rule.normalized:
+    last = networks.last(rule.network, weights)
+    signs = 1 - 2 * (jax.lax.broadcasted_iota(jnp.int32, y.shape, y.ndim - 1) % 2)
+    gain = jnp.square(back(signs.astype(y.dtype) * y.shape[-1] ** -0.5)[0][last]).sum(-1, keepdims=True)
+    features = inputs[last].astype(wide) * jnp.sqrt(gain)
+    scale = 1.0 / (max(rule.curvature, 1.0) * jnp.square(features).sum(-1) + _TINY)
+
+  def pull(answers):
+    if rule.normalized:
+      answers = scale[..., None] * answers
+    (errors,) = back(answers.astype(y.dtype))
+    if rule.max_grad_norm is not None:
+      norm = jnp.maximum(_squares(inputs, errors, wide), rule.max_grad_norm**2)
+      errors = {name: (rule.max_grad_norm * jax.lax.rsqrt(norm))[..., None] * error for name, error in errors.items()}
+    return answers, errors
+
+  return Keys(inputs, features, answers, scale, pull)
+
+
+def _squares(inputs: Weights, errors: Weights, dtype: jnp.dtype) -> jax.Array:
+  """The squared Frobenius norm of each key's z (x) delta, all layers together: [..., J]."""
+  return sum(jnp.square(inputs[n].astype(dtype)).sum(-1) * jnp.square(errors[n]).sum(-1) for n in errors)
+
+
+def _gram(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """<x_t, y_j>: [..., T, in], [..., J, in] to [..., T, J]."""
+  return product(x, jnp.swapaxes(y, -1, -2), dtype)
+
+
+def chunk_of(rule: Rule, online: Online) -> Chunk:
+  """What a chunk's next token depends on, where `write` wrote all of the tokens before it; they are one document."""
+  c, start, last = online.coefficients, online.start, networks.last(rule.network, online.fresh)
+  before = start.memory[last]
+  if rule.retention:
+    before = c.decay[..., -1, None, None] * before
+  momentum = None
+  if rule.momentum:
+    before += c.carry[..., -1, None, None] * start.momentum[last]
+    momentum = c.kept[..., None, None] * start.momentum[last]
+  solving = Solving(momentum, online.features, online.answers, c.mix[..., -1, :], c.momentum)
+  return Chunk(start.memory | {last: before}, solving)
+
+
+def advance(rule: Rule, chunk: Chunk, place: jax.Array, online: Online, gates: Weights) -> Chunk:
+  """The chunk after one more token, its `place`-th [batch] int32, which `write` wrote with this chunk.
+
+  gates {name: [..., 1]}.
+  """
+  before, last = chunk.solving, networks.last(rule.network, online.fresh)
+  gates = {name: gate.astype(before.mix.dtype) for name, gate in gates.items()}
+  here = (jnp.arange(before.mix.shape[-1]) == place[:, None])[:, None]
+  own = online.coefficients.mix[..., 0, :]  # of the token's own write
+  memory, momentum, mix, accumulated = chunk.memory[last], before.momentum, before.mix, before.accumulated
+  if rule.retention:
+    memory, mix = gates["alpha"][..., None] * memory, gates["alpha"] * mix
+  if rule.momentum:
+    momentum, accumulated = gates["beta"][..., None] * momentum, gates["beta"] * accumulated
+    memory, mix = memory + momentum, mix + accumulated
+    accumulated = jnp.where(here, own, accumulated)
+  solving = Solving(
+    momentum,
+    jnp.where(here[..., None], online.features, before.features),
+    jnp.where(here[..., None], online.answers, before.answers),
+    jnp.where(here, own, mix),
+    accumulated,
+  )
+  return Chunk(chunk.memory | {last: memory}, solving)
 
 
 def _start_read(start: State, fresh: Weights, incoming: jax.Array | None, dtype: jnp.dtype) -> Linear:
@@ -269,15 +429,146 @@ def _start_read(start: State, fresh: Weights, incoming: jax.Array | None, dtype:
   return lambda name, x: jnp.where(incoming, before(name, x), new(name, x))
 
 
-def _decays(gate: jax.Array, same: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Products of a gate [..., T] over r <= t and over i < r <= t, inside each document: [..., T] and [..., T, T].
+def _before_writes(
+  linear: Linear, start: State, last: str, incoming: jax.Array | None, prior: Prior, dtype: jnp.dtype
+) -> Linear:
+  """Reads A'_t W_0 + c'_t S_0 in the last layer, and by `linear` W_0 in the others."""
+
+  def read(name, x):
+    y = linear(name, x)
+    if name != last:
+      return y
+    if prior.decay is not None:
+      y = _column(prior.decay) * y
+    if prior.carry is not None:
+      carried = product(_column(prior.carry) * x, start.momentum[name], dtype)
+      y += carried if incoming is None else jnp.where(incoming, carried, 0.0)
+    return y
+
+  return read
+
+
+class Decays(NamedTuple):
+  """Products of a gate over tokens r, inside each document: total over r <= t [..., T], since over i < r <= t
+  [..., T, T]."""
+
+  total: jax.Array
+  since: jax.Array
+
+
+def _decays(gate: jax.Array | None, same: jax.Array, dtype: jnp.dtype) -> tuple[Decays, Decays]:
+  """The products at each token t, and those at the token before it, over r < t; gate [..., T], None for 1.
 
   From differences of cumulative logs, masked BEFORE the exponential: ratios of products, or masking after it, are inf
   and NaN within 256 tokens in float32.
   """
-  logs = jnp.log(jnp.maximum(gate, jnp.finfo(gate.dtype).tiny))
-  logs = _masked_sums(same, logs)
-  return jnp.exp(logs), jnp.exp(jnp.where(same, _column(logs) - logs[..., None, :], -jnp.inf))
+  length = same.shape[-1]
+  rows = jax.lax.broadcasted_iota(jnp.int32, (length, length), 0)
+  earlier = same & (rows > positions(length, length))
+  if gate is None:
+    return Decays(None, same.astype(dtype)), Decays(None, earlier.astype(dtype))
+  own = jnp.log(jnp.maximum(gate, jnp.finfo(gate.dtype).tiny))
+  logs = _masked_sums(same, own)
+  before = logs - own
+
+  def since(mask, rows):
+    return jnp.exp(jnp.where(mask, _column(rows) - logs[..., None, :], -jnp.inf))
+
+  return Decays(jnp.exp(logs), since(same, logs)), Decays(jnp.exp(before), since(earlier, before))
+
+
+# Tokens whose errors are solved for together, and then substituted into the next ones'.
+_SOLVED = 64
+
+
+@jax.custom_vjp
+def solve(n: jax.Array, r: jax.Array) -> jax.Array:
+  """x of (I + n) x = r, n [..., T, T] strictly lower triangular, r [..., T, d]; by products alone.
+
+  The diagonal's blocks are inverted, and block after block is substituted. Of float32 the products are those of two
+  bfloat16 parts, three of the four: 2^-16, where one part would leave 2^-8.
+  """
+  return _substitute(n, r, transposed=False)
+
+
+def _solve_forward(n, r):
+  x = solve(n, r)
+  return x, (n, x)
+
+
+def _solve_backward(residuals, cotangent):
+  n, x = residuals
+  r = _substitute(n, cotangent, transposed=True)
+  return -_fine_product(r, jnp.swapaxes(x, -1, -2)), r
+
+
+solve.defvjp(_solve_forward, _solve_backward)
+
+
+def _substitute(n: jax.Array, r: jax.Array, transposed: bool) -> jax.Array:
+  """(I + n)^-1 r, or with the transposed matrix."""
+  length = n.shape[-1]
+  blocks = [slice(first, min(first + _SOLVED, length)) for first in range(0, length, _SOLVED)]
+
+  def part(i, j):
+    return jnp.swapaxes(n[..., blocks[j], blocks[i]], -1, -2) if transposed else n[..., blocks[i], blocks[j]]
+
+  inverses = _inverses([n[..., block, block] for block in blocks])
+  found = {}
+  for i in reversed(range(len(blocks))) if transposed else range(len(blocks)):
+    here = r[..., blocks[i], :]
+    for j, x in found.items():
+      here -= _fine_product(part(i, j), x)
+    found[i] = _fine_product(jnp.swapaxes(inverses[i], -1, -2) if transposed else inverses[i], here)
+  return jnp.concatenate([found[i] for i in range(len(blocks))], -2) if len(blocks) > 1 else found[0]
+
+
+def _inverses(blocks: list[jax.Array]) -> list[jax.Array]:
+  """(I + n)^-1 of each n [..., T, T] strictly lower triangular, by block doubling: blocks of 1, 2, 4 ... are merged.
+
+  [[X, 0], [C, Y]]^-1 = [[X^-1, 0], [-Y^-1 C X^-1, Y^-1]]. The identity (I - n)(I + n^2)(I + n^4) ... is cheaper, but
+  forms powers, and where keys repeat its errors reach 1e29. All blocks take a level together: none waits for another.
+  """
+  found, lengths = [], [n.shape[-1] for n in blocks]
+  for n, length in zip(blocks, lengths, strict=True):
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
+    found.append(jnp.broadcast_to((row == column).astype(n.dtype), n.shape))
+  for level in range((max(lengths) - 1).bit_length()):
+    steps = [_below(n, level) for n in blocks]
+    if level == 0:
+      found = [x - step for x, step in zip(found, steps, strict=True)]
+    else:
+      moved = [_fine_product(x, step) for x, step in zip(found, steps, strict=True)]
+      found = [x - _fine_product(move, x) for x, move in zip(found, moved, strict=True)]
+  return found
+
+
+def _below(n: jax.Array, level: int) -> jax.Array:
+  """The parts of n below the diagonal by which pairs of blocks of 2^level become one."""
+  row, column = (jax.lax.broadcasted_iota(jnp.int32, n.shape[-2:], axis) >> level for axis in (0, 1))
+  return jnp.where((row % 2 == 1) & (column == row - 1), n, 0.0)
+
+
+def _fine_product(a: jax.Array, b: jax.Array) -> jax.Array:
+  """a @ b; of float32 to some 2^-16 of |a| |b|, by three passes of a TPU's matrix unit where product takes six."""
+  if a.dtype != jnp.float32:
+    return jnp.matmul(a, b)
+
+  def parts(x):
+    high = _truncated(x)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
+
+  def matmul(a, b):
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+  (a, a_rest), (b, b_rest) = parts(a), parts(b)
+  return matmul(a, b) + (matmul(a, b_rest) + matmul(a_rest, b))
+
+
+def _truncated(x: jax.Array) -> jax.Array:
+  """The float32 number's first 8 bits; not by rounding: XLA may drop conversions there and back."""
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
+  return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 @jax.custom_vjp
@@ -315,8 +606,7 @@ def _exact_product(x: jax.Array, mask: jax.Array) -> jax.Array:
     return product(x[..., None, :], mask, x.dtype)[..., 0, :]
   parts = []
   for _ in range(3):
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)  # not by rounding: XLA may drop conversions there and back
-    parts.append(jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32))
+    parts.append(_truncated(x))
     x -= parts[-1]
   return product(jnp.stack(parts, -2), mask, jnp.bfloat16).sum(-2)
 

@@ -88,7 +88,7 @@ def _sequence(
   nothing = jax.tree.map(jnp.zeros_like, init)
 
   def token(state, t):
-    memory, momentum, chunk_start, chunk_document, caches = state
+    memory, momentum, chunk_start, chunk_document, chunk, caches = state
     if carry == "independent":
       memory, momentum = _select(t == first[t], (init, nothing), (memory, momentum))
     starts_chunk = (t - first[t]) % rule.chunk == 0
@@ -98,7 +98,15 @@ def _sequence(
     memory, momentum = _select(number[t] != before[t], (init, nothing), (memory, momentum))
     gradient_point = _select(number[t] == chunk_document, chunk_start, init)
     earlier = (number == number[t]) & ((first == first[t]) | (carry == "checkpoint"))
-    written = _write(rule, memory, momentum, gradient_point, k, v, gates, t, earlier)
+    if rule.solve:
+      starts = starts_chunk | (number[t] != before[t])
+      chunk = _select(starts, _nothing_written(rule, memory, momentum, k), chunk)
+      gradient, chunk_after = _solve(rule, chunk, k[t], v[t], {name: gate[t] for name, gate in gates.items()}, t)
+      chunk = _select(valid[t], chunk_after, chunk)
+      written = _step(rule, memory, momentum, [gradient], gates, t, earlier)
+    else:
+      gradients = [_gradient(rule, gradient_point, k[j], v[j]) for j in _window(rule, t)]
+      written = _step(rule, memory, momentum, gradients, gates, t, earlier)
     memory, momentum = _select(valid[t], written, (memory, momentum))
 
     # Read, after the token's own write (Eq. 5).
@@ -115,28 +123,115 @@ def _sequence(
     finished = Caches(memory, summary, jnp.where(valid[t], number[t], -1))
     slot = (slots == segment[t]) & (t == last[t])
     caches = jax.tree.map(lambda old, new: jnp.where(slot.reshape(-1, *[1] * new.ndim), new, old), caches, finished)
-    return (memory, momentum, chunk_start, chunk_document, caches), jnp.where(valid[t], y, 0)
+    return (memory, momentum, chunk_start, chunk_document, chunk, caches), jnp.where(valid[t], y, 0)
 
   def slotted(x):
     return jnp.zeros((len(lengths), *x.shape), x.dtype)
 
   empty = Caches(jax.tree.map(slotted, init), slotted(k[0]), slotted(number[0]) - 1)
-  return jax.lax.scan(token, (init, nothing, init, number[0], empty), tokens)[1]
+  chunk = _nothing_written(rule, init, nothing, k) if rule.solve else None
+  return jax.lax.scan(token, (init, nothing, init, number[0], chunk, empty), tokens)[1]
 
 
-def _write(rule, memory, momentum, gradient_point, k, v, gates, t, earlier):
+class Chunk(NamedTuple):
+  """The tokens of a chunk so far, of a rule that solves.
+
+  Attributes:
+    memory: the state before the chunk; its last layer as it would be now, had the chunk written nothing.
+    momentum: the same of the last layer's.
+    feature: [length, in], the last layer's input times its gain.
+    error: [length, head_dim], what each token wrote: a multiple of the loss's gradient in M(k).
+    weight, accumulated: [length], how much of that M and S hold.
+  """
+
+  memory: networks.Weights
+  momentum: jax.Array
+  feature: jax.Array
+  error: jax.Array
+  weight: jax.Array
+  accumulated: jax.Array
+
+
+def _nothing_written(rule, memory, momentum, k):
+  """A chunk that starts with a state."""
+  last = networks.last(rule.network, memory)
+  nothing = jnp.zeros_like(k[:, 0])
+  feature = jnp.zeros((len(k), len(memory[last])), k.dtype)
+  return Chunk(memory, momentum[last], feature, jnp.zeros_like(k), nothing, nothing)
+
+
+def _feature(rule, weights, k):
+  """The last layer's input, times the length of the gradient of <p, M(k)> in its output, p = (1, -1, 1, ...) / |p|.
+
+  Its square is how much of an error at k a step along the last layer's gradient removes; its product with another
+  token's, how much a write there moves the answer here.
+  """
+  last, inputs = networks.last(rule.network, weights), {}
+
+  def answer(bump):
+    def linear(name, z):
+      inputs[name] = z
+      y = jnp.matmul(z, weights[name], precision=jax.lax.Precision.HIGHEST)
+      return y + bump if name == last else y
+
+    return rule.network(k, linear), inputs[last]
+
+  signs = (1 - 2 * (jnp.arange(len(k)) % 2)) / jnp.sqrt(len(k))
+  bump = jnp.zeros(weights[last].shape[-1], k.dtype)
+  gain, z = jax.grad(lambda bump: (jnp.dot(signs, answer(bump)[0]), answer(bump)[1]), has_aux=True)(bump)
+  return jnp.sqrt(jnp.sum(gain * gain)) * z
+
+
+def _solve(rule, chunk, k, v, gates, t):
+  """(the gradient of token t's loss at M_{t-1}, in units of the error; the chunk after it).
+
+  At M_{t-1} as far as the last layer goes, whose writes so far in the chunk move the answer M(k) by <feature, theirs>
+  times what they wrote. For a matrix this is the delta rule.
+  """
+
+  def answer(weights):
+    return _read(rule.network, weights, k)
+
+  feature = _feature(rule, chunk.memory, k)
+  error = jax.grad(lambda y: rule.loss(y, v))(answer(chunk.memory))
+  error -= rule.curvature * jnp.einsum("j,ji,i,jd->d", chunk.weight, chunk.feature, feature, chunk.error)
+  error /= rule.curvature * jnp.sum(feature * feature) + 1e-6
+  gradient = jax.grad(lambda w: jnp.dot(error, answer(w)))(chunk.memory)
+
+  last = networks.last(rule.network, chunk.memory)
+  alpha = gates["alpha"] if rule.retention else 1.0
+  beta, step = (gates["beta"], (1 - gates["beta"]) * gates["eta"]) if rule.momentum else (0.0, gates["eta"])
+  momentum = beta * chunk.momentum
+  accumulated = (beta * chunk.accumulated).at[t].set(step)
+  memory = chunk.memory | {last: alpha * chunk.memory[last] + momentum}
+  return gradient, Chunk(
+    memory,
+    momentum,
+    chunk.feature.at[t].set(feature),
+    chunk.error.at[t].set(error),
+    alpha * chunk.weight + accumulated,
+    accumulated,
+  )
+
+
+def _window(rule, t):
+  """Token t and those before it that its window reaches."""
+  return [jnp.maximum(t - i, 0) for i in range(rule.window)]
+
+
+def _step(rule, memory, momentum, gradients, gates, t, earlier):
   """(M_{t-1}, S_{t-1}) to (M_t, S_t), by token t and the window - 1 tokens before it (Eq. 2, 26-36).
 
-  S_t = beta_t S_{t-1} - sum_{i < window} eta^(i)_t grad L(M; k_{t-i}, v_{t-i});  M_t = alpha_t M_{t-1} + S_t
+  S_t = beta_t S_{t-1} - sum_{i < window} eta^(i)_t G_{t-i};  M_t = alpha_t M_{t-1} + S_t
 
-  All these gradients are taken at `gradient_point`, the state before the chunk. Tokens outside `earlier` [length] (of
-  another document, or of another segment under independent) are not written again.
+  `gradients` are the window's. Tokens outside `earlier` [length] (of another document, or of another segment under
+  independent) are not written again. Normalized momentum averages: its steps are multiplied by 1 - beta_t.
   """
   step = jax.tree.map(jnp.zeros_like, memory)
-  for i in range(rule.window):
-    j = jnp.maximum(t - i, 0)
-    eta = jnp.where((t - i >= 0) & earlier[j], gates[rule.steps[i]][t] if rule.step else 1.0, 0)
-    gradient = _gradient(rule, gradient_point, k[j], v[j])
+  for i, gradient in enumerate(gradients):
+    eta = jnp.where((t - i >= 0) & earlier[jnp.maximum(t - i, 0)], gates[rule.steps[i]][t] if rule.step else 1.0, 0)
+    if rule.normalized and rule.momentum:
+      eta *= 1 - gates["beta"][t]
     step = jax.tree.map(lambda s, g, eta=eta: s - eta * g, step, gradient)
   if rule.momentum:
     step = jax.tree.map(lambda s, new: gates["beta"][t] * s + new, momentum, step)
@@ -145,8 +240,16 @@ def _write(rule, memory, momentum, gradient_point, k, v, gates, t, earlier):
 
 
 def _gradient(rule, weights, k, v):
-  """grad L(M; k, v) by M's weights, of one token, scaled down to a Frobenius norm of at most rule.max_grad_norm."""
+  """grad L(M; k, v) by M's weights, of one token.
+
+  Scaled down to a Frobenius norm of at most rule.max_grad_norm; or, normalized, divided by what a step of 1 along its
+  last layer removes of the token's own error (`_feature`).
+  """
   gradient = jax.grad(lambda w: rule.loss(_read(rule.network, w, k), v))(weights)
+  if rule.normalized:
+    feature = _feature(rule, weights, k)
+    own = max(rule.curvature, 1.0) * jnp.sum(feature * feature) + 1e-6
+    return jax.tree.map(lambda g: g / own, gradient)
   if rule.max_grad_norm is None:
     return gradient
   square = sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient))

@@ -20,6 +20,7 @@ which every rule switches parts on:
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,11 @@ class Rule:
     loss: inner loss of (M(k) [..., d], v [..., d]) to [...].
     retention: M decays by alpha_t each token.
     momentum: steps accumulate in S, which decays by beta_t.
+    normalized: steps are in units of the error. A gradient is divided by what a step of 1 along it would remove of its
+      own token's error, to first order (a dot loss: would write of its own value), so that eta is the share that a
+      write removes; momentum averages the steps, S_t = beta_t S_{t-1} - (1 - beta_t) eta_t G_t.
+    solve: of a normalized squared loss: a token's error is taken at the state before the token, to first order in what
+      its chunk has written (online.py), instead of at the state before the chunk, so that chunks do not overshoot.
     window: how many of the last tokens each token writes, with a step size eta of its own each.
     step: whether there are step-size gates; without them every step is 1.
     max_grad_norm: each token's inner gradient, all layers together, is scaled down to this Frobenius norm; None: never.
@@ -75,6 +81,8 @@ class Rule:
   chunk: int = 64
   retention: bool = False
   momentum: bool = False
+  normalized: bool = False
+  solve: bool = False
   window: int = 1
   step: bool = True
   max_grad_norm: float | None = None
@@ -86,6 +94,12 @@ class Rule:
       raise ValueError(f"chunk must be at least 1 token, got {self.chunk}")
     if self.window < 1:
       raise ValueError(f"window must be at least 1 token, got {self.window}")
+    if self.normalized and (self.max_grad_norm is not None or self.window > 1 or not self.step):
+      raise ValueError(
+        "normalized steps need a step size, a window of 1, and no max_grad_norm: they are bounded anyway"
+      )
+    if self.solve and not (self.normalized and self.curvature):
+      raise ValueError("solve needs normalized steps and the squared loss, whose error changes with the state")
     for field in ("max_grad_norm", "max_step"):
       if getattr(self, field) is not None and getattr(self, field) <= 0:
         raise ValueError(f"{field} must be positive or None, got {getattr(self, field)}")
@@ -103,6 +117,11 @@ class Rule:
     return ("alpha",) * self.retention + ("beta",) * self.momentum + self.steps
 
   @property
+  def curvature(self) -> float:
+    """The loss's second derivative in the answer: 2 of the squared loss, 0 of the dot loss."""
+    return 2.0 if self.loss is squared_loss else 0.0
+
+  @property
   def affine(self) -> bool:
     """Whether a state is a multiple of an earlier one plus what was written since, whatever the earlier one was."""
     gradient_of_state = self.loss is not dot_loss or not isinstance(self.network, networks.Matrix)
@@ -118,19 +137,33 @@ class Rule:
     alpha: 1 - 1 / (16 segment_length). Retention pulls a network towards zero, and a network of zeros cannot learn: at
       1 - 1 / segment_length a memory that is carried on had died after some twenty segments, whatever its depth, for
       what it writes in a token is worth no more than that decay (tests/memory/stability_test.py).
-    beta: 0.9. Step sizes: half their maximum.
+    beta: 0.9; of normalized steps an average over an eighth of the segment, and at least over a token.
+    Step sizes: half their maximum, which is max_step or what `_max_step` has.
     """
-    beta = 0.9
-    if self.max_step is not None:
-      max_step = self.max_step
-    else:
-      max_step = ((1 - beta) if self.momentum else 1.0) / self.chunk if self.learned_init else 1.0
+    beta = 1 - min(0.95, max(0.1, 8 / segment_length)) if self.normalized else 0.9
+    max_step = self._max_step(segment_length, beta) if self.max_step is None else self.max_step
     starts = {name: GateInit(0.0, max_step) for name in self.steps}
     if self.retention:
       starts["alpha"] = GateInit(math.log(_LIFETIME * segment_length - 1))
     if self.momentum:
       starts["beta"] = GateInit(math.log(beta / (1 - beta)))
     return {name: starts[name] for name in self.gates}
+
+  def _max_step(self, segment_length: int, beta: float) -> float:
+    """The largest step size where none is given, beta being the momentum at its start."""
+    if not self.normalized:
+      return ((1 - beta) if self.momentum else 1.0) / self.chunk if self.learned_init else 1.0
+    if self.solve:
+      return 1.5
+    # The largest eigenvalue of a Gram matrix of unit keys after a SiLU grows by 0.12 a key: so many times do frozen
+    # gradients repeat what one write would have done, and a dot loss repeats it over the whole segment.
+    if self.curvature:
+      return 1 / (0.12 * self.chunk + 1.5)
+    return 2 / (0.1 * segment_length + 1)
+
+  def starting_gates(self, segment_length: int) -> dict[str, float]:
+    """The value that each gate starts at, in segments of so many tokens: {name: value}, in the order of `gates`."""
+    return {name: start.maximum / (1 + math.exp(-start.bias)) for name, start in self.gate_init(segment_length).items()}
 
 
 def linear(*, chunk: int = 64) -> Rule:
@@ -164,20 +197,30 @@ def dla(
   expansion: int = 4,
   norm: bool = False,
   retention: bool = True,
-  max_grad_norm: float | None = 1.0,
+  normalized: bool = False,
+  max_grad_norm: float | Literal["default"] | None = "default",
   max_step: float | None = None,
 ) -> Rule:
   """Deep linear attention, M_t = M_{t-1} - eta_t grad L (arXiv:2602.24281, Eq. 30-33).
 
   Bounded by default: the printed form climbs an unbounded loss over two layers and diverges, see the module's text.
+
+  Args:
+    chunk: Tokens written at once.
+    depth, expansion, norm: The network's, see networks.MLP.
+    retention: Whether the memory decays; False is the printed form.
+    normalized: Steps are shares of a token's value, see `Rule`; M_0 is at the scale of unit keys.
+    max_grad_norm: Clips inner gradients; "default": at 1, and not at all if normalized.
+    max_step: The largest step size; None: see `Rule.gate_init`.
   """
   return Rule(
     "dla",
-    networks.MLP(depth, expansion, norm),
+    networks.MLP(depth, expansion, norm, unit_keys=normalized),
     dot_loss,
     chunk,
     retention=retention,
-    max_grad_norm=max_grad_norm,
+    normalized=normalized,
+    max_grad_norm=_clip(max_grad_norm, normalized, 1.0),
     max_step=max_step,
   )
 
@@ -188,23 +231,44 @@ def titans(
   depth: int = 2,
   expansion: int = 4,
   norm: bool = False,
-  max_grad_norm: float | None = 4.0,
+  normalized: bool = False,
+  solve: bool | None = None,
+  max_grad_norm: float | Literal["default"] | None = "default",
   max_step: float | None = None,
 ) -> Rule:
   """Titans: momentum, retention, squared loss (arXiv:2602.24281, Eq. 34-36; signs descend, as arXiv:2501.00663 has it).
 
-  S_t = beta_t S_{t-1} - eta_t grad L, M_t = alpha_t M_{t-1} + S_t; the gradient is clipped by default (max_grad_norm).
+  S_t = beta_t S_{t-1} - eta_t grad L, M_t = alpha_t M_{t-1} + S_t.
+
+  Args:
+    chunk: Tokens written at once.
+    depth, expansion, norm: The network's, see networks.MLP.
+    normalized: Steps are shares of a token's error and momentum is their average, see `Rule`; M_0 is at the scale of
+      unit keys.
+    solve: With normalized, take errors at the state before each token instead of before its chunk, see `Rule`; None: as
+      normalized.
+    max_grad_norm: Clips inner gradients; "default": at 4, and not at all if normalized.
+    max_step: The largest step size; None: see `Rule.gate_init`.
   """
   return Rule(
     "titans",
-    networks.MLP(depth, expansion, norm),
+    networks.MLP(depth, expansion, norm, unit_keys=normalized),
     squared_loss,
     chunk,
     retention=True,
     momentum=True,
-    max_grad_norm=max_grad_norm,
+    normalized=normalized,
+    solve=normalized if solve is None else solve,
+    max_grad_norm=_clip(max_grad_norm, normalized, 4.0),
     max_step=max_step,
   )
+
+
+def _clip(norm: float | Literal["default"] | None, normalized: bool, printed: float) -> float | None:
+  """max_grad_norm, whose default is that of the printed form, and none of the normalized."""
+  if norm != "default":
+    return norm
+  return None if normalized else printed
 
 
 _RULES: dict[str, Callable[..., Rule]] = {"linear": linear, "swla": swla, "dla": dla, "titans": titans}

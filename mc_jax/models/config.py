@@ -26,6 +26,8 @@ class MemoryConfig:
   expansion: int = 4  # dla, titans: hidden width of that network, in head_dim
   norm: bool = False  # dla, titans: layer norm on the network's branch
   retention: bool = True  # dla: the memory decays; False is the paper's unbounded form
+  normalized: bool = False  # dla, titans: steps are shares of a token's error instead of multiples of its gradient
+  solve: bool | None = None  # titans, normalized: errors see what their chunk wrote; None: if normalized; False: frozen
   max_grad_norm: float | None = None  # dla, titans: clip inner gradients; None: as the rule, 0: no
   max_step: float | None = None  # swla, dla, titans: the largest step size; None: as the rule
   window: int = 2  # swla: tokens written at each step
@@ -76,6 +78,13 @@ class MemoryConfig:
       *_positive(prefix, self, "gate_scale", "max_step"),
       *_at_least(prefix, self, max_grad_norm=0),
     ]
+    if self.solve and not self.normalized:
+      found.append(f"{prefix}.solve=True needs {prefix}.normalized=True, got False")
+    if self.normalized and self.max_grad_norm:
+      found.append(
+        f"{prefix}.max_grad_norm={self.max_grad_norm} does not go together with {prefix}.normalized=True, whose steps "
+        "are bounded: use None"
+      )
     if self.after_training in AFTER_TRAINING and self.aggregation != "none":
       found.append(
         f"{prefix}.after_training={self.after_training!r} is for models trained with {prefix}.aggregation='none', "

@@ -84,7 +84,7 @@ def _names(cache: decode.Cache) -> decode.Cache:
   return decode.Cache(
     position=("batch",),
     state=like(cache.state, rows),
-    chunk_start=like(cache.chunk_start, rows),
+    chunk=like(cache.chunk, rows),
     keys=rows,
     memories=like(cache.memories, slots),
     summaries=slots,

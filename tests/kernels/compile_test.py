@@ -77,6 +77,14 @@ def test_every_rule_compiles_with_documents(name):
   assert f"{name}_write_bwd" in compile_for("v5e", fn, args).as_text()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("chip", "head_dim", "chunk"), [("v5e", 256, 256), ("v6e", 128, 256), ("v4", 96, 128)])
+def test_a_rule_that_solves_compiles(chip, head_dim, chunk):
+  with jax.set_mesh(topology.one_chip(CHIPS[chip]).mesh):
+    fn, args, _ = tpu_cases.titans_solved_write_bwd(head_dim, chunk)
+  assert "titans_write_bwd" in compile_for(chip, fn, args).as_text()
+
+
 @pytest.mark.parametrize("aggregation", ["grm", "ssc"])
 def test_a_layer_compiles_under_vmap(aggregation):
   fn, ((*tokens, init), _) = layer(memory.rules.get("linear", chunk=128), 128, aggregation=aggregation)

@@ -94,6 +94,20 @@ def test_every_split_point_in_float32(rule, aggregation, carry):
   check(options_of(rule, aggregation, carry), 1e-4, np.float32)
 
 
+@pytest.mark.parametrize(
+  ("chunk", "carry"),
+  [  # chunks of 4 are ragged: 4 tokens, then 2
+    (4, "checkpoint"),
+    pytest.param(3, "checkpoint", marks=pytest.mark.slow),
+    pytest.param(3, "independent", marks=pytest.mark.slow),
+  ],
+)
+def test_every_split_point_of_a_rule_that_solves_in_its_chunks(float64, chunk, carry):
+  options = options_of("titans", "grm", carry)
+  rule = memory.rules.get("titans", chunk=chunk, normalized=True)
+  check(dataclasses.replace(options, rule=rule), 1e-9, np.float64)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("carry", "cache_dtype"), [("checkpoint", None), ("independent", "bfloat16"), ("checkpoint", "int8")]
@@ -178,7 +192,7 @@ def test_rows_that_are_not_active_stay_as_they_are():
   token = samples.map_tokens(lambda a: a[:, 6:7], x)
   step = samples.jit(lambda t, cache, active: decode.step(options, *t[:6], cache, active=active))
   _, after = step(token, before, np.array([False, True]))
-  for name in ("position", "state", "chunk_start", "keys"):
+  for name in ("position", "state", "chunk", "keys"):
     old, new = (jax.tree.leaves(getattr(cache, name)) for cache in (before, after))
     for a, b in zip(old, new, strict=True):
       np.testing.assert_array_equal(a[0], b[0])

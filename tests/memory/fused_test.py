@@ -160,6 +160,13 @@ def slow(*args, **kwargs):
     slow(rules.get("titans", chunk=CHUNK, depth=1, norm=True), dict(aggregation="ssc")),
     slow(rules.get("titans", chunk=CHUNK, depth=3, expansion=1), dict(aggregation="ssc", carry="independent")),
     slow(rules.get("dla", chunk=CHUNK, retention=False, max_grad_norm=None), dict(aggregation="none")),
+    # Steps in units of the error; errors solved for in blocks of 64 tokens and fewer.
+    Case(rules.get("titans", chunk=CHUNK, expansion=2, normalized=True), dict(aggregation="grm")),
+    slow(
+      rules.get("titans", chunk=72, expansion=1, normalized=True), dict(aggregation="none"), 80, 72, documents=False
+    ),
+    slow(rules.get("titans", chunk=16, expansion=2, normalized=True), dict(aggregation="grm"), **BFLOAT16),
+    slow(rules.get("dla", chunk=CHUNK, expansion=2, normalized=True), dict(aggregation="soup", carry="independent")),
     # Gates and numbers of caches.
     Case(LINEAR, dict(aggregation="grm", gate="token")),
     slow(LINEAR, dict(aggregation="soup", gate="constant", pool="sum")),

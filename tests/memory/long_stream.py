@@ -126,9 +126,9 @@ def against_prefill(options, init):
     recent = samples.map_tokens(lambda a: a[:, -length:], recent)
     padded = samples.map_tokens(lambda a: np.pad(a, [(0, 0), (0, SEGMENT - partial)] + [(0, 0)] * (a.ndim - 2)), recent)
     expected_y, expected = jax.device_get(prefill(options, padded, init, np.full(len(y), length)))
-    # Where a chunk ends, a step has yet to move chunk_start, and does when it begins the next one.
-    chunk_start = (lambda c: c.chunk_start) if partial % CHUNK else (lambda c: None)
-    own, fresh = ((c.state, c.keys, chunk_start(c)) for c in (cache, expected))
+    # Where a chunk ends, a step has yet to begin the next one, and does with its first token.
+    chunk = (lambda c: c.chunk) if partial % CHUNK else (lambda c: None)
+    own, fresh = ((c.state, c.keys, chunk(c)) for c in (cache, expected))
     return {
       "state": error(own, fresh),
       "cached": error(in_order(cache), in_order(expected)),

@@ -18,6 +18,13 @@ LENGTH = 12
 SEGMENT_IDS = np.array([[1] * 6 + [0] + [2] * 5, [3] * 2 + [4] * 10, [0] * 3 + [5] + [6] * 8])
 
 
+DELTA = rules.Rule("delta", networks.Matrix(), rules.squared_loss, chunk=4, normalized=True, solve=True)
+
+
+def slow(*values):
+  return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @FLOAT64
 @pytest.mark.parametrize(
   ("rule", "aggregation", "carry"),
@@ -34,6 +41,13 @@ SEGMENT_IDS = np.array([[1] * 6 + [0] + [2] * 5, [3] * 2 + [4] * 10, [0] * 3 + [
     (rules.get("titans", chunk=2, depth=1, norm=True), "none", "checkpoint"),
     (rules.get("titans", chunk=2, depth=3, expansion=1, max_grad_norm=1.0), "grm", "checkpoint"),
     (rules.get("dla", chunk=2, expansion=1, retention=False, max_grad_norm=None), "none", "checkpoint"),
+    # Steps in units of the error, solved for in the chunk or frozen.
+    (rules.get("titans", chunk=1, expansion=2, normalized=True), "grm", "independent"),
+    (rules.get("titans", chunk=4, expansion=2, normalized=True), "grm", "checkpoint"),
+    slow(rules.get("titans", chunk=4, depth=3, expansion=1, norm=True, normalized=True), "soup", "checkpoint"),
+    slow(rules.get("titans", chunk=2, expansion=2, normalized=True, solve=False), "ssc", "independent"),
+    (rules.get("dla", chunk=4, expansion=2, normalized=True), "residual", "checkpoint"),
+    (DELTA, "ssc", "checkpoint"),
     # A rule of one's own: everything at once, and momentum without retention or step sizes.
     (
       rules.Rule(
@@ -110,7 +124,7 @@ def test_decays_over_a_thousand_tokens_are_finite_and_right_in_float32(low):
   alpha, beta = (gates[name].astype(np.float64) for name in ("alpha", "beta"))
 
   def read(gates):
-    c = online.coefficients(rule, gates, documents.visible(None, length), jnp.float32)
+    c, _ = online.coefficients(rule, gates, documents.visible(None, length), jnp.float32)
     return (c.decay.sum() + c.carry.sum() + c.mix.sum() + c.momentum.sum() + c.kept), c
 
   (_, c), gradient = jax.jit(jax.value_and_grad(read, has_aux=True))(gates)
@@ -153,8 +167,9 @@ def test_inner_gradients_are_cut_to_their_norm_all_layers_together():
   def norms(max_grad_norm):
     bounded = dataclasses.replace(rule, max_grad_norm=max_grad_norm)
     memory = online.start_state(rule, x.init, k).memory
-    z, delta = online.inner_gradients(bounded, k, v, online.dense(memory, k.dtype), x.init)
-    outer = [jnp.einsum("...i,...o->...io", z[name], delta[name]) for name in z]
+    keys = online.key_gradients(bounded, k, v, online.dense(memory, k.dtype), x.init)
+    _, delta = keys.pull(keys.answers)
+    outer = [jnp.einsum("...i,...o->...io", keys.inputs[name], delta[name]) for name in delta]
     return jnp.sqrt(sum(jnp.square(g).sum((-2, -1)) for g in outer))
 
   free = norms(None)

@@ -71,6 +71,27 @@ def test_the_largest_step_is_an_option(name):
   assert {rule.gate_init(64)[step].maximum for step in rule.steps} == {0.25}
 
 
+@pytest.mark.parametrize("name", memory.RULES)
+def test_starting_gates_are_what_gates_start_at(name):
+  rule = rules.get(name)
+  values = {gate: start.maximum / (1 + np.exp(-start.bias)) for gate, start in rule.gate_init(64).items()}
+  assert rule.starting_gates(64) == pytest.approx(values)
+  assert tuple(rule.starting_gates(64)) == rule.gates
+
+
+@pytest.mark.parametrize("segment_length", [1, 4, 64, 256, 4096])
+def test_a_normalized_momentum_averages_over_part_of_a_segment(segment_length):
+  beta = rules.get("titans", normalized=True).starting_gates(segment_length)["beta"]
+  assert 1 <= 1 / (1 - beta) <= max(10, segment_length / 8) + 1e-6
+
+
+def test_a_normalized_memory_starts_at_the_scale_of_unit_keys():
+  rule = rules.get("titans", depth=3, normalized=True)
+  init = samples.jit(functools.partial(rule.init, heads=4, head_dim=16))(jax.random.key(0))
+  variances = {name: float(np.square(w).mean()) for name, w in init.items()}
+  assert variances == pytest.approx({"w1": 1, "w2": 1 / 64, "w3": 1 / (64 * 16)}, rel=0.1)
+
+
 def test_losses_are_sums_over_the_width_without_a_half():
   rng = np.random.default_rng(0)
   y, v = rng.normal(size=(2, 3, 5)).astype(np.float32)
@@ -92,6 +113,8 @@ def test_losses_are_sums_over_the_width_without_a_half():
     ("dla", {"expansion": 0}, "expansion must be at least 1, got 0"),
     ("dla", {"max_grad_norm": 0.0}, "max_grad_norm must be positive or None, got 0.0"),
     ("swla", {"max_step": -1.0}, "max_step must be positive or None, got -1.0"),
+    ("titans", {"solve": True}, "solve needs normalized steps and the squared loss"),
+    ("dla", {"normalized": True, "max_grad_norm": 1.0}, "normalized steps need a step size, a window of 1, and no max"),
   ],
 )
 def test_bad_options_are_refused_by_name(name, options, message):

@@ -66,6 +66,15 @@ def test_rotary_positions_need_an_even_head():
   assert dataclasses.replace(config, mixer="memory_caching").problems() == []
 
 
+def test_options_of_writing_that_exclude_each_other_are_refused():
+  (problem,) = MemoryConfig(solve=True).problems()
+  assert "memory.solve=True needs memory.normalized=True" in problem
+  (problem,) = MemoryConfig(normalized=True, max_grad_norm=2.0).problems()
+  assert problem.startswith("memory.max_grad_norm=2.0 does not go together with memory.normalized=True")
+  assert MemoryConfig(normalized=True, max_grad_norm=0.0).problems() == []
+  assert MemoryConfig(normalized=True).build_rule().solve
+
+
 @pytest.mark.parametrize("aggregation", ["none", "residual"])
 @pytest.mark.parametrize(("field", "value"), [("gate", "sigmoid"), ("pool", "sum"), ("shared_query", True)])
 def test_what_only_gates_read_is_refused_without_gates(aggregation, field, value):
