@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mc_jax.data import lock
-from mc_jax.training import metrics
+from mc_jax.training import digests, metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -77,13 +77,26 @@ def _start_two(texts, workdir, *flags):
 
 def _finish(*processes):
   """Exit statuses and what was printed."""
-  printed = [process.communicate(timeout=300)[0] for process in processes]
+  try:
+    printed = [process.communicate(timeout=300)[0] for process in processes]
+  except subprocess.TimeoutExpired:
+    for process in processes:
+      process.kill()
+    raise
   return [process.returncode for process in processes], printed
 
 
 def _wait_for(path, *processes):
   deadline = time.monotonic() + 300
   while not path.exists():
+    assert all(process.poll() is None for process in processes), _finish(*processes)
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+
+
+def _wait_for_steps(workdir, count, *processes):
+  deadline = time.monotonic() + 300
+  while len(metrics.read(workdir)) < count:
     assert all(process.poll() is None for process in processes), _finish(*processes)
     assert time.monotonic() < deadline
     time.sleep(0.05)
@@ -99,7 +112,7 @@ def test_two_processes_train_as_one_and_go_on_when_one_was_killed(texts, tmp_pat
   assert _finish(alone)[0] == [0]
 
   pair = _start_two(texts, tmp_path / "pair")
-  _wait_for(tmp_path / "pair" / "checkpoints" / "10", *pair)
+  _wait_for(tmp_path / "pair" / "checkpoints" / "10" / digests.FILE, *pair)  # it is complete
   pair[1].send_signal(signal.SIGKILL)
   killed = time.monotonic()
   (first, _), (printed, _) = _finish(*pair)
@@ -162,6 +175,7 @@ def test_a_job_has_its_workdir_alone_and_a_closed_terminal_stops_it(texts, tmp_p
   workdir, long = tmp_path / "run", ["--config.train.steps=1000000", "--config.train.checkpoint_every=1000000"]
   pair = _start_two(texts, workdir, *long)
   _wait_for(workdir / metrics.JSONL, *pair)
+  _wait_for_steps(workdir, 3, *pair)  # then both are in theirs
   holder = json.loads((workdir / lock.FILE).read_text())["pid"]
   assert holder == pair[0].pid
   codes, printed = _finish(*_start_two(texts, workdir, *long))

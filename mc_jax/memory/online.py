@@ -227,8 +227,8 @@ def write(
     at = _before_writes(at, start, networks.last(rule.network, fresh), seen.keys_incoming, prior, dtype)
   keys = key_gradients(rule, k, v, at, fresh)
   if rule.solve and chunk is None:
-    moved = rule.curvature * prior.mix * _gram(keys.features, keys.features, dtype)
-    keys = keys._replace(answers=solve(moved * keys.scale[..., None, :], keys.answers))
+    moved = rule.curvature * prior.mix * _gram(keys.features, keys.scale * keys.features, dtype)
+    keys = keys._replace(answers=solve(moved, keys.answers))
   elif rule.solve:
     earlier = chunk.solving
     moved = rule.curvature * earlier.mix[..., None, :] * _gram(keys.features, earlier.features, dtype)
@@ -319,7 +319,7 @@ class Keys(NamedTuple):
     features: the last layer's, times the gain of the answer in its output, [..., J, in]; None if not normalized. The
       gain is the length of the gradient of <p, M(k)>, p = (1, -1, 1, ...) / |p|: 1 unless a norm follows the layer.
     answers: the loss's gradient in the network's answer M(k), [..., J, d].
-    scale: [..., J], what makes a step of 1 remove all of a key's error, as far as the last layer goes; None where steps
+    scale: [..., J, 1], what makes a step of 1 remove all of a key's error, as far as the last layer goes; None where steps
       are multiples of the gradient.
     pull: (answers) to (answers in steps, delta {name: [..., J, out]}, each layer's error in steps).
   """
@@ -357,11 +357,11 @@ def key_gradients(rule: Rule, k: jax.Array, v: jax.Array, linear: Linear, weight
     signs = 1 - 2 * (jax.lax.broadcasted_iota(jnp.int32, y.shape, y.ndim - 1) % 2)
     gain = jnp.square(back(signs.astype(y.dtype) * y.shape[-1] ** -0.5)[0][last]).sum(-1, keepdims=True)
     features = inputs[last].astype(wide) * jnp.sqrt(gain)
-    scale = 1.0 / (max(rule.curvature, 1.0) * jnp.square(features).sum(-1) + _TINY)
+    scale = 1.0 / (max(rule.curvature, 1.0) * jnp.square(features).sum(-1, keepdims=True) + _TINY)
 
   def pull(answers):
     if rule.normalized:
-      answers = scale[..., None] * answers
+      answers = scale * answers
     (errors,) = back(answers.astype(y.dtype))
     if rule.max_grad_norm is not None:
       norm = jnp.maximum(_squares(inputs, errors, wide), rule.max_grad_norm**2)

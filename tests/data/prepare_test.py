@@ -1,5 +1,6 @@
 """The door: how it ends, and what it prints where nobody watches a terminal."""
 
+import functools
 import json
 import os
 import re
@@ -7,10 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
-from mc_jax.data import ConfigError, preparation, prepare
+from mc_jax.data import preparation
 from mc_jax.data.config import SourceConfig
 
 
@@ -18,12 +17,6 @@ from mc_jax.data.config import SourceConfig
 def corpus(tmp_path):
   (tmp_path / "a.jsonl").write_text('{"text": "one two, one two"}\n' * 50)
   return tmp_path / "a.jsonl"
-
-
-def _prepare(*arguments):
-  with flagsaver.flagsaver():
-    flags.FLAGS(["prepare", *arguments])
-    prepare.main([])
 
 
 def _die(_):
@@ -40,19 +33,22 @@ def _command(*arguments):
   )
 
 
-def test_it_learns_tokenizes_and_says_how_many_ids_there_were_to_learn(corpus, tmp_path, capfd, in_process):
-  arguments = ["--source=jsonl", f"--paths={corpus}", f"--out={tmp_path}/out"]
-  _prepare(*arguments, "--train_bpe=32768")
-  out = capfd.readouterr().out
-  assert re.search(r"learned 26\d of 32,768 ids in \d+ s: the text has no more pairs\n", out)
-  assert "50 documents, 800 bytes of text" in out
-  _prepare(*arguments, "--train_bpe=32768")
-  assert "learned" not in capfd.readouterr().out
-  with pytest.raises(ConfigError, match="--train_bpe was 32768 and is now 300"):
-    _prepare(*arguments, "--train_bpe=300")
-  with pytest.raises(ConfigError, match="--train_bytes is read only with --train_bpe"):
-    _prepare(*arguments, "--tokenizer=bytes", "--train_bytes=10")
-  _prepare(*arguments, f"--tokenizer={tmp_path}/out/tokenizer.json")
+def test_it_learns_tokenizes_and_says_how_many_ids_there_were_to_learn(corpus, tmp_path, door):
+  prepare = functools.partial(door, "data.prepare", "--source=jsonl", f"--paths={corpus}", f"--out={tmp_path}/out")
+  done = prepare("--train_bpe=32768")
+  assert done.returncode == 0, done.stderr
+  assert re.search(r"learned 26\d of 32,768 ids in \d+ s: the text has no more pairs\n", done.stdout)
+  assert "50 documents, 800 bytes of text" in done.stdout
+  again = prepare("--train_bpe=32768")
+  assert again.returncode == 0
+  assert "learned" not in again.stdout
+  other = prepare("--train_bpe=300")
+  assert other.returncode == 2
+  assert "--train_bpe was 32768 and is now 300" in other.stderr
+  other = prepare("--tokenizer=bytes", "--train_bytes=10")
+  assert other.returncode == 2
+  assert "--train_bytes is read only with --train_bpe" in other.stderr
+  assert prepare(f"--tokenizer={tmp_path}/out/tokenizer.json").returncode == 0
 
 
 def test_a_log_file_gets_lines_and_no_bar(corpus, tmp_path, capfd, monkeypatch):

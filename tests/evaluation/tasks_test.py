@@ -15,7 +15,7 @@ def test_tasks_of_the_harness_need_its_package(monkeypatch):
   monkeypatch.delitem(sys.modules, "mc_jax.evaluation.harness", raising=False)
   monkeypatch.delattr(evaluation, "harness", raising=False)
   assert tasks.check(["mqar", "mqar"]) == ("mqar",)
-  with pytest.raises(ConfigError, match=r"pip install 'mc_jax\[eval\]'"):
+  with pytest.raises(ConfigError, match=r"pip install -e '\.\[eval\]'"):
     tasks.check(["mqar", "lm_eval:piqa"])
 
 
