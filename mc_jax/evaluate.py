@@ -77,7 +77,7 @@ def main(_: list[str]) -> None:
 
 
 def _trained_on(model: trained.Trained, changes: dict[str, object]) -> Identity | None:
-  """The data that the evaluation is compared with: of the run, without its files where the user names others."""
+  """The identity to compare the evaluated data with: the run's, without its files where the user names others."""
   if model.identity is not None and any(re.match(r"data\.(source|paths|field)", field) for field in changes):
     return dataclasses.replace(model.identity, files={})
   return model.identity

@@ -44,7 +44,7 @@ CACHE_DTYPE = flags.DEFINE_string(
 )
 CACHE_MEMORY = flags.DEFINE_enum("cache_memory", "device", decode.MEMORIES, "where cached states lie; host: for ssc")
 SAVE = console.path_flag("save_prompt", None, "folder to save the prompt's cache in")
-LOAD = console.path_flag("load_prompt", None, "folder of a saved prompt, which --prompt goes on from")
+LOAD = console.path_flag("load_prompt", None, "folder of a saved prompt, which --prompt continues")
 
 
 def main(_: list[str]) -> None:

@@ -192,7 +192,7 @@ def test_start_from(run, door, kind, tmp_path):
 
 @most
 def test_ablate(run, door, kind, tmp_path):
-  """The commands of a cell, as its process is told them."""
+  """The arguments of each command that a cell's process runs."""
   task, *options = TASKS[kind]
   flags = [run(kind)[1], f"--workdir={tmp_path}", f"--tasks={task}", *options, "--config.train.sample_length=0"]
   done = door("ablate", *flags, "--dry_run")

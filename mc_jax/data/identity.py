@@ -113,7 +113,7 @@ def require_tokenizer(trained: Identity | None, fingerprint: str | None, where: 
 
 
 def resumed(then: Identity | None, now: Identity, allow_growth: bool) -> list[str]:
-  """What to tell of the data that a run resumes on, one line each; nothing where they are the checkpoint's.
+  """Lines about the data that a run resumes on; none if they are the checkpoint's.
 
   Args:
     then: Of the checkpoint; None: it was written before there was such a thing.
@@ -153,7 +153,7 @@ def unlike(trained: Identity, now: Identity) -> str | None:
 
 
 def _differences(then: Identity, now: Identity) -> Iterator[str]:
-  """What is not as it was, one line each, but for files that were added."""
+  """A line for each difference, except for files that were added."""
   if then.tokenizer != now.tokenizer:
     yield f"the tokenizer has another fingerprint: {_short(then.tokenizer)} then, {_short(now.tokenizer)} now"
   for name in (name for name in then.files if name in now.files):

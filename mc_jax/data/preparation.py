@@ -177,7 +177,7 @@ def _read(folder: epath.Path, name: str) -> Shard | None:
 
 
 def _run(jobs: dict[str, Job], done: dict[str, Shard], blocks: Sequence[Block], processes: int) -> dict[str, Shard]:
-  """Writes shards in so many processes; how far they are is a bar on a terminal, a line now and then elsewhere.
+  """Writes shards in `processes` processes, with a progress bar on a terminal and a line every 30 seconds elsewhere.
 
   Raises:
     OSError: A process ended by itself.

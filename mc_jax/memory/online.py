@@ -36,6 +36,7 @@ from mc_jax.memory import networks
 from mc_jax.memory.documents import Documents, Visible, positions, visible
 from mc_jax.memory.networks import Linear, Weights
 from mc_jax.memory.rules import Rule
+from mc_jax.memory.triangular import solve, truncated
 
 # Added to what steps are divided by: keys of padding are zero.
 _TINY = 1e-6
@@ -477,100 +478,6 @@ def _decays(gate: jax.Array | None, same: jax.Array, dtype: jnp.dtype) -> tuple[
   return Decays(jnp.exp(logs), since(same, logs)), Decays(jnp.exp(before), since(earlier, before))
 
 
-# Tokens whose errors are solved for together, and then substituted into the next ones'.
-_SOLVED = 64
-
-
-@jax.custom_vjp
-def solve(n: jax.Array, r: jax.Array) -> jax.Array:
-  """x of (I + n) x = r, n [..., T, T] strictly lower triangular, r [..., T, d]; by products alone.
-
-  The diagonal's blocks are inverted, and block after block is substituted. Of float32 the products are those of two
-  bfloat16 parts, three of the four: 2^-16, where one part would leave 2^-8.
-  """
-  return _substitute(n, r, transposed=False)
-
-
-def _solve_forward(n, r):
-  x = solve(n, r)
-  return x, (n, x)
-
-
-def _solve_backward(residuals, cotangent):
-  n, x = residuals
-  r = _substitute(n, cotangent, transposed=True)
-  return -_fine_product(r, jnp.swapaxes(x, -1, -2)), r
-
-
-solve.defvjp(_solve_forward, _solve_backward)
-
-
-def _substitute(n: jax.Array, r: jax.Array, transposed: bool) -> jax.Array:
-  """(I + n)^-1 r, or with the transposed matrix."""
-  length = n.shape[-1]
-  blocks = [slice(first, min(first + _SOLVED, length)) for first in range(0, length, _SOLVED)]
-
-  def part(i, j):
-    return jnp.swapaxes(n[..., blocks[j], blocks[i]], -1, -2) if transposed else n[..., blocks[i], blocks[j]]
-
-  inverses = _inverses([n[..., block, block] for block in blocks])
-  found = {}
-  for i in reversed(range(len(blocks))) if transposed else range(len(blocks)):
-    here = r[..., blocks[i], :]
-    for j, x in found.items():
-      here -= _fine_product(part(i, j), x)
-    found[i] = _fine_product(jnp.swapaxes(inverses[i], -1, -2) if transposed else inverses[i], here)
-  return jnp.concatenate([found[i] for i in range(len(blocks))], -2) if len(blocks) > 1 else found[0]
-
-
-def _inverses(blocks: list[jax.Array]) -> list[jax.Array]:
-  """(I + n)^-1 of each n [..., T, T] strictly lower triangular, by block doubling: blocks of 1, 2, 4 ... are merged.
-
-  [[X, 0], [C, Y]]^-1 = [[X^-1, 0], [-Y^-1 C X^-1, Y^-1]]. The identity (I - n)(I + n^2)(I + n^4) ... is cheaper, but
-  forms powers, and where keys repeat its errors reach 1e29. All blocks take a level together: none waits for another.
-  """
-  found, lengths = [], [n.shape[-1] for n in blocks]
-  for n, length in zip(blocks, lengths, strict=True):
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
-    found.append(jnp.broadcast_to((row == column).astype(n.dtype), n.shape))
-  for level in range((max(lengths) - 1).bit_length()):
-    steps = [_below(n, level) for n in blocks]
-    if level == 0:
-      found = [x - step for x, step in zip(found, steps, strict=True)]
-    else:
-      moved = [_fine_product(x, step) for x, step in zip(found, steps, strict=True)]
-      found = [x - _fine_product(move, x) for x, move in zip(found, moved, strict=True)]
-  return found
-
-
-def _below(n: jax.Array, level: int) -> jax.Array:
-  """The parts of n below the diagonal by which pairs of blocks of 2^level become one."""
-  row, column = (jax.lax.broadcasted_iota(jnp.int32, n.shape[-2:], axis) >> level for axis in (0, 1))
-  return jnp.where((row % 2 == 1) & (column == row - 1), n, 0.0)
-
-
-def _fine_product(a: jax.Array, b: jax.Array) -> jax.Array:
-  """a @ b; of float32 to some 2^-16 of |a| |b|, by three passes of a TPU's matrix unit where product takes six."""
-  if a.dtype != jnp.float32:
-    return jnp.matmul(a, b)
-
-  def parts(x):
-    high = _truncated(x)
-    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
-
-  def matmul(a, b):
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
-
-  (a, a_rest), (b, b_rest) = parts(a), parts(b)
-  return matmul(a, b) + (matmul(a, b_rest) + matmul(a_rest, b))
-
-
-def _truncated(x: jax.Array) -> jax.Array:
-  """The float32 number's first 8 bits; not by rounding: XLA may drop conversions there and back."""
-  bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
-  return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
 @jax.custom_vjp
 def _column(x: jax.Array) -> jax.Array:
   """[..., T] to [..., T, 1]; on a TPU a number per token goes from lanes to sublanes.
@@ -606,7 +513,7 @@ def _exact_product(x: jax.Array, mask: jax.Array) -> jax.Array:
     return product(x[..., None, :], mask, x.dtype)[..., 0, :]
   parts = []
   for _ in range(3):
-    parts.append(_truncated(x))
+    parts.append(truncated(x))
     x -= parts[-1]
   return product(jnp.stack(parts, -2), mask, jnp.bfloat16).sum(-2)
 

@@ -155,14 +155,14 @@ class Rule:
       return ((1 - beta) if self.momentum else 1.0) / self.chunk if self.learned_init else 1.0
     if self.solve:
       return 1.5
-    # The largest eigenvalue of a Gram matrix of unit keys after a SiLU grows by 0.12 a key: so many times do frozen
-    # gradients repeat what one write would have done, and a dot loss repeats it over the whole segment.
+    # The largest eigenvalue of a Gram matrix of unit keys after a SiLU grows by 0.12 a key: by that factor frozen
+    # gradients overshoot in a chunk, and a dot loss, which never corrects itself, over a segment.
     if self.curvature:
       return 1 / (0.12 * self.chunk + 1.5)
     return 2 / (0.1 * segment_length + 1)
 
   def starting_gates(self, segment_length: int) -> dict[str, float]:
-    """The value that each gate starts at, in segments of so many tokens: {name: value}, in the order of `gates`."""
+    """The value that each gate starts at, {name: value}, in the order of `gates`; segment_length in tokens."""
     return {name: start.maximum / (1 + math.exp(-start.bias)) for name, start in self.gate_init(segment_length).items()}
 
 

@@ -28,7 +28,7 @@ class Trained:
   """What a checkpoint holds of a model, ready to be evaluated, asked or exported.
 
   Attributes:
-    config: of the run, with the overrides; data.tokenizer is the copy in the workdir, if there is one.
+    config: The run's configuration with the overrides; data.tokenizer is the copy in the workdir, if there is one.
     stored: the same without the overrides.
     params: nested dict of float32 arrays, as TrainState.params; `nnx.merge(state.graph(config), params)` is the model.
     step: of the checkpoint.

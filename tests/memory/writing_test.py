@@ -8,7 +8,7 @@ import pytest
 import samples
 import stored_pairs
 
-from mc_jax.memory import networks, online, rules, segments
+from mc_jax.memory import networks, rules, segments, triangular
 
 
 @pytest.mark.parametrize(("head_dim", "chunk", "segment"), stored_pairs.SIZES)
@@ -75,7 +75,7 @@ def test_the_solve_and_its_gradient_are_those_of_the_triangular_system(float64, 
   def run(solve):
     return lambda n, r: jax.vjp(solve, n, r)
 
-  x, pull = jax.jit(run(online.solve))(n, r)
+  x, pull = jax.jit(run(triangular.solve))(n, r)
   expected, pull_expected = jax.jit(run(dense))(n, r)
   np.testing.assert_allclose(x, expected, rtol=1e-9, atol=1e-9)
   (gn, gr), (en, er) = pull(np.ones_like(r)), pull_expected(np.ones_like(r))
@@ -86,4 +86,4 @@ def test_the_solve_and_its_gradient_are_those_of_the_triangular_system(float64, 
 def test_the_solve_in_float32_leaves_an_error_of_a_thousandth_at_most(repeated):
   n, r = lower(256, np.float32, repeated), np.random.default_rng(2).normal(size=(2, 256, 5)).astype(np.float32)
   expected = np.linalg.solve(np.eye(256) + n.astype(np.float64), r)
-  np.testing.assert_allclose(jax.jit(online.solve)(n, r), expected, atol=1e-3 * np.abs(expected).max())
+  np.testing.assert_allclose(jax.jit(triangular.solve)(n, r), expected, atol=1e-3 * np.abs(expected).max())
