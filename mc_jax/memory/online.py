@@ -320,8 +320,8 @@ class Keys(NamedTuple):
     features: the last layer's, times the gain of the answer in its output, [..., J, in]; None if not normalized. The
       gain is the length of the gradient of <p, M(k)>, p = (1, -1, 1, ...) / |p|: 1 unless a norm follows the layer.
     answers: the loss's gradient in the network's answer M(k), [..., J, d].
-    scale: [..., J, 1], what makes a step of 1 remove all of a key's error, as far as the last layer goes; None where steps
-      are multiples of the gradient.
+    scale: [..., J, 1], what makes a step of 1 remove all of a key's error, as far as the last layer goes; None where
+      steps are multiples of the gradient.
     pull: (answers) to (answers in steps, delta {name: [..., J, out]}, each layer's error in steps).
   """
 
