@@ -228,13 +228,13 @@ def write(
     at = _before_writes(at, start, networks.last(rule.network, fresh), seen.keys_incoming, prior, dtype)
   keys = key_gradients(rule, k, v, at, fresh)
   if rule.solve and chunk is None:
-    moved = rule.curvature * prior.mix * _gram(keys.features, keys.scale * keys.features, dtype)
-    keys = keys._replace(answers=solve(moved, keys.answers))
+    moved = rule.curvature * prior.mix * _gram(keys.features, keys.features, dtype)
+    keys = keys._replace(answers=solve(keys.scale * moved, keys.answers))
   elif rule.solve:
     earlier = chunk.solving
     moved = rule.curvature * earlier.mix[..., None, :] * _gram(keys.features, earlier.features, dtype)
-    keys = keys._replace(answers=keys.answers - product(moved, earlier.answers, moved.dtype))
-  answers, errors = keys.pull(keys.answers)
+    keys = keys._replace(answers=keys.answers - keys.scale * product(moved, earlier.answers, moved.dtype))
+  errors = keys.pull(keys.answers)
 
   def came_in(before, otherwise):  # the state before the chunk, if it is the last token's
     return before if seen.continues is None else jnp.where(seen.continues, before, otherwise)
@@ -259,7 +259,7 @@ def write(
     memory[name] -= written(name, c.mix[..., -1, :])
   tail = tuple(_last(x, rule.window - 1, seen) for x in (k, v)) if rule.window > 1 else None
   end = State(memory, momentum if rule.momentum else None, tail)
-  return end, Online(start, fresh, seen, c, keys.inputs, errors, keys.features, answers)
+  return end, Online(start, fresh, seen, c, keys.inputs, errors, keys.features, keys.answers)
 
 
 def read(online: Online, name: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -319,17 +319,17 @@ class Keys(NamedTuple):
     inputs: each layer's input z, {name: [..., J, in]}.
     features: the last layer's, times the gain of the answer in its output, [..., J, in]; None if not normalized. The
       gain is the length of the gradient of <p, M(k)>, p = (1, -1, 1, ...) / |p|: 1 unless a norm follows the layer.
-    answers: the loss's gradient in the network's answer M(k), [..., J, d].
+    answers: the loss's gradient in the network's answer M(k), times `scale`, [..., J, d].
     scale: [..., J, 1], what makes a step of 1 remove all of a key's error, as far as the last layer goes; None where
       steps are multiples of the gradient.
-    pull: (answers) to (answers in steps, delta {name: [..., J, out]}, each layer's error in steps).
+    pull: (answers) to delta {name: [..., J, out]}, each layer's error.
   """
 
   inputs: Weights
   features: jax.Array | None
   answers: jax.Array
   scale: jax.Array | None
-  pull: Callable[[jax.Array], tuple[jax.Array, Weights]]
+  pull: Callable[[jax.Array], Weights]
 
 
 def key_gradients(rule: Rule, k: jax.Array, v: jax.Array, linear: Linear, weights: Weights) -> Keys:
@@ -359,15 +359,14 @@ def key_gradients(rule: Rule, k: jax.Array, v: jax.Array, linear: Linear, weight
     gain = jnp.square(back(signs.astype(y.dtype) * y.shape[-1] ** -0.5)[0][last]).sum(-1, keepdims=True)
     features = inputs[last].astype(wide) * jnp.sqrt(gain)
     scale = 1.0 / (max(rule.curvature, 1.0) * jnp.square(features).sum(-1, keepdims=True) + _TINY)
+    answers = scale * answers
 
   def pull(answers):
-    if rule.normalized:
-      answers = scale * answers
     (errors,) = back(answers.astype(y.dtype))
     if rule.max_grad_norm is not None:
       norm = jnp.maximum(_squares(inputs, errors, wide), rule.max_grad_norm**2)
       errors = {name: (rule.max_grad_norm * jax.lax.rsqrt(norm))[..., None] * error for name, error in errors.items()}
-    return answers, errors
+    return errors
 
   return Keys(inputs, features, answers, scale, pull)
 
