@@ -51,18 +51,20 @@ def main(_: list[str]) -> None:
   else:
     with _progress(f"compiling the training step for {_TOPOLOGY.value}"):
       plans = [planning.plan(run, _TOPOLOGY.value, _SLICES.value)]
+    if plans[0].dense:
+      print(_report(plans[0].dense, f", the first {plans[0].dense_steps:,} steps, which read all caches"), flush=True)
     print(_report(plans[0]), flush=True)
   if _JSON.value:
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     record = {"command": shlex.join(["python", "-m", "mc_jax.plan", *sys.argv[1:]]), "note": ESTIMATE, **versions}
     record["plans"] = [plan.to_json() for plan in plans]
     pathlib.Path(_JSON.value).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-  if not any(plan.fits for plan in plans):
-    sys.exit("\n".join(dict.fromkeys(planning.refusal(plan) for plan in plans)))
+  if all(plan.too_large for plan in plans):
+    sys.exit("\n".join(dict.fromkeys(planning.refusal(part) for plan in plans for part in plan.too_large)))
 
 
-def _report(plan: Plan) -> str:
-  """What a plan says, for people."""
+def _report(plan: Plan, steps: str = "") -> str:
+  """What a plan says, for people; of which steps, if not of all."""
   needed = sum(plan.hbm.values())
   rows = {
     "parameters": f"{plan.parameters:,}",
@@ -96,7 +98,7 @@ def _report(plan: Plan) -> str:
     if cost.unestimated_kernels:
       rows["kernels of unknown FLOPs"] = ", ".join(cost.unestimated_kernels)
   rows["compiled in"] = duration(plan.compile_seconds)
-  return report.table(rows, f"plan for {plan.topology} ({ESTIMATE})")
+  return report.table(rows, f"plan for {plan.topology}{steps} ({ESTIMATE})")
 
 
 def _sweep(run: config.Config) -> list[Plan]:
@@ -114,7 +116,7 @@ def _sweep(run: config.Config) -> list[Plan]:
       plans.append((candidate.config, planning.plan(candidate.config, _TOPOLOGY.value, _SLICES.value)))
     left = (time.monotonic() - start) / number * (len(found) - number)
     print(f"[{number}/{len(found)}] {_line(*plans[-1])}, {duration(left)} left", flush=True)
-  plans.sort(key=lambda pair: -pair[1].tokens_per_second if pair[1].fits else 0)
+  plans.sort(key=lambda pair: -pair[1].tokens_per_second if not pair[1].too_large else 0)
   print("\nbest first:\n" + "\n".join(_line(*pair) for pair in plans), flush=True)
   return [plan for _, plan in plans]
 
@@ -123,12 +125,14 @@ def _line(run: config.Config, plan: Plan) -> str:
   mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1)
   segments = f" segments of {run.model.memory.segment_length}" if run.model.mixer == "memory_caching" else ""
   what = f"length {run.data.length}{segments}, {mesh or 'one chip'}"
-  needed = sum(plan.hbm.values())
-  if not plan.fits:
+  largest = max(plan.too_large, key=lambda part: sum(part.hbm.values()), default=plan)
+  needed = sum(largest.hbm.values())
+  if plan.too_large:
     return f"{what}: does not fit ({planning.gib(needed)} of {planning.gib(plan.hbm_capacity)})"
   return (
     f"{what}: {plan.tokens_per_second:,.0f} tokens/s, {_ms(plan.cost.time.step)}, "
     f"MFU {plan.utilisation:.1%}, {planning.gib(needed)}"
+    + (f"; the first {plan.dense_steps:,} steps {_ms(plan.dense.cost.time.step)}" if plan.dense else "")
   )
 
 

@@ -81,6 +81,19 @@ def test_what_does_not_fit_is_refused():
   assert "16.00 GiB" in message
 
 
+@pytest.mark.slow
+def test_steps_that_read_all_caches_are_planned_besides():
+  memory = dataclasses.replace(MODEL.memory, aggregation="ssc", top_k=1, dense_steps=10)
+  plan = planning.plan(dataclasses.replace(SMALL, model=dataclasses.replace(MODEL, memory=memory)), TPU)
+  assert plan.dense_steps == 10
+  assert plan.dense.fits and "cached_read" in " ".join(plan.dense.cost.kernels)
+  assert "selected_read" in " ".join(plan.cost.kernels)
+  assert plan.to_json()["dense"]["tokens_per_second"] == plan.dense.tokens_per_second
+  assert not plan.too_large
+  large = dataclasses.replace(plan, dense=dataclasses.replace(plan.dense, fits=False))
+  assert large.too_large == [large.dense]
+
+
 def test_parameters_and_caches_are_what_a_chip_holds():
   devices = planning.topology_devices(TPU, 1)
   on_mesh = state.abstract(SMALL, SMALL.make_mesh(devices))

@@ -15,7 +15,7 @@ from mc_jax.models import Cache, CacheConfig
 from mc_jax.models import cache as cache_lib
 
 # How a model is computed, not what it is.
-_HOW = ("remat", "memory.implementation", "memory.segment_group", "memory.read_buffer_mib")
+_HOW = ("remat", "memory.implementation", "memory.segment_group", "memory.read_buffer_mib", "memory.dense_steps")
 
 
 def save(folder: epath.PathLike, decoder: Decoder, logits: jax.Array, cache: Cache) -> None:

@@ -37,6 +37,7 @@ class MemoryConfig:
   segment_length: int = 256  # tokens between two cached states (segmentation="constant")
   carry: str = "checkpoint"  # a segment starts from the last state, or "independent" from M_0
   top_k: int = 2  # ssc: cached memories that a token reads
+  dense_steps: int | None = None  # ssc: first training steps, which read all caches; None: a third of them, 0: none
   pool: str = "mean"  # a segment's summary is the mean or the sum of its keys
   gate: str = (
     "softmax"  # softmax, sigmoid, constant (1), uniform (equal shares), token (scores that ignore the segments)
@@ -72,6 +73,7 @@ class MemoryConfig:
         window=2,
         segment_length=1,
         top_k=1,
+        dense_steps=0,
         segment_group=1,
         read_buffer_mib=1,
       ),
@@ -90,6 +92,11 @@ class MemoryConfig:
         f"{prefix}.after_training={self.after_training!r} is for models trained with {prefix}.aggregation='none', "
         f"got {self.aggregation!r}: use after_training=None"
       )
+    if self.dense_steps and self.aggregation == "ssc" and self.gate in _BLIND:
+      found.append(
+        f"{prefix}.dense_steps={self.dense_steps} has no effect with {prefix}.gate={self.gate!r}, through which scores "
+        f"learn nothing: use 0, or one of {', '.join(gate for gate in memory.GATES if gate not in _BLIND)} as gate"
+      )
     if self.unread:
       gated = [name for name in memory.AGGREGATIONS if name not in _UNGATED]
       found += [
@@ -104,6 +111,18 @@ class MemoryConfig:
   def unread(self) -> dict[str, object]:
     """Fields that nothing reads, with their defaults: those of gates, where the aggregation has none."""
     return _GATES_ALONE if self.aggregation in _UNGATED and self.after_training is None else {}
+
+  @property
+  def learns_densely(self) -> bool:
+    """Whether scores choose caches, so that training does well to begin with reading them all: see `dense`."""
+    return self.aggregation == "ssc" and self.gate not in _BLIND
+
+  def dense(self) -> "MemoryConfig":
+    """These values for the first steps of training: every cache is read, weighed by the scores that will choose later.
+
+    What a token does not read teaches its scores nothing, so that ssc alone must first choose right by chance.
+    """
+    return dataclasses.replace(self, aggregation="grm")
 
   def as_read(self) -> "MemoryConfig":
     """These values with `after_training` in effect: what a layer does. Itself where there is nothing to do."""
@@ -135,6 +154,7 @@ class MemoryConfig:
 
 
 _UNGATED = ("none", "residual")
+_BLIND = ("constant", "uniform")  # gates that do not look at the scores
 # What only gates read, with its default. (gate_scale and top_k may stand in a configuration that several aggregations
 # share: they are amounts, and without gates there is nothing to scale or choose.)
 _GATES_ALONE = {

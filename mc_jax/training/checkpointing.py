@@ -245,7 +245,10 @@ def _negative(metrics: dict[str, float]) -> float:
 
 
 # How a model is computed, not what it is: these may change when a run goes on.
-HOW = ("model.remat", "model.memory.implementation", "model.memory.segment_group", "model.memory.read_buffer_mib")
+HOW = (
+  *("model.remat", "model.memory.implementation", "model.memory.segment_group", "model.memory.read_buffer_mib"),
+  "model.memory.dense_steps",  # what training does, and the model does not
+)
 # How caches are made and read: these as well, where a new run starts from another's parameters.
 AGGREGATION = (
   *("model.memory.aggregation", "model.memory.segmentation", "model.memory.segment_length", "model.memory.top_k"),

@@ -130,6 +130,22 @@ class Config:
         )
     return found
 
+  @property
+  def dense_steps(self) -> int:
+    """How many steps at the run's beginning read all caches (model.memory.dense_steps); 0 where none are chosen."""
+    memory = self.model.memory
+    if self.model.mixer != "memory_caching" or not memory.learns_densely:
+      return 0
+    return (self.optimizer.decay_steps or self.train.steps) // 3 if memory.dense_steps is None else memory.dense_steps
+
+  def dense(self) -> Config:
+    """The configuration of the steps that read all caches."""
+    return dataclasses.replace(self, model=dataclasses.replace(self.model, memory=self.model.memory.dense()))
+
+  def of_step(self, step: int) -> Config:
+    """The configuration by which a step is taken, counted from 1."""
+    return self.dense() if step <= self.dense_steps else self
+
   def check(self) -> Config:
     """Returns self, or raises ConfigError with all the problems at once."""
     found = self.problems()

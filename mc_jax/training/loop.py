@@ -8,6 +8,7 @@ import functools
 import signal
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 from etils import epath
@@ -49,6 +50,13 @@ class _Run:
   data: datasets.Dataset
   batches: loader.Batches
   evaluate: Callable[[state.TrainState], dict[str, float]]  # see `_evaluation`
+
+
+class _Update(NamedTuple):
+  """A training step, compiled, and its useful FLOPs; 0 where the device's peak is not known."""
+
+  run: jax.stages.Compiled
+  flops: int = 0
 
 
 def train(
@@ -96,10 +104,11 @@ def train(
     result = meter = None
     if int(current.step) < train.steps:
       checkpoints.require_space(current)
-      update, meter = _compile(config, mesh)
+      updates = _compile(config, mesh, int(current.step))
+      meter = metrics.Meter(windows.shapes(config.data, mesh)["tokens"].size, mesh.devices.flatten())
       with deferred() as interrupt, Watchdog(train.hang_minutes) as watchdog:
         try:
-          current, result = _steps(run, current, update, meter, checkpoints, interrupt, watchdog, profile)
+          current, result = _steps(run, current, updates, meter, checkpoints, interrupt, watchdog, profile)
         finally:
           checkpoints.wait()  # while somebody watches, also where an error ends the run
       if int(current.step) < train.steps:
@@ -141,7 +150,7 @@ def _evaluation(
 def _steps(
   run: _Run,
   current: state.TrainState,
-  update: jax.stages.Compiled,
+  updates: dict[bool, _Update],
   meter: metrics.Meter,
   checkpoints: Checkpoints,
   interrupt: Interrupt,
@@ -163,11 +172,12 @@ def _steps(
       trace.before(step)
       begin, batch = run.batches.position, next(run.batches)
       faulty.keep(step, batch, range(begin, run.batches.position))
-      current, values = update(current, batch)
+      update = updates[step <= run.config.dense_steps]
+      current, values = update.run(current, batch)
       trace.after(step, values)
       if probe and step % train.probe_every == 0:
         values |= probe(current.params, batch)
-      meter.add(step, values)
+      meter.add(step, values, update.flops)
       watchdog.finished()
       last = interrupt.stops_after(step) or step == train.steps
       # Who is told to stop has seconds left for the checkpoint.
@@ -214,6 +224,8 @@ def _start(run: _Run, checkpoints: Checkpoints) -> state.TrainState:
     lines = identity.resumed(checkpoints.identity(step), run.data.identity, config.data.allow_growth)
     schedules = (stored.optimizer, stored.train.steps, config.optimizer, config.train.steps)
     lines += optimizer.schedule_changes(*schedules, done=step)
+    if step < max(dense := (stored.dense_steps, config.dense_steps)) and dense[0] != dense[1]:
+      lines.append(f"all caches are read up to step {dense[1]:,}; before, that was up to step {dense[0]:,}")
     current = checkpoints.restore(step, state.abstract(config, mesh), run.batches)
     run.files.fetch(metrics.JSONL)
     print(f"going on from the checkpoint of step {step} in {run.workdir}")
@@ -259,20 +271,24 @@ def _require_ids_of(origin: trained.Trained, run: _Run) -> None:
     )
 
 
-def _compile(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Compiled, metrics.Meter]:
-  """The training step, compiled for the batches of `config`, and a meter that knows their size."""
-  begin = time.monotonic()
-  print("compiling the training step ...", flush=True)
-  with telling("compiling the training step"):
+def _compile(config: Config, mesh: jax.sharding.Mesh, done: int) -> dict[bool, _Update]:
+  """The training steps that are left after `done`, by whether they read all caches (model.memory.dense_steps)."""
+  kinds = {step <= config.dense_steps: config.of_step(step) for step in (done + 1, config.train.steps)}
+  return {dense: _compiled(config, mesh, " that reads all caches" * dense) for dense, config in kinds.items()}
+
+
+def _compiled(config: Config, mesh: jax.sharding.Mesh, kind: str) -> _Update:
+  """The training step, compiled for the batches of `config`."""
+  begin, name = time.monotonic(), f"compiling the training step{kind}"
+  print(f"{name} ...", flush=True)
+  with telling(name):
     update = lower(config, mesh).compile()
   print(f"compiled in {duration(time.monotonic() - begin)}", flush=True)
-  useful = None
-  shapes = windows.shapes(config.data, mesh)
-  if metrics.peak_flops(mesh.devices.flat[0]):
-    # Backward costs twice the forward pass; what is recomputed does not count as useful.
-    forward = flops.count(functools.partial(loss_sum, state.graph(config)), state.abstract(config, mesh).params, shapes)
-    useful = 3 * forward
-  return update, metrics.Meter(shapes["tokens"].size, useful, mesh.devices.flatten())
+  if not metrics.peak_flops(mesh.devices.flat[0]):
+    return _Update(update)
+  # Backward costs twice the forward pass; what is recomputed does not count as useful.
+  params, shapes = state.abstract(config, mesh).params, windows.shapes(config.data, mesh)
+  return _Update(update, 3 * flops.count(functools.partial(loss_sum, state.graph(config)), params, shapes))
 
 
 def _facts(run: _Run, current: state.TrainState) -> dict[str, str]:
@@ -280,6 +296,8 @@ def _facts(run: _Run, current: state.TrainState) -> dict[str, str]:
   model = run.config.model
   memory = model.memory
   mixer = model.mixer if model.mixer == "transformer" else f"{memory.rule} + {memory.aggregation}"
+  if dense := run.config.dense_steps:
+    mixer += f" ({memory.top_k} caches a token; all of them up to step {dense:,})"
   return {
     "model": f"{mixer}, {model.layers} layers, {state.parameter_count(current):,} parameters",
     **run.data.facts,

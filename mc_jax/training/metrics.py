@@ -106,15 +106,14 @@ class Meter:
 
   Args:
     tokens: in a step.
-    flops: useful ones in a step; None where the device's peak is not known.
     devices: that share the step.
   """
 
-  def __init__(self, tokens: int, flops: int | None, devices: Sequence[jax.Device]):
+  def __init__(self, tokens: int, devices: Sequence[jax.Device]):
     self._tokens = tokens
-    self._flops = flops
     self._devices = devices
     self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+    self._flops = 0
     self.seconds = 0.0  # in steps alone, since the meter exists
     self.steps = 0
     self.restart()
@@ -123,9 +122,10 @@ class Meter:
     """Steps are timed from here on: what came between was not training."""
     self._since = time.monotonic()
 
-  def add(self, step: int, values: dict[str, jax.Array]) -> None:
-    """Notes a step's scalars, which may not be computed yet."""
+  def add(self, step: int, values: dict[str, jax.Array], flops: int = 0) -> None:
+    """Notes a step's scalars, which may not be computed yet, and its useful FLOPs, if the devices' peak is known."""
     self._pending.append((step, values))
+    self._flops += flops
 
   @property
   def tokens_per_second(self) -> float:
@@ -152,7 +152,8 @@ class Meter:
     step_time = seconds / len(steps)
     records[-1] |= {"step_time": step_time, "tokens_per_second": self._tokens / step_time}
     if self._flops:
-      records[-1]["mfu"] = self._flops / step_time / (len(self._devices) * peak_flops(self._devices[0]))
+      records[-1]["mfu"] = self._flops / seconds / (len(self._devices) * peak_flops(self._devices[0]))
+    self._flops = 0
     records[-1] |= device_memory(jax.local_devices()[0])
     return records
 

@@ -44,6 +44,8 @@ class Plan:
     refusal: the compiler's own words if it does not fit.
     cost: what the compiled step does; None if it does not fit.
     model_flops: of a step, on all chips: see `model_flops`.
+    dense_steps: how many steps read all caches at first, model.memory.dense_steps.
+    dense: the plan of one of these; None if there are none.
   """
 
   topology: str
@@ -61,6 +63,13 @@ class Plan:
   refusal: str | None = None
   cost: hlo_cost.Cost | None = None
   model_flops: float | None = None
+  dense_steps: int = 0
+  dense: Plan | None = None
+
+  @property
+  def too_large(self) -> list[Plan]:
+    """The plans, of the first steps and of the others, that do not fit."""
+    return [plan for plan in (self.dense, self) if plan is not None and not plan.fits]
 
   @property
   def tokens_per_second(self) -> float:
@@ -74,7 +83,7 @@ class Plan:
 
   def to_json(self) -> dict:
     """All figures, and what follows from them, as JSON's types."""
-    record = dataclasses.asdict(self)
+    record = dataclasses.asdict(self) | {"dense": self.dense and self.dense.to_json()}
     if self.fits:
       seconds = self.cost.time
       record["cost"] |= {
@@ -86,12 +95,18 @@ class Plan:
 
 
 def plan(config: Config, name: str, slices: int = 1) -> Plan:
-  """Compiles the training step of `config` for a topology, "v5p:4x4x4".
+  """Compiles the training steps of `config` for a topology, "v5p:4x4x4".
 
   Raises:
     ConfigError: settings that cannot work, or that do not fit the topology's devices.
   """
   config.check()
+  dense = _plan(config.dense(), name, slices) if config.dense_steps else None
+  return dataclasses.replace(_plan(config, name, slices), dense_steps=config.dense_steps, dense=dense)
+
+
+def _plan(config: Config, name: str, slices: int) -> Plan:
+  """The plan of one training step, the one that reads caches as `config` has it."""
   devices = topology_devices(name, slices)
   mesh = config.make_mesh(devices)
   chip = chips.of(devices)

@@ -73,7 +73,7 @@ def replay(config: Config, workdir: epath.PathLike, step: int, devices: Sequence
   with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
     restored = checkpointer.restore(folder / "arrays", args=ocp.args.StandardRestore(target))
   params, batch = restored["state"].params, restored["batch"]
-  graph = state.graph(config)
+  graph = state.graph(config.of_step(step))
 
   def examine(params: dict, batch: Batch) -> dict:
     def loss(params: dict) -> tuple[jax.Array, jax.Array]:

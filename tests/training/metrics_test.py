@@ -30,7 +30,7 @@ def test_a_torn_last_line_is_left_out(tmp_path):
 
 
 def test_the_meter_gives_a_record_for_each_step_and_the_speed():
-  meter = metrics.Meter(tokens=100, flops=None, devices=jax.devices()[:1])
+  meter = metrics.Meter(tokens=100, devices=jax.devices()[:1])
   for step in (5, 6):
     meter.add(step, {"loss": jnp.float32(step), "grad_norm": jnp.float32(1), "skipped": jnp.int32(0)})
   first, last = meter.collect()
@@ -42,7 +42,7 @@ def test_the_meter_gives_a_record_for_each_step_and_the_speed():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_records_of_skipped_updates_hold_what_is_finite(value):
-  meter = metrics.Meter(tokens=1, flops=None, devices=jax.devices()[:1])
+  meter = metrics.Meter(tokens=1, devices=jax.devices()[:1])
   meter.add(7, {"loss": 1.0, "grad_norm": 1.0, "skipped": 0})
   meter.add(8, {"loss": 1.0, "grad_norm": value, "skipped": 1})
   first, second = meter.collect()
