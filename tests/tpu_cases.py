@@ -73,20 +73,20 @@ def backward(rule, head_dim):
   return gradients, (args, out), {f"{rule.name}_write_bwd": 3 * write_flops(rule, head_dim)}
 
 
+def titans_printed_write_fwd(head_dim=128, chunk=256):
+  return forward(rules.titans(chunk=chunk, normalized=False), head_dim)
+
+
+def titans_printed_write_bwd(head_dim=128, chunk=256):
+  return backward(rules.titans(chunk=chunk, normalized=False), head_dim)
+
+
 def titans_write_fwd(head_dim=128, chunk=256):
   return forward(rules.titans(chunk=chunk), head_dim)
 
 
 def titans_write_bwd(head_dim=128, chunk=256):
   return backward(rules.titans(chunk=chunk), head_dim)
-
-
-def titans_solved_write_fwd(head_dim=128, chunk=256):
-  return forward(rules.titans(chunk=chunk, normalized=True), head_dim)
-
-
-def titans_solved_write_bwd(head_dim=128, chunk=256):
-  return backward(rules.titans(chunk=chunk, normalized=True), head_dim)
 
 
 def linear_write_fwd(head_dim=128, chunk=256):

@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 
 from mc_jax.data import ConfigError, lock
 from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig
+from mc_jax.models.config import completed
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -241,7 +242,8 @@ def _read_config(folder: pathlib.Path) -> ModelConfig:
     raise ConfigError(f"{path}: memory must be an object of fields, got {memory!r}")
   _require_fields(path, tree, "", ModelConfig)
   _require_fields(path, memory, "memory.", MemoryConfig)
-  config = ModelConfig(**{**tree, "memory": MemoryConfig(**memory)})
+  tree = completed(tree)
+  config = ModelConfig(**{**tree, "memory": MemoryConfig(**tree["memory"])})
   try:
     problems = config.problems()
   except TypeError as error:

@@ -13,6 +13,7 @@ from mc_jax.data import ConfigError, lock
 from mc_jax.inference.generation import Decoder, repeat
 from mc_jax.models import Cache, CacheConfig
 from mc_jax.models import cache as cache_lib
+from mc_jax.models.config import completed
 
 # How a model is computed, not what it is.
 _HOW = ("remat", "memory.implementation", "memory.segment_group", "memory.read_buffer_mib", "memory.dense_steps")
@@ -62,7 +63,7 @@ def load(folder: epath.PathLike, decoder: Decoder) -> tuple[jax.Array, Cache]:
     ConfigError: nothing was saved there, or by another model, with other parameters or for another cache.
   """
   told = _told(folder)
-  saved, here = _flatten(told["model"]), _flatten(dataclasses.asdict(decoder.config))
+  saved, here = _flatten(completed(told["model"])), _flatten(dataclasses.asdict(decoder.config))
   found = [
     f"  model.{field}: {saved.get(field)!r} then, {value!r} now"
     for field, value in here.items()

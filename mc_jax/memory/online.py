@@ -19,7 +19,12 @@ A_{t-1}, c'_t = c_{t-1}, C'_tj = C_{t-1,j}, so that with r_t the error at A'_t W
   delta_t = r_t - sum_{j<t} N_tj delta_j,   N_tj = g C'_tj <z_t, z_j>,   or   (I + N) delta = r
 
 (times the gains of the answer in the layer's output, where a norm follows it). For a matrix this is the delta rule,
-exact at every chunk length; of a deep memory's writes the last layer's are nearly all, for its weights are small.
+exact at every chunk length.
+
+Retention and momentum of a NORMALIZED rule are the last layer's, too, which holds what is stored; and what fades there
+makes way for M_0, W_t = A_t W_0 + (1 - A_t) M_0 + ... The layers below make its features. They neither fade, for
+without features nothing can be stored, nor wait: W_t = W_0 - sum_j eta_j f_j z_j (x) delta_j, where f_j <= 1 lets them
+remove of the token's own error, all together, at most a quarter of what the last layer does.
 
 Shapes: `...` is [batch, heads], T the chunk's tokens, J = T + window - 1 the keys written in it (a window reaches
 back; the chunk's keys come first), d = head_dim. Documents broadcast over heads: [batch, 1, T].
@@ -40,6 +45,9 @@ from mc_jax.memory.triangular import solve, truncated
 
 # Added to what steps are divided by: keys of padding are zero.
 _TINY = 1e-6
+# What the layers below the last may remove of an error, as a share of what the last does.
+_BELOW = 0.25
+_NOTHING = 1e-30  # keeps 0 / 0 apart, in float32
 
 
 class State(NamedTuple):
@@ -47,7 +55,7 @@ class State(NamedTuple):
 
   Attributes:
     memory: M, {name: [..., in, out]}, at least float32.
-    momentum: S, like memory; None if the rule has none.
+    momentum: S, like memory, of a normalized rule its last layer's alone; None if the rule has none.
     tail: keys and values of the last window - 1 tokens, [..., window - 1, d] each; None if the window is 1. Zero where
       there is no such token: a zero pair writes nothing.
   """
@@ -62,6 +70,7 @@ class Coefficients(NamedTuple):
 
   Attributes:
     decay: A [..., T], or None without retention (1).
+    regained: 1 - A [..., T], the share of M_0; None where memories fade to zero, or do not.
     carry: c [..., T], or None without momentum. It counts where the document of S_0 goes on.
     mix: C [..., T, J].
     kept: b_T [...], or None without momentum.
@@ -69,6 +78,7 @@ class Coefficients(NamedTuple):
   """
 
   decay: jax.Array | None
+  regained: jax.Array | None
   carry: jax.Array | None
   mix: jax.Array
   kept: jax.Array | None
@@ -108,6 +118,7 @@ class Prior(NamedTuple):
   """The coefficients of W_{t-1}: A', c' and C' of the module's text, as Coefficients has A, c and C."""
 
   decay: jax.Array | None
+  regained: jax.Array | None
   carry: jax.Array | None
   mix: jax.Array
 
@@ -119,7 +130,7 @@ class Online(NamedTuple):
     start: the state before the chunk; its memory is W_0, its momentum S_0.
     fresh: M_0 {name: [heads, in, out]}, where documents that start in the chunk begin.
     seen: who sees whom; which tokens continue the document of `start`.
-    coefficients: A, c and C.
+    coefficients: A, c and C of each layer.
     inputs: z {name: [..., J, in]}; errors: delta {name: [..., J, out]}.
     features: see `Keys`; answers: delta of the network's answers [..., J, d], in steps as `errors` are.
   """
@@ -127,7 +138,7 @@ class Online(NamedTuple):
   start: State
   fresh: Weights
   seen: Visible
-  coefficients: Coefficients
+  coefficients: dict[str, Coefficients]
   inputs: Weights
   errors: Weights
   features: jax.Array | None
@@ -189,7 +200,10 @@ def dense(weights: Weights, dtype: jnp.dtype) -> Linear:
 def start_state(rule: Rule, fresh: Weights, k: jax.Array) -> State:
   """M_0, no momentum, an empty window, for each sequence of k [batch, heads, T, d]. fresh: {name: [heads, in, out]}."""
   memory = {name: jnp.broadcast_to(w, (len(k), *w.shape)).astype(state_dtype(k.dtype)) for name, w in fresh.items()}
-  momentum = jax.tree.map(jnp.zeros_like, memory) if rule.momentum else None
+  momentum = None
+  if rule.momentum:
+    names = [networks.last(rule.network, fresh)] if rule.normalized else memory
+    momentum = {name: jnp.zeros_like(memory[name]) for name in names}
   empty = jnp.zeros((*k.shape[:-2], rule.window - 1, k.shape[-1]), k.dtype)
   return State(memory, momentum, (empty, empty) if rule.window > 1 else None)
 
@@ -220,12 +234,15 @@ def write(
   seen = visible(documents, k.shape[-2], rule.window)
   if rule.window > 1:
     k, v = (jnp.concatenate([x, tail], -2) for tail, x in zip(start.tail, (k, v), strict=True))
-  c, prior = coefficients(rule, gates, seen, dtype)
+  own, prior = coefficients(rule, gates, seen, dtype)
+  c = dict.fromkeys(fresh, own)
+  if rule.normalized:
+    c = dict.fromkeys(fresh, _at_once(gates, seen, dtype)) | {networks.last(rule.network, fresh): own}
   at = _start_read(start, fresh, seen.keys_incoming, dtype)
   if chunk is not None:
     at = dense(chunk.memory, dtype)
   elif rule.solve:
-    at = _before_writes(at, start, networks.last(rule.network, fresh), seen.keys_incoming, prior, dtype)
+    at = _before_writes(at, start, fresh, networks.last(rule.network, fresh), seen.keys_incoming, prior, dtype)
   keys = key_gradients(rule, k, v, at, fresh)
   if rule.solve and chunk is None:
     moved = rule.curvature * prior.mix * _gram(keys.features, keys.features, dtype)
@@ -248,15 +265,17 @@ def write(
     return product(jnp.swapaxes(z, -1, -2), delta, dtype)
 
   memory, momentum = {}, {}
-  for name in start.memory:
+  for name, own in c.items():
     memory[name] = came_in(start.memory[name], fresh[name])
-    if rule.retention:
-      memory[name] = c.decay[..., -1, None, None] * memory[name]
-    if rule.momentum:
+    if own.decay is not None:
+      memory[name] = own.decay[..., -1, None, None] * memory[name]
+    if own.regained is not None:
+      memory[name] += own.regained[..., -1, None, None] * fresh[name]
+    if own.carry is not None:
       before = came_in(start.momentum[name], 0.0)
-      memory[name] += c.carry[..., -1, None, None] * before
-      momentum[name] = c.kept[..., None, None] * before - written(name, c.momentum)
-    memory[name] -= written(name, c.mix[..., -1, :])
+      memory[name] += own.carry[..., -1, None, None] * before
+      momentum[name] = own.kept[..., None, None] * before - written(name, own.momentum)
+    memory[name] -= written(name, own.mix[..., -1, :])
   tail = tuple(_last(x, rule.window - 1, seen) for x in (k, v)) if rule.window > 1 else None
   end = State(memory, momentum if rule.momentum else None, tail)
   return end, Online(start, fresh, seen, c, keys.inputs, errors, keys.features, keys.answers)
@@ -264,10 +283,8 @@ def write(
 
 def read(online: Online, name: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
   """x_t W_t: every token through its own online weights. x [..., T, in] to [..., T, out], at least float32."""
-  c, incoming = online.coefficients, online.seen.incoming
-  # Decays scale x rather than the product, whose gradient would need the product again.
-  decayed = x if c.decay is None else _column(c.decay) * x
-  y = _start_read(online.start, online.fresh, incoming, dtype)(name, decayed)
+  c, incoming = online.coefficients[name], online.seen.incoming
+  y = _start_read(online.start, online.fresh, incoming, dtype, c)(name, x)
   if c.carry is not None:
     carried = product(c.carry[..., None] * x, online.start.momentum[name], dtype)
     y += carried if incoming is None else jnp.where(incoming, carried, 0.0)
@@ -296,9 +313,11 @@ def coefficients(rule: Rule, gates: Weights, seen: Visible, compute: jnp.dtype) 
     return product(weights, jnp.where(seen.reach, band, 0.0), compute)
 
   retained, before = _decays(gates.get("alpha"), seen.same, dtype)
+  faded = rule.normalized and rule.retention and rule.learned_init
+  regained, regained_before = (1.0 - decays.total if faded else None for decays in (retained, before))
   if not rule.momentum:
-    c = Coefficients(retained.total, None, stepped(retained.since), None, None)
-    return c, Prior(before.total, None, stepped(before.since)) if rule.solve else None
+    c = Coefficients(retained.total, regained, None, stepped(retained.since), None, None)
+    return c, Prior(before.total, regained_before, None, stepped(before.since)) if rule.solve else None
   kept, _ = _decays(gates["beta"], seen.same, dtype)
   accumulated = stepped(kept.since)
 
@@ -308,8 +327,15 @@ def coefficients(rule: Rule, gates: Weights, seen: Visible, compute: jnp.dtype) 
   def mix(decays):  # P Q B
     return product(decays.since, accumulated, compute)
 
-  c = Coefficients(retained.total, carry(retained), mix(retained), kept.total[..., -1], accumulated[..., -1, :])
-  return c, Prior(before.total, carry(before), mix(before)) if rule.solve else None
+  last = kept.total[..., -1], accumulated[..., -1, :]
+  c = Coefficients(retained.total, regained, carry(retained), mix(retained), *last)
+  return c, Prior(before.total, regained_before, carry(before), mix(before)) if rule.solve else None
+
+
+def _at_once(gates: Weights, seen: Visible, compute: jnp.dtype) -> Coefficients:
+  """The coefficients of layers that take each step at once and keep it: A = 1, c = 0, C_tj = eta_j."""
+  eta = gates["eta"].astype(state_dtype(compute))
+  return Coefficients(None, None, None, jnp.where(seen.same, eta[..., None, :], 0.0), None, None)
 
 
 class Keys(NamedTuple):
@@ -320,8 +346,9 @@ class Keys(NamedTuple):
     features: the last layer's, times the gain of the answer in its output, [..., J, in]; None if not normalized. The
       gain is the length of the gradient of <p, M(k)>, p = (1, -1, 1, ...) / |p|: 1 unless a norm follows the layer.
     answers: the loss's gradient in the network's answer M(k), times `scale`, [..., J, d].
-    scale: [..., J, 1], what makes a step of 1 remove all of a key's error, as far as the last layer goes; None where
-      steps are multiples of the gradient.
+    scale: [..., J, 1], what makes a step of 1 remove all of a key's error, as far as the last layer goes; less where
+      a norm makes the answer's gain smaller than 1, or steps would grow with the weights. None where steps are
+      multiples of the gradient.
     pull: (answers) to delta {name: [..., J, out]}, each layer's error.
   """
 
@@ -358,22 +385,24 @@ def key_gradients(rule: Rule, k: jax.Array, v: jax.Array, linear: Linear, weight
     signs = 1 - 2 * (jax.lax.broadcasted_iota(jnp.int32, y.shape, y.ndim - 1) % 2)
     gain = jnp.square(back(signs.astype(y.dtype) * y.shape[-1] ** -0.5)[0][last]).sum(-1, keepdims=True)
     features = inputs[last].astype(wide) * jnp.sqrt(gain)
-    scale = 1.0 / (max(rule.curvature, 1.0) * jnp.square(features).sum(-1, keepdims=True) + _TINY)
+    own = jnp.maximum(gain, 1.0) * jnp.square(inputs[last].astype(wide)).sum(-1, keepdims=True)
+    scale = 1.0 / (max(rule.curvature, 1.0) * own + _TINY)
     answers = scale * answers
 
   def pull(answers):
     (errors,) = back(answers.astype(y.dtype))
+    if rule.max_grad_norm is None and not (rule.normalized and len(errors) > 1):
+      return errors
+    # Squared Frobenius norms of z (x) delta: also what a step along it removes of the key's own error.
+    squares = {n: jnp.square(inputs[n].astype(wide)).sum(-1) * jnp.square(errors[n]).sum(-1) for n in errors}
     if rule.max_grad_norm is not None:
-      norm = jnp.maximum(_squares(inputs, errors, wide), rule.max_grad_norm**2)
-      errors = {name: (rule.max_grad_norm * jax.lax.rsqrt(norm))[..., None] * error for name, error in errors.items()}
-    return errors
+      norm = jnp.maximum(sum(squares.values()), rule.max_grad_norm**2)
+      return {name: (rule.max_grad_norm * jax.lax.rsqrt(norm))[..., None] * error for name, error in errors.items()}
+    at_most = _BELOW * squares.pop(last)
+    share = (at_most / jnp.maximum(sum(squares.values()), at_most + _NOTHING))[..., None]
+    return errors | {name: share * errors[name] for name in squares}
 
   return Keys(inputs, features, answers, scale, pull)
-
-
-def _squares(inputs: Weights, errors: Weights, dtype: jnp.dtype) -> jax.Array:
-  """The squared Frobenius norm of each key's z (x) delta, all layers together: [..., J]."""
-  return sum(jnp.square(inputs[n].astype(dtype)).sum(-1) * jnp.square(errors[n]).sum(-1) for n in errors)
 
 
 def _gram(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -383,10 +412,12 @@ def _gram(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def chunk_of(rule: Rule, online: Online) -> Chunk:
   """What a chunk's next token depends on, where `write` wrote all of the tokens before it; they are one document."""
-  c, start, last = online.coefficients, online.start, networks.last(rule.network, online.fresh)
-  before = start.memory[last]
+  start, last = online.start, networks.last(rule.network, online.fresh)
+  c, before = online.coefficients[last], start.memory[last]
   if rule.retention:
     before = c.decay[..., -1, None, None] * before
+  if c.regained is not None:
+    before += c.regained[..., -1, None, None] * online.fresh[last]
   momentum = None
   if rule.momentum:
     before += c.carry[..., -1, None, None] * start.momentum[last]
@@ -403,10 +434,12 @@ def advance(rule: Rule, chunk: Chunk, place: jax.Array, online: Online, gates: W
   before, last = chunk.solving, networks.last(rule.network, online.fresh)
   gates = {name: gate.astype(before.mix.dtype) for name, gate in gates.items()}
   here = (jnp.arange(before.mix.shape[-1]) == place[:, None])[:, None]
-  own = online.coefficients.mix[..., 0, :]  # of the token's own write
+  own = online.coefficients[last].mix[..., 0, :]  # of the token's own write
   memory, momentum, mix, accumulated = chunk.memory[last], before.momentum, before.mix, before.accumulated
   if rule.retention:
     memory, mix = gates["alpha"][..., None] * memory, gates["alpha"] * mix
+  if online.coefficients[last].regained is not None:
+    memory += (1.0 - gates["alpha"][..., None]) * online.fresh[last]
   if rule.momentum:
     momentum, accumulated = gates["beta"][..., None] * momentum, gates["beta"] * accumulated
     memory, mix = memory + momentum, mix + accumulated
@@ -421,25 +454,43 @@ def advance(rule: Rule, chunk: Chunk, place: jax.Array, online: Online, gates: W
   return Chunk(chunk.memory | {last: memory}, solving)
 
 
-def _start_read(start: State, fresh: Weights, incoming: jax.Array | None, dtype: jnp.dtype) -> Linear:
-  """Reads the state before the chunk, or M_0 for documents that start in it."""
+def _start_read(
+  start: State, fresh: Weights, incoming: jax.Array | None, dtype: jnp.dtype, c: Coefficients | Prior | None = None
+) -> Linear:
+  """Reads A_t W_0, and with it what M_0 regains, where W_0 is M_0 of documents that start in the chunk; None: A = 1."""
   before, new = dense(start.memory, dtype), dense(fresh, dtype)
-  if incoming is None:
-    return before
-  return lambda name, x: jnp.where(incoming, before(name, x), new(name, x))
+  decay, regained = (None, None) if c is None else (c.decay, c.regained)
+
+  def read(name, x):
+    # Decays scale x rather than the product, whose gradient would need the product again.
+    decayed = x if decay is None else _column(decay) * x
+    if regained is None:
+      y = before(name, decayed)
+      return y if incoming is None else jnp.where(incoming, y, new(name, decayed))
+    if incoming is None:
+      return before(name, decayed) + new(name, _column(regained) * x)
+    share = jnp.where(incoming, _column(regained), 1.0)
+    return jnp.where(incoming, before(name, decayed), 0.0) + new(name, share * x)
+
+  return read
 
 
 def _before_writes(
-  linear: Linear, start: State, last: str, incoming: jax.Array | None, prior: Prior, dtype: jnp.dtype
+  linear: Linear,
+  start: State,
+  fresh: Weights,
+  last: str,
+  incoming: jax.Array | None,
+  prior: Prior,
+  dtype: jnp.dtype,
 ) -> Linear:
-  """Reads A'_t W_0 + c'_t S_0 in the last layer, and by `linear` W_0 in the others."""
+  """Reads A'_t W_0 + c'_t S_0, and what M_0 regained, in the last layer, and by `linear` W_0 in the others."""
+  faded = _start_read(start, fresh, incoming, dtype, prior)
 
   def read(name, x):
-    y = linear(name, x)
     if name != last:
-      return y
-    if prior.decay is not None:
-      y = _column(prior.decay) * y
+      return linear(name, x)
+    y = faded(name, x)
     if prior.carry is not None:
       carried = product(_column(prior.carry) * x, start.momentum[name], dtype)
       y += carried if incoming is None else jnp.where(incoming, carried, 0.0)

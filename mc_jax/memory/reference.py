@@ -101,12 +101,12 @@ def _sequence(
     if rule.solve:
       starts = starts_chunk | (number[t] != before[t])
       chunk = _select(starts, _nothing_written(rule, memory, momentum, k), chunk)
-      gradient, chunk_after = _solve(rule, chunk, k[t], v[t], {name: gate[t] for name, gate in gates.items()}, t)
+      gradient, chunk_after = _solve(rule, init, chunk, k[t], v[t], {name: gate[t] for name, gate in gates.items()}, t)
       chunk = _select(valid[t], chunk_after, chunk)
-      written = _step(rule, memory, momentum, [gradient], gates, t, earlier)
+      written = _step(rule, init, memory, momentum, [gradient], gates, t, earlier)
     else:
       gradients = [_gradient(rule, gradient_point, k[j], v[j]) for j in _window(rule, t)]
-      written = _step(rule, memory, momentum, gradients, gates, t, earlier)
+      written = _step(rule, init, memory, momentum, gradients, gates, t, earlier)
     memory, momentum = _select(valid[t], written, (memory, momentum))
 
     # Read, after the token's own write (Eq. 5).
@@ -161,10 +161,10 @@ def _nothing_written(rule, memory, momentum, k):
 
 
 def _feature(rule, weights, k):
-  """The last layer's input, times the length of the gradient of <p, M(k)> in its output, p = (1, -1, 1, ...) / |p|.
+  """The last layer's input z times the length of the gradient of <p, M(k)> in its output; and z. p = (1, -1, ..) / |p|.
 
-  Its square is how much of an error at k a step along the last layer's gradient removes; its product with another
-  token's, how much a write there moves the answer here.
+  The first's square is how much of an error at k a step along the last layer's gradient removes; its product with
+  another token's, how much a write there moves the answer here.
   """
   last, inputs = networks.last(rule.network, weights), {}
 
@@ -179,10 +179,26 @@ def _feature(rule, weights, k):
   signs = (1 - 2 * (jnp.arange(len(k)) % 2)) / jnp.sqrt(len(k))
   bump = jnp.zeros(weights[last].shape[-1], k.dtype)
   gain, z = jax.grad(lambda bump: (jnp.dot(signs, answer(bump)[0]), answer(bump)[1]), has_aux=True)(bump)
-  return jnp.sqrt(jnp.sum(gain * gain)) * z
+  return jnp.sqrt(jnp.sum(gain * gain)) * z, z
 
 
-def _solve(rule, chunk, k, v, gates, t):
+def _own(rule, weights, k):
+  """What a step of 1 along the last layer's gradient removes of the error at k; at least as if no norm shrank it."""
+  feature, z = _feature(rule, weights, k)
+  return max(rule.curvature, 1.0) * jnp.maximum(jnp.sum(feature * feature), jnp.sum(z * z)) + 1e-6
+
+
+def _less_below(rule, gradient):
+  """The gradient with the layers below the last scaled down to a quarter of its square, all together, at most."""
+  last = networks.last(rule.network, gradient)
+  square = {name: jnp.sum(g * g) for name, g in gradient.items()}
+  most = square.pop(last) / 4
+  large = sum(square.values()) > most
+  share = jnp.where(large, most / jnp.where(large, sum(square.values()), 1.0), 1.0)
+  return gradient | {name: share * gradient[name] for name in square}
+
+
+def _solve(rule, init, chunk, k, v, gates, t):
   """(the gradient of token t's loss at M_{t-1}, in units of the error; the chunk after it).
 
   At M_{t-1} as far as the last layer goes, whose writes so far in the chunk move the answer M(k) by <feature, theirs>
@@ -192,18 +208,18 @@ def _solve(rule, chunk, k, v, gates, t):
   def answer(weights):
     return _read(rule.network, weights, k)
 
-  feature = _feature(rule, chunk.memory, k)
+  feature, _ = _feature(rule, chunk.memory, k)
   error = jax.grad(lambda y: rule.loss(y, v))(answer(chunk.memory))
   error -= rule.curvature * jnp.einsum("j,ji,i,jd->d", chunk.weight, chunk.feature, feature, chunk.error)
-  error /= rule.curvature * jnp.sum(feature * feature) + 1e-6
-  gradient = jax.grad(lambda w: jnp.dot(error, answer(w)))(chunk.memory)
+  error /= _own(rule, chunk.memory, k)
+  gradient = _less_below(rule, jax.grad(lambda w: jnp.dot(error, answer(w)))(chunk.memory))
 
   last = networks.last(rule.network, chunk.memory)
   alpha = gates["alpha"] if rule.retention else 1.0
   beta, step = (gates["beta"], (1 - gates["beta"]) * gates["eta"]) if rule.momentum else (0.0, gates["eta"])
   momentum = beta * chunk.momentum
   accumulated = (beta * chunk.accumulated).at[t].set(step)
-  memory = chunk.memory | {last: alpha * chunk.memory[last] + momentum}
+  memory = chunk.memory | {last: init[last] + alpha * (chunk.memory[last] - init[last]) + momentum}
   return gradient, Chunk(
     memory,
     momentum,
@@ -219,37 +235,41 @@ def _window(rule, t):
   return [jnp.maximum(t - i, 0) for i in range(rule.window)]
 
 
-def _step(rule, memory, momentum, gradients, gates, t, earlier):
+def _step(rule, init, memory, momentum, gradients, gates, t, earlier):
   """(M_{t-1}, S_{t-1}) to (M_t, S_t), by token t and the window - 1 tokens before it (Eq. 2, 26-36).
 
   S_t = beta_t S_{t-1} - sum_{i < window} eta^(i)_t G_{t-i};  M_t = alpha_t M_{t-1} + S_t
 
   `gradients` are the window's. Tokens outside `earlier` [length] (of another document, or of another segment under
-  independent) are not written again. Normalized momentum averages: its steps are multiplied by 1 - beta_t.
+  independent) are not written again. Normalized momentum averages, its steps are multiplied by 1 - beta_t; its
+  retention is towards M_0, M_t = M_0 + alpha_t (M_{t-1} - M_0) + S_t; and below the last layer it has neither.
   """
-  step = jax.tree.map(jnp.zeros_like, memory)
-  for i, gradient in enumerate(gradients):
-    eta = jnp.where((t - i >= 0) & earlier[jnp.maximum(t - i, 0)], gates[rule.steps[i]][t] if rule.step else 1.0, 0)
-    if rule.normalized and rule.momentum:
-      eta *= 1 - gates["beta"][t]
-    step = jax.tree.map(lambda s, g, eta=eta: s - eta * g, step, gradient)
-  if rule.momentum:
-    step = jax.tree.map(lambda s, new: gates["beta"][t] * s + new, momentum, step)
-  alpha = gates["alpha"][t] if rule.retention else 1.0
-  return jax.tree.map(lambda w, s: alpha * w + s, memory, step), step
+  last, new, steps = networks.last(rule.network, memory), {}, {}
+  for name in memory:
+    whole = name == last or not rule.normalized
+    beta = gates["beta"][t] if rule.momentum and whole else 0.0
+    alpha = gates["alpha"][t] if rule.retention and whole else 1.0
+    step = jnp.zeros_like(memory[name])
+    for i, gradient in enumerate(gradients):
+      eta = jnp.where((t - i >= 0) & earlier[jnp.maximum(t - i, 0)], gates[rule.steps[i]][t] if rule.step else 1.0, 0)
+      step -= eta * (1 - beta if rule.normalized else 1.0) * gradient[name]
+    steps[name] = beta * momentum[name] + step
+    new[name] = alpha * memory[name] + steps[name]
+    if rule.normalized:
+      new[name] += (1 - alpha) * init[name]
+  return new, steps
 
 
 def _gradient(rule, weights, k, v):
   """grad L(M; k, v) by M's weights, of one token.
 
   Scaled down to a Frobenius norm of at most rule.max_grad_norm; or, normalized, divided by what a step of 1 along its
-  last layer removes of the token's own error (`_feature`).
+  last layer removes of the token's own error (`_own`).
   """
   gradient = jax.grad(lambda w: rule.loss(_read(rule.network, w, k), v))(weights)
   if rule.normalized:
-    feature = _feature(rule, weights, k)
-    own = max(rule.curvature, 1.0) * jnp.sum(feature * feature) + 1e-6
-    return jax.tree.map(lambda g: g / own, gradient)
+    own = _own(rule, weights, k)
+    return _less_below(rule, jax.tree.map(lambda g: g / own, gradient))
   if rule.max_grad_norm is None:
     return gradient
   square = sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient))

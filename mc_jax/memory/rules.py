@@ -197,7 +197,7 @@ def dla(
   expansion: int = 4,
   norm: bool = False,
   retention: bool = True,
-  normalized: bool = False,
+  normalized: bool = True,
   max_grad_norm: float | Literal["default"] | None = "default",
   max_step: float | None = None,
 ) -> Rule:
@@ -231,7 +231,7 @@ def titans(
   depth: int = 2,
   expansion: int = 4,
   norm: bool = False,
-  normalized: bool = False,
+  normalized: bool = True,
   solve: bool | None = None,
   max_grad_norm: float | Literal["default"] | None = "default",
   max_step: float | None = None,

@@ -26,7 +26,7 @@ class MemoryConfig:
   expansion: int = 4  # dla, titans: hidden width of that network, in head_dim
   norm: bool = False  # dla, titans: layer norm on the network's branch
   retention: bool = True  # dla: the memory decays; False is the paper's unbounded form
-  normalized: bool = False  # dla, titans: steps are shares of a token's error instead of multiples of its gradient
+  normalized: bool = True  # dla, titans: steps are shares of a token's error; False: as printed, of its gradient
   solve: bool | None = None  # titans, normalized: errors see what their chunk wrote; None: if normalized; False: frozen
   max_grad_norm: float | None = None  # dla, titans: clip inner gradients; None: as the rule, 0: no
   max_step: float | None = None  # swla, dla, titans: the largest step size; None: as the rule
@@ -253,3 +253,16 @@ def _positive(prefix, config, *fields):
     value = getattr(config, field)
     if value is not None and not 0 < value < float("inf"):
       yield f"{prefix}.{field}={value} must be a positive number"
+
+
+def completed(tree: dict) -> dict:
+  """A stored model's fields, a nested dict by whatever release it was written, with what it meant by those it lacks.
+
+  That is not always their default: memories wrote as printed before there was `normalized`, and ssc never read all
+  caches before there was `dense_steps`.
+  """
+  stored = tree.get("memory", {})
+  then = {"dense_steps": 0}
+  if stored.get("rule", MemoryConfig.rule) in ("dla", "titans"):
+    then["normalized"] = False
+  return tree | {"memory": then | stored}

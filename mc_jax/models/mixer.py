@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mc_jax import memory
-from mc_jax.memory import decode
+from mc_jax.memory import decode, online
 from mc_jax.models.cache import CacheConfig, LayerCache
 from mc_jax.models.config import ModelConfig
 from mc_jax.models.convolution import CausalConvolution
@@ -109,7 +109,7 @@ class MemoryCaching(nnx.Module):
       token_scores=inputs.token_scores,
       read_buffer=config.read_buffer_mib << 20,
     )
-    return self.read_out(y, inputs.output_gate)
+    return self.read_out(y, inputs, document)
 
   def init_cache(self, config: CacheConfig, batch: int) -> LayerCache:
     """The cache of sequences that have no token yet."""
@@ -136,7 +136,7 @@ class MemoryCaching(nnx.Module):
       token_scores=inputs.token_scores,
     )
     tails = {name: self.query_convolution.tail(x, lengths) for name, x in inputs.convolved.items()}
-    return self.read_out(y, inputs.output_gate), _layer_cache(tails, memory)
+    return self.read_out(y, inputs), _layer_cache(tails, memory)
 
   def step(
     self, x: jax.Array, cache: LayerCache, active: jax.Array | None, config: CacheConfig
@@ -159,7 +159,7 @@ class MemoryCaching(nnx.Module):
       return new if active is None else jnp.where(active[:, None, None, None], new, tail)
 
     tails = {name: moved_on(tail, inputs.convolved[name]) for name, tail in tails.items()}
-    return self.read_out(y, inputs.output_gate), _layer_cache(tails, memory)
+    return self.read_out(y, inputs), _layer_cache(tails, memory)
 
   def options(self, config: CacheConfig) -> decode.Options:
     """What the layer's memories are, for decoding."""
@@ -202,9 +202,24 @@ class MemoryCaching(nnx.Module):
     heads, head_dim = self.config.heads, self.config.head_dim
     return self.rule.init(jax.random.key(0), heads=heads, head_dim=head_dim)
 
-  def read_out(self, y: jax.Array, output_gate: jax.Array) -> jax.Array:
-    """(RMSNorm(y) * SiLU(x W_g)) W_o: the memories' answers y, normed by head, back to d_model."""
-    return self.output(self.norm(y) * jax.nn.silu(output_gate))
+  def read_out(self, y: jax.Array, inputs: Inputs, document: jax.Array | None = None) -> jax.Array:
+    """(RMSNorm(y) * SiLU(x W_g)) W_o: the memories' answers y, normed by head, back to d_model.
+
+    Of normalized rules y is what memories have learned, without what M_0 answers and the network's own skip, which the
+    norm would otherwise leave little beside: of several caches weighed alike one holds what is asked for, all hold
+    these.
+    """
+    if self.rule.normalized:
+      y -= self.untaught(inputs.q, document)
+    return self.output(self.norm(y) * jax.nn.silu(inputs.output_gate))
+
+  def untaught(self, q: jax.Array, document: jax.Array | None) -> jax.Array:
+    """M_0(q), like q [batch, length, heads, head_dim]; 0 at padding, as memories' answers are."""
+    if document is not None:
+      q = jnp.where((document > 0)[:, :, None, None], q, 0)
+    network, weights = self.rule.network, self.initial_memory()
+    y = network(jnp.moveaxis(q, 2, 1), online.dense(weights, q.dtype))
+    return jnp.moveaxis(y, 1, 2).astype(q.dtype)
 
 
 def _layer_cache(tails: dict[str, jax.Array], memory: decode.Cache) -> LayerCache:

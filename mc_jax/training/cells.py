@@ -104,7 +104,7 @@ class Job:
       )
     if (self.folder / FACTS).exists():
       facts = json.loads((self.folder / FACTS).read_text(encoding="utf-8"))
-      changed = config_lib.differences(config_lib.from_dict(facts["config"]), self.cell.config)
+      changed = config_lib.differences(config_lib.from_stored(facts["config"]), self.cell.config)
       if lines := [
         f"  {field} was {then!r} and is now {now!r}"
         for field, (then, now) in changed.items()

@@ -268,7 +268,7 @@ def changed(stored: dict | Config, config: Config, workdir: epath.Path) -> dict[
   Raises:
     ConfigError: the checkpoint is of another model; names what differs.
   """
-  then = stored if isinstance(stored, Config) else config_lib.from_dict(stored)
+  then = stored if isinstance(stored, Config) else config_lib.from_stored(stored)
   fields = config_lib.differences(then, config)
   unread = {f"model.memory.{name}" for name in then.model.memory.unread.keys() & config.model.memory.unread.keys()}
   model = {name: pair for name, pair in fields.items() if name.startswith("model.") and name not in {*HOW, *unread}}

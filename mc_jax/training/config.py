@@ -21,6 +21,7 @@ import ml_collections
 from mc_jax.data import ConfigError, DataConfig, PartConfig, tokenizers
 from mc_jax.data.config import TEXTS
 from mc_jax.models import ModelConfig
+from mc_jax.models.config import completed
 from mc_jax.parallel import mesh as meshes
 from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training.optimizer import OptimizerConfig
@@ -261,7 +262,7 @@ def to_json(config: Config) -> str:
 
 
 def from_dict(tree: dict, cls: type = Config):
-  """The dataclass `cls` of a nested dict; fields that the dict lacks have their defaults.
+  """The dataclass `cls` of a nested dict; fields that the dict lacks have their defaults (see `from_stored`).
 
   Raises:
     ConfigError: a field that does not exist.
@@ -271,6 +272,11 @@ def from_dict(tree: dict, cls: type = Config):
   if unknown:
     raise ConfigError(f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(types_of)}")
   return cls(**{name: _from_tree(value, types_of[name]) for name, value in tree.items()})
+
+
+def from_stored(tree: dict) -> Config:
+  """The configuration that a checkpoint, a dump or a results file holds, by whatever release it was written."""
+  return from_dict(tree | {"model": completed(tree.get("model", {}))})
 
 
 def _from_tree(value, kind):

@@ -218,7 +218,7 @@ def _start(run: _Run, checkpoints: Checkpoints) -> state.TrainState:
   if step is None:
     current = _first(run)
   else:
-    stored = config_lib.from_dict(checkpoints.config(step))
+    stored = config_lib.from_stored(checkpoints.config(step))
     fields = changed(stored, config, run.workdir)
     require_order(stored, config)
     lines = identity.resumed(checkpoints.identity(step), run.data.identity, config.data.allow_growth)

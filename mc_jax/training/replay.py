@@ -67,7 +67,7 @@ def replay(config: Config, workdir: epath.PathLike, step: int, devices: Sequence
   require_intact(folder)
   stored = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
   changed(stored, config, folder)
-  config = dataclasses.replace(config, data=config_lib.from_dict(stored).data)
+  config = dataclasses.replace(config, data=config_lib.from_stored(stored).data)
   mesh = config.check().make_mesh(devices)
   target = {"state": state.abstract(config, mesh), "batch": windows.shapes(config.data, mesh)}
   with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:

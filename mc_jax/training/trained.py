@@ -102,7 +102,7 @@ def load(
     step = _step(manager, epath.Path(workdir) / FOLDER, step)
     args = ocp.args.Composite(config=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
     restored = manager.restore(step, args=args)
-    stored = config_lib.from_dict(restored["config"])
+    stored = config_lib.from_stored(restored["config"])
     stored = dataclasses.replace(stored, mesh=MeshConfig(), data=kept.own(epath.Path(workdir), stored.data))
     config = config_lib.replace(stored, _defaults(stored, overrides) | overrides)
     if new := [problem for problem in config.problems() if problem not in stored.problems()]:

@@ -79,9 +79,9 @@ def test_every_rule_compiles_with_documents(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("chip", "head_dim", "chunk"), [("v5e", 256, 256), ("v6e", 128, 256), ("v4", 96, 128)])
-def test_a_rule_that_solves_compiles(chip, head_dim, chunk):
+def test_the_printed_rule_compiles(chip, head_dim, chunk):
   with jax.set_mesh(topology.one_chip(CHIPS[chip]).mesh):
-    fn, args, _ = tpu_cases.titans_solved_write_bwd(head_dim, chunk)
+    fn, args, _ = tpu_cases.titans_printed_write_bwd(head_dim, chunk)
   assert "titans_write_bwd" in compile_for(chip, fn, args).as_text()
 
 

@@ -20,14 +20,14 @@ RULES = {
   "checkpoint": {
     "linear": rules.get("linear", chunk=CHUNK),
     "swla": rules.get("swla", chunk=CHUNK),
-    "dla": rules.get("dla", chunk=CHUNK, depth=1, max_grad_norm=0.7),
-    "titans": rules.get("titans", chunk=CHUNK, expansion=2, max_grad_norm=4.0),
+    "dla": rules.get("dla", chunk=CHUNK, depth=1, max_grad_norm=0.7, normalized=False),
+    "titans": rules.get("titans", chunk=CHUNK, expansion=2, max_grad_norm=4.0, normalized=False),
   },
   "independent": {
     "linear": rules.get("linear", chunk=CHUNK),
     "swla": rules.get("swla", chunk=CHUNK, window=3),
-    "dla": rules.get("dla", chunk=CHUNK, expansion=2, norm=True, retention=False, max_grad_norm=None),
-    "titans": rules.get("titans", chunk=CHUNK, expansion=2, max_grad_norm=None),
+    "dla": rules.get("dla", chunk=CHUNK, expansion=2, norm=True, retention=False, max_grad_norm=None, normalized=False),
+    "titans": rules.get("titans", chunk=CHUNK, expansion=2, max_grad_norm=None, normalized=False),
   },
 }
 OPTIONS = {
@@ -170,11 +170,11 @@ def test_gradients_through_the_caches_are_differences(combination):
   [
     (rules.get("swla", chunk=2), "soup", "checkpoint", 5),  # ragged chunks in ragged segments
     (rules.get("linear", chunk=2), "ssc", "independent", 5),
-    (rules.get("titans", chunk=2, expansion=2), "grm", "checkpoint", 4),
-    (rules.get("dla", chunk=4, expansion=2), "grm", "independent", 4),
-    (rules.get("dla", chunk=4, expansion=2), "residual", "checkpoint", 1),  # every token is cached
+    (rules.get("titans", chunk=2, expansion=2, normalized=False), "grm", "checkpoint", 4),
+    (rules.get("dla", chunk=4, expansion=2, normalized=False), "grm", "independent", 4),
+    (rules.get("dla", chunk=4, expansion=2, normalized=False), "residual", "checkpoint", 1),  # every token is cached
     (rules.get("swla", chunk=13), "soup", "checkpoint", 13),  # nothing is cached
-    (rules.get("titans", chunk=13, expansion=2), "ssc", "independent", 64),
+    (rules.get("titans", chunk=13, expansion=2, normalized=False), "ssc", "independent", 64),
   ],
   ids=lambda x: getattr(x, "name", str(x)),
 )
@@ -208,7 +208,7 @@ SIZES = dict(head_dim=32, expansion=4, segment=128, chunk=8)
 
 def temporary_bytes(aggregation, length):
   """What one layer's training step takes beside its inputs and gradients, float32, batch and heads 1."""
-  rule = rules.get("titans", chunk=SIZES["chunk"], expansion=SIZES["expansion"])
+  rule = rules.get("titans", chunk=SIZES["chunk"], expansion=SIZES["expansion"], normalized=False)
   x = samples.inputs(rule, batch=1, length=length, heads=1, head_dim=SIZES["head_dim"])
   x = jax.tree.map(lambda w: w.astype(np.float32), x)
   segmentation = segments.constant(SIZES["segment"])

@@ -88,14 +88,14 @@ RULES = {
   "checkpoint": {
     "linear": rules.get("linear", chunk=CHUNK),
     "swla": rules.get("swla", chunk=CHUNK),
-    "dla": rules.get("dla", chunk=CHUNK, depth=1, max_grad_norm=0.7),
-    "titans": rules.get("titans", chunk=CHUNK, expansion=2),
+    "dla": rules.get("dla", chunk=CHUNK, depth=1, max_grad_norm=0.7, normalized=False),
+    "titans": rules.get("titans", chunk=CHUNK, expansion=2, normalized=False),
   },
   "independent": {
     "linear": rules.get("linear", chunk=CHUNK),
     "swla": rules.get("swla", chunk=CHUNK, window=3),
-    "dla": rules.get("dla", chunk=CHUNK, expansion=2, norm=True),
-    "titans": rules.get("titans", chunk=CHUNK, expansion=2, max_grad_norm=2.0),
+    "dla": rules.get("dla", chunk=CHUNK, expansion=2, norm=True, normalized=False),
+    "titans": rules.get("titans", chunk=CHUNK, expansion=2, max_grad_norm=2.0, normalized=False),
   },
 }
 OPTIONS = {
@@ -131,7 +131,7 @@ def test_kernels_give_what_xla_gives(rule, aggregation, carry):
 
 LINEAR = rules.get("linear", chunk=CHUNK)
 SWLA = rules.get("swla", chunk=CHUNK)
-TITANS = rules.get("titans", chunk=CHUNK, expansion=2)
+TITANS = rules.get("titans", chunk=CHUNK, expansion=2, normalized=False)
 BFLOAT16 = dict(dtype=jnp.bfloat16, segment=16, tolerance=2**-7)
 # Errors are solved for by products of three bfloat16 parts, 2^-16 off: what either program leaves of its own sums'
 # order is rounded by them.
@@ -156,35 +156,40 @@ def slow(*args, **kwargs):
     slow(LINEAR, dict(aggregation="residual"), length=13, documents=False),
     # Chunks as long as a segment, or longer.
     Case(rules.get("swla", chunk=16, window=3), dict(aggregation="none")),
-    slow(rules.get("titans", chunk=64, expansion=2), dict(aggregation="grm", carry="independent")),
+    slow(rules.get("titans", chunk=64, expansion=2, normalized=False), dict(aggregation="grm", carry="independent")),
     # Widths, depths.
-    slow(rules.get("titans", chunk=CHUNK, expansion=4), dict(aggregation="grm"), head_dim=12),
-    slow(rules.get("dla", chunk=CHUNK, depth=3, expansion=2, norm=True), dict(aggregation="soup")),
-    slow(rules.get("titans", chunk=CHUNK, depth=1, norm=True), dict(aggregation="ssc")),
-    slow(rules.get("titans", chunk=CHUNK, depth=3, expansion=1), dict(aggregation="ssc", carry="independent")),
-    slow(rules.get("dla", chunk=CHUNK, retention=False, max_grad_norm=None), dict(aggregation="none")),
-    # Steps in units of the error; errors solved for in blocks of 64 tokens and fewer.
-    Case(rules.get("titans", chunk=CHUNK, expansion=2, normalized=True), dict(aggregation="grm"), **SOLVED),
+    slow(rules.get("titans", chunk=CHUNK, expansion=4, normalized=False), dict(aggregation="grm"), head_dim=12),
+    slow(rules.get("dla", chunk=CHUNK, depth=3, expansion=2, norm=True, normalized=False), dict(aggregation="soup")),
+    slow(rules.get("titans", chunk=CHUNK, depth=1, norm=True, normalized=False), dict(aggregation="ssc")),
     slow(
-      rules.get("titans", chunk=72, expansion=1, normalized=True),
+      rules.get("titans", chunk=CHUNK, depth=3, expansion=1, normalized=False),
+      dict(aggregation="ssc", carry="independent"),
+    ),
+    slow(
+      rules.get("dla", chunk=CHUNK, retention=False, max_grad_norm=None, normalized=False), dict(aggregation="none")
+    ),
+    # Steps in units of the error; errors solved for in blocks of 64 tokens and fewer.
+    Case(rules.get("titans", chunk=CHUNK, expansion=2), dict(aggregation="grm"), **SOLVED),
+    slow(
+      rules.get("titans", chunk=72, expansion=1),
       dict(aggregation="none"),
       length=80,
       segment=72,
       documents=False,
       **SOLVED,
     ),
-    slow(rules.get("titans", chunk=16, expansion=2, normalized=True), dict(aggregation="grm"), **BFLOAT16),
-    slow(rules.get("dla", chunk=CHUNK, expansion=2, normalized=True), dict(aggregation="soup", carry="independent")),
+    slow(rules.get("titans", chunk=16, expansion=2), dict(aggregation="grm"), **BFLOAT16),
+    slow(rules.get("dla", chunk=CHUNK, expansion=2), dict(aggregation="soup", carry="independent")),
     # Gates and numbers of caches.
     Case(LINEAR, dict(aggregation="grm", gate="token")),
     slow(LINEAR, dict(aggregation="soup", gate="constant", pool="sum")),
     slow(SWLA, dict(aggregation="ssc", gate="token", top_k=5)),
     slow(SWLA, dict(aggregation="ssc", gate="constant", carry="independent", top_k=1)),
     # bfloat16, in which an output, or an operand, is rounded the other way when a sum is taken in another order.
-    Case(rules.get("titans", chunk=16, expansion=2), dict(aggregation="grm"), **BFLOAT16),
+    Case(rules.get("titans", chunk=16, expansion=2, normalized=False), dict(aggregation="grm"), **BFLOAT16),
     Case(rules.get("swla", chunk=16), dict(aggregation="ssc", carry="independent"), **BFLOAT16),
     slow(rules.get("linear", chunk=16), dict(aggregation="residual"), **BFLOAT16),
-    slow(rules.get("dla", chunk=16, expansion=2), dict(aggregation="soup"), **BFLOAT16),
+    slow(rules.get("dla", chunk=16, expansion=2, normalized=False), dict(aggregation="soup"), **BFLOAT16),
   ],
   ids=lambda case: f"{case.rule.name}-{'-'.join(map(str, case.options.values()))}-{case.length}",
 )
@@ -282,7 +287,11 @@ def test_by_default_a_program_has_the_kernels_on_tpus_and_nothing_of_them_elsewh
     (np.float16, {}, "float16 inputs"),
     (np.float32, dict(segmentation=segments.logarithmic()), "segments of different lengths"),
     (np.float32, dict(segmentation=segments.constant(12)), "chunks of 8 tokens in segments of 12"),
-    (np.float32, dict(rule=rules.get("titans", chunk=4, expansion=2)), "chunks of 4 tokens (a multiple of 8 is"),
+    (
+      np.float32,
+      dict(rule=rules.get("titans", chunk=4, expansion=2, normalized=False)),
+      "chunks of 4 tokens (a multiple of 8 is",
+    ),
     (jnp.bfloat16, {}, "chunks of 8 tokens (a multiple of 16 is"),
   ],
   ids=lambda x: x if isinstance(x, str) else "",

@@ -32,21 +32,25 @@ def slow(*values):
     # One token a chunk: the recurrences themselves.
     (rules.get("linear", chunk=1), "ssc", "independent"),
     (rules.get("swla", chunk=1, window=3), "soup", "checkpoint"),
-    (rules.get("dla", chunk=1, expansion=2), "residual", "independent"),
-    (rules.get("titans", chunk=1, expansion=2, max_grad_norm=4.0), "grm", "checkpoint"),
+    (rules.get("dla", chunk=1, expansion=2, normalized=False), "residual", "independent"),
+    (rules.get("titans", chunk=1, expansion=2, max_grad_norm=4.0, normalized=False), "grm", "checkpoint"),
     # Windows longer than chunks.
     (rules.get("swla", chunk=2, window=4), "grm", "checkpoint"),
     (rules.get("swla", chunk=2, window=3), "ssc", "independent"),
     # Networks of other depths; the printed form of dla.
-    (rules.get("titans", chunk=2, depth=1, norm=True), "none", "checkpoint"),
-    (rules.get("titans", chunk=2, depth=3, expansion=1, max_grad_norm=1.0), "grm", "checkpoint"),
-    (rules.get("dla", chunk=2, expansion=1, retention=False, max_grad_norm=None), "none", "checkpoint"),
+    (rules.get("titans", chunk=2, depth=1, norm=True, normalized=False), "none", "checkpoint"),
+    (rules.get("titans", chunk=2, depth=3, expansion=1, max_grad_norm=1.0, normalized=False), "grm", "checkpoint"),
+    (
+      rules.get("dla", chunk=2, expansion=1, retention=False, max_grad_norm=None, normalized=False),
+      "none",
+      "checkpoint",
+    ),
     # Steps in units of the error, solved for in the chunk or frozen.
-    (rules.get("titans", chunk=1, expansion=2, normalized=True), "grm", "independent"),
-    (rules.get("titans", chunk=4, expansion=2, normalized=True), "grm", "checkpoint"),
-    slow(rules.get("titans", chunk=4, depth=3, expansion=1, norm=True, normalized=True), "soup", "checkpoint"),
-    slow(rules.get("titans", chunk=2, expansion=2, normalized=True, solve=False), "ssc", "independent"),
-    (rules.get("dla", chunk=4, expansion=2, normalized=True), "residual", "checkpoint"),
+    (rules.get("titans", chunk=1, expansion=2), "grm", "independent"),
+    (rules.get("titans", chunk=4, expansion=2), "grm", "checkpoint"),
+    slow(rules.get("titans", chunk=4, depth=3, expansion=1, norm=True), "soup", "checkpoint"),
+    slow(rules.get("titans", chunk=2, expansion=2, solve=False), "ssc", "independent"),
+    (rules.get("dla", chunk=4, expansion=2), "residual", "checkpoint"),
     (DELTA, "ssc", "checkpoint"),
     # A rule of one's own: everything at once, and momentum without retention or step sizes.
     (
@@ -159,7 +163,7 @@ def test_a_gate_of_zero_forgets_everything():
 
 @FLOAT64
 def test_inner_gradients_are_cut_to_their_norm_all_layers_together():
-  rule = rules.get("titans", expansion=2)
+  rule = rules.get("titans", expansion=2, normalized=False)
   x = samples.inputs(rule, batch=2, length=5)
   k, v = (jnp.moveaxis(w, 2, 1) for w in (x.k, x.v))
 

@@ -25,7 +25,7 @@ DEFAULTS = dict(
 )
 caching = jax.jit(reference.memory_caching, static_argnames=("rule", *DEFAULTS))
 
-TITANS = rules.get("titans", chunk=2, expansion=2, max_grad_norm=None)
+TITANS = rules.get("titans", chunk=2, expansion=2, max_grad_norm=None, normalized=False)
 SWLA = rules.get("swla", chunk=2, window=3)
 LINEAR = rules.get("linear", chunk=2)
 
@@ -175,11 +175,16 @@ def test_linear_is_causal_linear_attention():
 @pytest.mark.parametrize(
   ("rule", "carry", "segmentation", "chunks"),
   [
-    (rules.get("titans", chunk=1, expansion=2, max_grad_norm=None), "checkpoint", segments.constant(3), [[1] * 7]),
+    (
+      rules.get("titans", chunk=1, expansion=2, max_grad_norm=None, normalized=False),
+      "checkpoint",
+      segments.constant(3),
+      [[1] * 7],
+    ),
     (TITANS, "checkpoint", segments.constant(3), [[2, 1], [2, 1], [1]]),
     (TITANS, "independent", segments.logarithmic(), [[2, 2], [2], [1]]),
     (
-      rules.get("dla", chunk=4, expansion=2, retention=False, max_grad_norm=1.5),
+      rules.get("dla", chunk=4, expansion=2, retention=False, max_grad_norm=1.5, normalized=False),
       "checkpoint",
       segments.constant(5),
       [[4, 1], [2]],

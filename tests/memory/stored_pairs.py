@@ -54,11 +54,11 @@ def written(rule, segment, k, v):
 
 ROWS = {
   "titans": {},
-  "titans, max_step=1": {"max_step": 1.0},
-  "titans, normalized": {"normalized": True},
-  "titans, normalized, frozen": {"normalized": True, "solve": False},
+  "titans, solve=False": {"solve": False},
+  "titans, printed": {"normalized": False},
+  "titans, printed, max_step=1": {"normalized": False, "max_step": 1.0},
   "dla": {},
-  "dla, normalized": {"normalized": True},
+  "dla, printed": {"normalized": False},
 }
 
 

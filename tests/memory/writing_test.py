@@ -12,8 +12,8 @@ from mc_jax.memory import networks, rules, segments, triangular
 
 
 @pytest.mark.parametrize(("head_dim", "chunk", "segment"), stored_pairs.SIZES)
-def test_a_fresh_normalized_titans_writes_its_pairs(head_dim, chunk, segment):
-  rule = rules.get("titans", chunk=chunk, normalized=True)
+def test_a_fresh_titans_writes_its_pairs(head_dim, chunk, segment):
+  rule = rules.get("titans", chunk=chunk)
   share, left = stored_pairs.written(rule, segment, *stored_pairs.pairs(head_dim, segment))
   assert 0.2 < share < 1.3
   assert left < 0.95
@@ -22,17 +22,15 @@ def test_a_fresh_normalized_titans_writes_its_pairs(head_dim, chunk, segment):
 
 
 @pytest.mark.parametrize(("head_dim", "chunk", "segment"), stored_pairs.SIZES)
-def test_a_fresh_normalized_dla_writes_its_pairs(head_dim, chunk, segment):
-  share, _ = stored_pairs.written(
-    rules.get("dla", chunk=chunk, normalized=True), segment, *stored_pairs.pairs(head_dim, segment)
-  )
+def test_a_fresh_dla_writes_its_pairs(head_dim, chunk, segment):
+  share, _ = stored_pairs.written(rules.get("dla", chunk=chunk), segment, *stored_pairs.pairs(head_dim, segment))
   assert 0.2 < share < 1.3
 
 
 def test_frozen_errors_of_the_same_size_overshoot():
   """What the solve is for: without it the same steps leave many times the error."""
-  rule = rules.get("titans", chunk=64, normalized=True)
-  frozen = rules.get("titans", chunk=64, normalized=True, solve=False, max_step=rule.gate_init(64)["eta"].maximum)
+  rule = rules.get("titans", chunk=64)
+  frozen = rules.get("titans", chunk=64, solve=False, max_step=rule.gate_init(64)["eta"].maximum)
   _, left = stored_pairs.written(frozen, 64, *stored_pairs.pairs(32, 64))
   assert left > 2
 

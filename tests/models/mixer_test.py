@@ -135,6 +135,25 @@ def test_the_connector_is_a_plain_linear_map_and_shared_on_request():
   chex.assert_trees_all_equal(shared.u, shared.q)
 
 
+def test_a_deep_memory_that_has_written_nothing_says_nothing():
+  """What M_0 and the network's skip answer is left out; of a printed rule it is not."""
+
+  def largest(**options):
+    config = tiny(aggregation="grm", **options)
+    mixer = make(config)
+    inputs = jit(mixer.project)(tokens(config))
+    document = jnp.array([[1] * 8 + [0] * 4])
+    idle = inputs._replace(v=jnp.zeros_like(inputs.v), gates=inputs.gates | {"eta": 1e-9 * inputs.gates["eta"]})
+    options = config.memory.build_options()
+    y = memory.caching.with_options(*idle[:4], idle.gates, mixer.initial_memory(), options, segment_ids=document)
+    return jnp.abs(mixer.read_out(y, inputs, document)).max(-1)[0]
+
+  for rule in ("titans", "dla"):
+    assert largest(rule=rule).max() < 1e-4
+    printed = largest(rule=rule, normalized=False)
+    assert printed[:8].min() > 1e-2 and printed[8:].max() == 0
+
+
 def test_token_scores_have_an_age_for_every_segment():
   config = tiny(gate="token")
   scores = jax.eval_shape(make(config).project, tokens(config)).token_scores
