@@ -24,7 +24,8 @@ exact at every chunk length.
 Retention and momentum of a NORMALIZED rule are the last layer's, too, which holds what is stored; and what fades there
 makes way for M_0, W_t = A_t W_0 + (1 - A_t) M_0 + ... The layers below make its features. They neither fade, for
 without features nothing can be stored, nor wait: W_t = W_0 - sum_j eta_j f_j z_j (x) delta_j, where f_j <= 1 lets them
-remove of the token's own error, all together, at most a quarter of what the last layer does.
+remove of the token's own error, all together, at most `rule.frozen_share` of what the last layer does: what they write
+is not solved for, and must not overshoot.
 
 Shapes: `...` is [batch, heads], T the chunk's tokens, J = T + window - 1 the keys written in it (a window reaches
 back; the chunk's keys come first), d = head_dim. Documents broadcast over heads: [batch, 1, T].
@@ -45,8 +46,6 @@ from mc_jax.memory.triangular import solve, truncated
 
 # Added to what steps are divided by: keys of padding are zero.
 _TINY = 1e-6
-# What the layers below the last may remove of an error, as a share of what the last does.
-_BELOW = 0.25
 _NOTHING = 1e-30  # keeps 0 / 0 apart, in float32
 
 
@@ -398,7 +397,7 @@ def key_gradients(rule: Rule, k: jax.Array, v: jax.Array, linear: Linear, weight
     if rule.max_grad_norm is not None:
       norm = jnp.maximum(sum(squares.values()), rule.max_grad_norm**2)
       return {name: (rule.max_grad_norm * jax.lax.rsqrt(norm))[..., None] * error for name, error in errors.items()}
-    at_most = _BELOW * squares.pop(last)
+    at_most = rule.frozen_share * squares.pop(last)
     share = (at_most / jnp.maximum(sum(squares.values()), at_most + _NOTHING))[..., None]
     return errors | {name: share * errors[name] for name in squares}
 

@@ -189,10 +189,10 @@ def _own(rule, weights, k):
 
 
 def _less_below(rule, gradient):
-  """The gradient with the layers below the last scaled down to a quarter of its square, all together, at most."""
+  """The gradient with the layers below the last scaled down to a share of its square, all together, at most."""
   last = networks.last(rule.network, gradient)
   square = {name: jnp.sum(g * g) for name, g in gradient.items()}
-  most = square.pop(last) / 4
+  most = square.pop(last) * rule.frozen_share
   large = sum(square.values()) > most
   share = jnp.where(large, most / jnp.where(large, sum(square.values()), 1.0), 1.0)
   return gradient | {name: share * gradient[name] for name in square}

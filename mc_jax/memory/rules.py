@@ -127,6 +127,15 @@ class Rule:
     gradient_of_state = self.loss is not dot_loss or not isinstance(self.network, networks.Matrix)
     return not (gradient_of_state or self.momentum or self.max_grad_norm is not None)
 
+  @property
+  def frozen_share(self) -> float:
+    """The share of their own errors that writes may remove, if a chunk's are all taken at the state before it.
+
+    1 over the largest eigenvalue of their keys' Gram matrix, above which they overshoot: of unit keys after a SiLU it
+    is near 0.12 a key.
+    """
+    return 1 / (0.12 * self.chunk + 1.5)
+
   def init(self, key: jax.Array, *, heads: int, head_dim: int) -> networks.Weights:
     """M_0: {name: [heads, in, out]} float32."""
     return self.network.init(key, heads, head_dim)
@@ -155,11 +164,8 @@ class Rule:
       return ((1 - beta) if self.momentum else 1.0) / self.chunk if self.learned_init else 1.0
     if self.solve:
       return 1.5
-    # The largest eigenvalue of a Gram matrix of unit keys after a SiLU grows by 0.12 a key: by that factor frozen
-    # gradients overshoot in a chunk, and a dot loss, which never corrects itself, over a segment.
-    if self.curvature:
-      return 1 / (0.12 * self.chunk + 1.5)
-    return 2 / (0.1 * segment_length + 1)
+    # A dot loss never corrects itself: over a segment as frozen gradients over a chunk.
+    return self.frozen_share if self.curvature else 2 / (0.1 * segment_length + 1)
 
   def starting_gates(self, segment_length: int) -> dict[str, float]:
     """The value that each gate starts at, {name: value}, in the order of `gates`; segment_length in tokens."""

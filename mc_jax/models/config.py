@@ -80,12 +80,13 @@ class MemoryConfig:
       *_positive(prefix, self, "gate_scale", "max_step"),
       *_at_least(prefix, self, max_grad_norm=0),
     ]
-    if self.solve and not self.normalized:
+    deep = self.rule in ("dla", "titans")
+    if deep and self.solve and not self.normalized:
       found.append(f"{prefix}.solve=True needs {prefix}.normalized=True, got False")
-    if self.normalized and self.max_grad_norm:
+    if deep and self.normalized and (self.max_grad_norm or 0) > 0:
       found.append(
-        f"{prefix}.max_grad_norm={self.max_grad_norm} does not go together with {prefix}.normalized=True, whose steps "
-        "are bounded: use None"
+        f"{prefix}.max_grad_norm={self.max_grad_norm} clips the printed rules: it needs {prefix}.normalized=False, for "
+        "normalized steps are bounded"
       )
     if self.after_training in AFTER_TRAINING and self.aggregation != "none":
       found.append(

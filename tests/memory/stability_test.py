@@ -13,11 +13,16 @@ from mc_jax.memory import documents, online, passes, rules, segments
 
 LENGTH, SEGMENT, WIDTH = 32_768, 256, 16
 DEEP = {
-  "titans": rules.get("titans"),
-  "titans, depth 4": rules.get("titans", depth=4),
-  "titans, norm": rules.get("titans", norm=True),
-  "dla": rules.get("dla"),
+  "titans": {},
+  "titans, depth 4": {"depth": 4},
+  "titans, norm": {"norm": True},
+  "dla": {},
 }
+
+
+def deep(name, **options):
+  """The rule of a name in DEEP."""
+  return rules.get(name.partition(",")[0], **DEEP[name], **options)
 
 
 def stream(seed):
@@ -54,28 +59,27 @@ def norms(states):
   return jnp.sqrt(sum((jnp.square(w).sum((1, 2, 3, 4)) for w in jax.tree.leaves(states)), jnp.zeros(())))
 
 
-def start_values(rule):
-  return {name: float(g.maximum * jax.nn.sigmoid(g.bias)) for name, g in rule.gate_init(SEGMENT).items()}
-
-
+@pytest.mark.parametrize("normalized", [True, False])
 @pytest.mark.parametrize("name", DEEP)
-def test_memory_stays_alive_and_bounded_over_a_long_stream(name):
+def test_memory_stays_alive_and_bounded_over_a_long_stream(name, normalized):
   k, v = stream(0)
-  y, memory, _ = write(DEEP[name], k, v, start_values(DEEP[name]))
-  init = DEEP[name].init(jax.random.key(1), heads=1, head_dim=WIDTH)
+  rule = deep(name, normalized=normalized)
+  y, memory, _ = write(rule, k, v, rule.starting_gates(SEGMENT))
+  init = rule.init(jax.random.key(1), heads=1, head_dim=WIDTH)
   start = float(norms(jax.tree.map(lambda w: w[None, None], init))[0])
   chex.assert_tree_all_finite((y, memory))
   assert memory.max() < 4 * start
   assert memory.min() > 0.25 * start
   if name != "dla":  # whose loss is not an error
     error = np.square(y - v).sum(-1) / np.square(v).sum(-1).mean()
-    assert error[-512:].mean() < 0.6, "the last task is not learned: the memory is dead or forgets at once"
+    most = 0.25 if normalized else 0.6
+    assert error[-512:].mean() < most, "the last task is not learned: the memory is dead or forgets at once"
 
 
 @pytest.mark.parametrize("name", DEEP)
 def test_norms_keep_to_the_bound_of_clipped_gradients(name):
   """|S| <= eta g / (1 - beta), |M| <= |M_0| + t |S|: with the largest gates, and one pair written 32,768 times."""
-  rule = DEEP[name]
+  rule = deep(name, normalized=False)
   k, v = (jnp.broadcast_to(x[:1], x.shape) for x in stream(0))
   beta = 0.99 if rule.momentum else 0.0
   step = rule.gate_init(SEGMENT)["eta"].maximum * rule.max_grad_norm / (1 - beta)
@@ -86,16 +90,32 @@ def test_norms_keep_to_the_bound_of_clipped_gradients(name):
   assert (np.diff(memory) <= 1.001 * step * SEGMENT).all()
 
 
-def test_documents_that_start_in_a_chunk_do_not_revive_old_momentum():
-  rule = rules.get("titans", chunk=8)
+@pytest.mark.parametrize("name", DEEP)
+def test_normalized_steps_stay_bounded_at_the_largest_gates(name):
+  """One pair written 32,768 times with the largest steps: the memory answers with its value, more or less."""
+  rule = deep(name)
+  k, v = (jnp.broadcast_to(x[:1], x.shape) for x in stream(0))
+  gates = {"alpha": 1.0 - 1e-6, "beta": 0.9, "eta": rule.gate_init(SEGMENT)["eta"].maximum}
+  y, memory, momentum = write(rule, k, v, {gate: gates[gate] for gate in rule.gates})
+  chex.assert_tree_all_finite((y, memory, momentum))
+  if name != "dla":  # which adds the pair up as often as it comes
+    assert np.abs(y[-SEGMENT:]).max() < 2 * np.abs(v).max()
+
+
+@pytest.mark.parametrize(("normalized", "old"), [(False, jnp.inf), (True, 1e15)])
+def test_documents_that_start_in_a_chunk_do_not_revive_old_momentum(normalized, old):
+  """Where a chunk is solved for, its documents meet in one product, with zeros: there states must be finite."""
+  rule = rules.get("titans", chunk=8, normalized=normalized)
   init = rule.init(jax.random.key(0), heads=1, head_dim=4)
   k = jax.random.normal(jax.random.key(1), (1, 1, 8, 4))
-  gates = {name: jnp.full((1, 1, 8), value) for name, value in start_values(rule).items()}
-  start = online.start_state(rule, init, k)
-  start = start._replace(momentum=jax.tree.map(lambda s: s + jnp.inf, start.momentum))
+  gates = {name: jnp.full((1, 1, 8), value) for name, value in rule.starting_gates(SEGMENT).items()}
+  new = online.start_state(rule, init, k)
+  start = new._replace(momentum=jax.tree.map(lambda s: s + old, new.momentum))
   index = documents.index(jnp.array([[1, 1, 1, 2, 2, 2, 2, 2]]))
   index = documents.Documents(*(x[:, None] for x in index))
-  end, memory = online.write(rule, start, init, k, k, gates, index)
-  chex.assert_tree_all_finite(end)
-  read = rule.network(k, lambda layer, x: online.read(memory, layer, x, k.dtype))
-  chex.assert_tree_all_finite(read[:, :, 3:])
+
+  def ends(start):
+    end, memory = online.write(rule, start, init, k, k, gates, index)
+    return end, rule.network(k, lambda layer, x: online.read(memory, layer, x, k.dtype))[:, :, 3:]
+
+  chex.assert_trees_all_equal(ends(start), ends(new))

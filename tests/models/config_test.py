@@ -6,6 +6,7 @@ import pytest
 
 from mc_jax import memory
 from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig
+from mc_jax.models.config import completed
 
 
 def test_the_defaults_have_no_problems():
@@ -67,12 +68,13 @@ def test_rotary_positions_need_an_even_head():
 
 
 def test_options_of_writing_that_exclude_each_other_are_refused():
-  (problem,) = MemoryConfig(solve=True).problems()
+  (problem,) = MemoryConfig(normalized=False, solve=True).problems()
   assert "memory.solve=True needs memory.normalized=True" in problem
-  (problem,) = MemoryConfig(normalized=True, max_grad_norm=2.0).problems()
-  assert problem.startswith("memory.max_grad_norm=2.0 does not go together with memory.normalized=True")
-  assert MemoryConfig(normalized=True, max_grad_norm=0.0).problems() == []
-  assert MemoryConfig(normalized=True).build_rule().solve
+  (problem,) = MemoryConfig(max_grad_norm=2.0).problems()
+  assert problem.startswith("memory.max_grad_norm=2.0 clips the printed rules: it needs memory.normalized=False")
+  assert MemoryConfig(max_grad_norm=0.0).problems() == []
+  assert MemoryConfig(rule="linear", max_grad_norm=2.0).problems() == []  # which reads neither
+  assert MemoryConfig().build_rule().solve
 
 
 @pytest.mark.parametrize("aggregation", ["none", "residual"])
@@ -113,11 +115,27 @@ def test_options_reach_the_rule():
 
 
 def test_inner_gradients_are_clipped_as_the_rule_has_it_unless_told():
-  default = memory.rules.get("titans").max_grad_norm
+  def clip(**options):
+    return MemoryConfig(**options).build_rule().max_grad_norm
+
+  default = memory.rules.get("titans", normalized=False).max_grad_norm
   assert default is not None
-  assert MemoryConfig(max_grad_norm=None).build_rule().max_grad_norm == default
-  assert MemoryConfig(max_grad_norm=3.0).build_rule().max_grad_norm == 3.0
-  assert MemoryConfig(max_grad_norm=0.0).build_rule().max_grad_norm is None
+  assert clip(normalized=False) == default
+  assert clip(normalized=False, max_grad_norm=3.0) == 3.0
+  assert clip(normalized=False, max_grad_norm=0.0) is None
+  assert clip() is None
+
+
+def test_a_stored_model_without_newer_fields_is_what_it_was():
+  """Memories that wrote as printed, when there was nothing else; ssc that never read all caches."""
+  old = dataclasses.asdict(ModelConfig())
+  for name in ("normalized", "solve", "dense_steps"):
+    del old["memory"][name]
+  assert completed(old)["memory"] == {**old["memory"], "normalized": False, "dense_steps": 0}
+  linear = completed({**old, "memory": {**old["memory"], "rule": "linear"}})["memory"]
+  assert "normalized" not in linear  # which has always been what it is
+  new = dataclasses.asdict(ModelConfig())
+  assert completed(new) == new
 
 
 def test_there_are_ages_for_every_row_that_fits():

@@ -106,7 +106,7 @@ def test_after_training_a_model_without_caches_reads_them_by_the_parameters_it_h
       aggregation="grm",
       segmentation=memory.segments.constant(4),
     )
-    return mixer.read_out(y, inputs.output_gate)
+    return mixer.read_out(y, inputs)
 
   y, forgetful = jit(mixer)(x), jit(without)(x)
   chex.assert_trees_all_close(y, by_hand(x), rtol=1e-4, atol=1e-5)
