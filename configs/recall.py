@@ -29,11 +29,9 @@ def get_config():
   c.model.remat = "none"  # so small a model has nothing to save memory for
   c.model.memory.rule = "linear"
   c.model.memory.aggregation = "grm"
-  c.model.memory.gate_scale = 4.0  # sharper gates from the start, for ssc's sake: docs/results.md
   c.model.memory.carry = "independent"
   c.model.memory.segment_length = 4  # a row has 16 segments: up to 15 cached memories to read
   c.model.memory.chunk = 4  # tokens between two writes
-  c.model.memory.max_step = 1.0  # titans, dla: a pair is written at once, as by linear; docs/results.md
 
   c.optimizer.learning_rate = 5e-3
   c.optimizer.warmup_steps = 30
