@@ -23,9 +23,9 @@ exact at every chunk length.
 
 Retention and momentum of a NORMALIZED rule are the last layer's, too, which holds what is stored; and what fades there
 makes way for M_0, W_t = A_t W_0 + (1 - A_t) M_0 + ... The layers below make its features. They neither fade, for
-without features nothing can be stored, nor wait: W_t = W_0 - sum_j eta_j f_j z_j (x) delta_j, where f_j <= 1 lets them
-remove of the token's own error, all together, at most `rule.frozen_share` of what the last layer does: what they write
-is not solved for, and must not overshoot.
+without features nothing can be stored, nor wait: W_t = W_0 - sum_j eta_j f_j z_j (x) delta_j. What they write is not solved for and could overshoot: f_j <= 1 lets them remove of the token's own
+error, all together, at most `rule.frozen_share` of what the last layer does, where they are two or more. (One alone,
+with the keys for its input, was seen to write little beside the last.)
 
 Shapes: `...` is [batch, heads], T the chunk's tokens, J = T + window - 1 the keys written in it (a window reaches
 back; the chunk's keys come first), d = head_dim. Documents broadcast over heads: [batch, 1, T].
@@ -285,7 +285,7 @@ def read(online: Online, name: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array
   c, incoming = online.coefficients[name], online.seen.incoming
   y = _start_read(online.start, online.fresh, incoming, dtype, c)(name, x)
   if c.carry is not None:
-    carried = product(c.carry[..., None] * x, online.start.momentum[name], dtype)
+    carried = _weighed(_column(c.carry), x, online.start.momentum[name], dtype)
     y += carried if incoming is None else jnp.where(incoming, carried, 0.0)
   attention = c.mix * product(x, jnp.swapaxes(online.inputs[name], -1, -2), dtype)
   return y - product(attention, online.errors[name], dtype)
@@ -311,24 +311,51 @@ def coefficients(rule: Rule, gates: Weights, seen: Visible, compute: jnp.dtype) 
     band = sum(jnp.where(age == i, _column(gates[eta]), 0.0) for i, eta in enumerate(rule.steps))
     return product(weights, jnp.where(seen.reach, band, 0.0), compute)
 
-  retained, before = _decays(gates.get("alpha"), seen.same, dtype)
+  retained = _decays(gates.get("alpha"), seen.same, dtype)
   faded = rule.normalized and rule.retention and rule.learned_init
-  regained, regained_before = (1.0 - decays.total if faded else None for decays in (retained, before))
-  if not rule.momentum:
+  regained = 1.0 - retained.total if faded else None
+  kept = accumulated = None
+  if rule.momentum:
+    kept = _decays(gates["beta"], seen.same, dtype)
+    accumulated = stepped(kept.since)
+    carry = (retained.since * kept.total[..., None, :]).sum(-1)  # sum_i P_ti b_i
+    mix = product(retained.since, accumulated, compute)  # P Q B
+    c = Coefficients(retained.total, regained, carry, mix, kept.total[..., -1], accumulated[..., -1, :])
+  else:
     c = Coefficients(retained.total, regained, None, stepped(retained.since), None, None)
-    return c, Prior(before.total, regained_before, None, stepped(before.since)) if rule.solve else None
-  kept, _ = _decays(gates["beta"], seen.same, dtype)
-  accumulated = stepped(kept.since)
+  return c, _prior(c, gates.get("alpha"), seen) if rule.solve else None
 
-  def carry(decays):  # sum_i P_ti b_i
-    return (decays.since * kept.total[..., None, :]).sum(-1)
 
-  def mix(decays):  # P Q B
-    return product(decays.since, accumulated, compute)
+def _prior(c: Coefficients, alpha: jax.Array | None, seen: Visible) -> Prior:
+  """The coefficients of the token before, 0 where there is none in the document and the chunk."""
+  decay = regained = carry = None
+  if alpha is not None:
+    decay = c.decay / jnp.maximum(alpha, jnp.finfo(alpha.dtype).tiny)
+  if c.regained is not None:
+    regained = 1.0 - decay
+  if c.carry is not None:
+    carry = _shifted(c.carry, -1)
+  mix = _shifted(c.mix, -2)
+  if seen.incoming is not None:  # the token before may be another document's
+    mix = jnp.where(seen.same, mix, 0.0)
+  return Prior(decay, regained, carry, mix)
 
-  last = kept.total[..., -1], accumulated[..., -1, :]
-  c = Coefficients(retained.total, regained, carry(retained), mix(retained), *last)
-  return c, Prior(before.total, regained_before, carry(before), mix(before)) if rule.solve else None
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _shifted(x: jax.Array, axis: int, back: bool = False) -> jax.Array:
+  """x one place further on (or back) along an axis, with zeros in the place that is left.
+
+  The transpose of a slice pads by less than nothing, which TPU kernels cannot.
+  """
+  length = x.shape[axis]
+  kept = jax.lax.slice_in_dim(x, int(back), length - 1 + back, axis=axis % x.ndim)
+  nothing = jnp.zeros_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis % x.ndim))
+  return jnp.concatenate([kept, nothing] if back else [nothing, kept], axis)
+
+
+_shifted.defvjp(
+  lambda x, axis, back: (_shifted(x, axis, back), None), lambda axis, back, _, g: (_shifted(g, axis, not back),)
+)
 
 
 def _at_once(gates: Weights, seen: Visible, compute: jnp.dtype) -> Coefficients:
@@ -390,7 +417,7 @@ def key_gradients(rule: Rule, k: jax.Array, v: jax.Array, linear: Linear, weight
 
   def pull(answers):
     (errors,) = back(answers.astype(y.dtype))
-    if rule.max_grad_norm is None and not (rule.normalized and len(errors) > 1):
+    if rule.max_grad_norm is None and not (rule.normalized and len(errors) > 2):
       return errors
     # Squared Frobenius norms of z (x) delta: also what a step along it removes of the key's own error.
     squares = {n: jnp.square(inputs[n].astype(wide)).sum(-1) * jnp.square(errors[n]).sum(-1) for n in errors}
@@ -457,21 +484,29 @@ def _start_read(
   start: State, fresh: Weights, incoming: jax.Array | None, dtype: jnp.dtype, c: Coefficients | Prior | None = None
 ) -> Linear:
   """Reads A_t W_0, and with it what M_0 regains, where W_0 is M_0 of documents that start in the chunk; None: A = 1."""
-  before, new = dense(start.memory, dtype), dense(fresh, dtype)
-  decay, regained = (None, None) if c is None else (c.decay, c.regained)
+  decay, regained = (None, None) if c is None else (_column_of(c.decay), _column_of(c.regained))
 
   def read(name, x):
-    # Decays scale x rather than the product, whose gradient would need the product again.
-    decayed = x if decay is None else _column(decay) * x
+    before = _weighed(decay, x, start.memory[name], dtype)
     if regained is None:
-      y = before(name, decayed)
-      return y if incoming is None else jnp.where(incoming, y, new(name, decayed))
+      return before if incoming is None else jnp.where(incoming, before, _weighed(decay, x, fresh[name], dtype))
     if incoming is None:
-      return before(name, decayed) + new(name, _column(regained) * x)
-    share = jnp.where(incoming, _column(regained), 1.0)
-    return jnp.where(incoming, before(name, decayed), 0.0) + new(name, share * x)
+      return before + _weighed(regained, x, fresh[name], dtype)
+    return jnp.where(incoming, before, 0.0) + _weighed(jnp.where(incoming, regained, 1.0), x, fresh[name], dtype)
 
   return read
+
+
+def _weighed(weights: jax.Array | None, x: jax.Array, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """weights_t x_t W, weighing the narrower of x and the product: weights [..., T, 1], x [..., T, in], W [..., in, out].
+
+  Not the product where both are as wide: its gradient would need it again.
+  """
+  if weights is None:
+    return product(x, w, dtype)
+  if w.shape[-1] < w.shape[-2]:
+    return weights * product(x, w, dtype)
+  return product(weights * x, w, dtype)
 
 
 def _before_writes(
@@ -491,7 +526,7 @@ def _before_writes(
       return linear(name, x)
     y = faded(name, x)
     if prior.carry is not None:
-      carried = product(_column(prior.carry) * x, start.momentum[name], dtype)
+      carried = _weighed(_column(prior.carry), x, start.momentum[name], dtype)
       y += carried if incoming is None else jnp.where(incoming, carried, 0.0)
     return y
 
@@ -506,25 +541,20 @@ class Decays(NamedTuple):
   since: jax.Array
 
 
-def _decays(gate: jax.Array | None, same: jax.Array, dtype: jnp.dtype) -> tuple[Decays, Decays]:
-  """The products at each token t, and those at the token before it, over r < t; gate [..., T], None for 1.
+def _decays(gate: jax.Array | None, same: jax.Array, dtype: jnp.dtype) -> Decays:
+  """The products at each token t; gate [..., T], None for 1.
 
   From differences of cumulative logs, masked BEFORE the exponential: ratios of products, or masking after it, are inf
   and NaN within 256 tokens in float32.
   """
-  length = same.shape[-1]
-  rows = jax.lax.broadcasted_iota(jnp.int32, (length, length), 0)
-  earlier = same & (rows > positions(length, length))
   if gate is None:
-    return Decays(None, same.astype(dtype)), Decays(None, earlier.astype(dtype))
-  own = jnp.log(jnp.maximum(gate, jnp.finfo(gate.dtype).tiny))
-  logs = _masked_sums(same, own)
-  before = logs - own
+    return Decays(None, same.astype(dtype))
+  logs = _masked_sums(same, jnp.log(jnp.maximum(gate, jnp.finfo(gate.dtype).tiny)))
+  return Decays(jnp.exp(logs), jnp.exp(jnp.where(same, _column(logs) - logs[..., None, :], -jnp.inf)))
 
-  def since(mask, rows):
-    return jnp.exp(jnp.where(mask, _column(rows) - logs[..., None, :], -jnp.inf))
 
-  return Decays(jnp.exp(logs), since(same, logs)), Decays(jnp.exp(before), since(earlier, before))
+def _column_of(x: jax.Array | None) -> jax.Array | None:
+  return None if x is None else _column(x)
 
 
 @jax.custom_vjp

@@ -189,7 +189,9 @@ def _own(rule, weights, k):
 
 
 def _less_below(rule, gradient):
-  """The gradient with the layers below the last scaled down to a share of its square, all together, at most."""
+  """The gradient of three layers and more with those below the last scaled down to a share of its square at most."""
+  if len(gradient) < 3:
+    return gradient
   last = networks.last(rule.network, gradient)
   square = {name: jnp.sum(g * g) for name, g in gradient.items()}
   most = square.pop(last) * rule.frozen_share
