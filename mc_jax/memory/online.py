@@ -23,9 +23,9 @@ exact at every chunk length.
 
 Retention and momentum of a NORMALIZED rule are the last layer's, too, which holds what is stored; and what fades there
 makes way for M_0, W_t = A_t W_0 + (1 - A_t) M_0 + ... The layers below make its features. They neither fade, for
-without features nothing can be stored, nor wait: W_t = W_0 - sum_j eta_j f_j z_j (x) delta_j. What they write is not solved for and could overshoot: f_j <= 1 lets them remove of the token's own
-error, all together, at most `rule.frozen_share` of what the last layer does, where they are two or more. (One alone,
-with the keys for its input, was seen to write little beside the last.)
+without features nothing can be stored, nor wait: W_t = W_0 - sum_j eta_j f_j z_j (x) delta_j. What they write is not
+solved for and could overshoot: where they are two or more, f_j <= 1 lets them remove of the token's own error, all
+together, at most `rule.frozen_share` of what the last layer does. (One alone was seen to write little beside the last.)
 
 Shapes: `...` is [batch, heads], T the chunk's tokens, J = T + window - 1 the keys written in it (a window reaches
 back; the chunk's keys come first), d = head_dim. Documents broadcast over heads: [batch, 1, T].
