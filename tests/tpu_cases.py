@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import megablox
 
-from mc_jax.kernels import gated_sum, grouped
+from mc_jax.kernels import cost, gated_sum, grouped
 from mc_jax.memory import aggregate, fused, networks, online, passes, rules, segments
 
 BATCH, HEADS, LENGTH, SEGMENT, EXPANSION, TOP_K = 4, 8, 4096, 256, 4, 2
@@ -26,35 +26,33 @@ def array(*shape, dtype=jnp.float32):
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
+def reading(rule):
+  """What a token reads of its online memory."""
+  return lambda memory, x: rule.network(x, lambda name, z: online.read(memory, name, z, jnp.bfloat16))
+
+
 def write(rule, head_dim, *, carries=True):
   """The write pass: (function of M_0 and tokens, its arguments)."""
   vector = array(BATCH, HEADS, LENGTH, head_dim, dtype=jnp.bfloat16)
   gates = {name: array(BATCH, HEADS, LENGTH) for name in rule.gates}
   fresh = jax.eval_shape(lambda: rule.init(jax.random.key(0), heads=HEADS, head_dim=head_dim))
 
-  def read(memory, x):
-    return rule.network(x, lambda name, z: online.read(memory, name, z, jnp.bfloat16))
-
   def fn(fresh, tokens):
     lengths = segments.constant(SEGMENT).lengths(LENGTH)
-    written = fused.write(rule, fresh, tokens, lengths, read=read, carries=carries, side_by_side=1)
+    written = fused.write(rule, fresh, tokens, lengths, read=reading(rule), carries=carries, side_by_side=1)
     return written.y, written.states.memory
 
   return fn, (fresh, passes.Tokens(vector, vector, vector, None, gates, None))
 
 
 def write_flops(rule, head_dim):
-  """Of a chunk's step forward."""
-  t, d = rule.chunk, head_dim
-  if rule.name == "linear":
-    layers, inner, coefficients = [(d, d)], 0, 0
-  else:
-    layers, inner = [(d, EXPANSION * d), (EXPANSION * d, d)], 3 * t * EXPANSION * d * d  # k W1, z W2, delta W2^T
-    coefficients = t**3  # C = P Q B
-  states = 2 if rule.momentum else 1
-  reads = sum(states * t * a * b + t * t * (a + b) for a, b in layers)  # x W_0, x S_0, (C * x z^T) delta
-  writes = sum(states * t * a * b for a, b in layers)  # z^T delta
-  return 2 * (inner + reads + writes + coefficients)
+  """Of a chunk's step forward, counted as the kernel's own estimate counts them."""
+  vector = array(1, 1, rule.chunk, head_dim, dtype=jnp.bfloat16)
+  gates = {name: array(1, 1, rule.chunk) for name in rule.gates}
+  fresh = jax.eval_shape(lambda: rule.init(jax.random.key(0), heads=1, head_dim=head_dim))
+  state = jax.eval_shape(lambda fresh, k: online.start_state(rule, fresh, k), fresh, vector)
+  tokens = passes.Tokens(vector, vector, vector, None, gates, None)
+  return cost.work(lambda *step: passes.write_chunk(rule, reading(rule), *step), fresh, state, tokens).flops
 
 
 def forward(rule, head_dim):

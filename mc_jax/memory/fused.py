@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from mc_jax.kernels import gated_sum, grouped, recurrence, vmem
-from mc_jax.memory import aggregate, online, passes
+from mc_jax.memory import aggregate, networks, online, passes
 from mc_jax.memory import documents as documents_lib
 from mc_jax.memory.networks import Network, Weights
 from mc_jax.memory.rules import Rule
@@ -51,8 +51,12 @@ def _vmem(rule: Rule, chunk: int, chunks: int, head_dim: int, init: Weights) -> 
   def padded(width):
     return -(-width // 128) * 128
 
-  memory = 4 * sum(w.shape[1] * padded(w.shape[2]) for w in init.values())
-  state = memory * (2 if rule.momentum else 1) + 2 * 4 * 8 * padded(head_dim) * (rule.window > 1)
+  layers = {name: 4 * w.shape[1] * padded(w.shape[2]) for name, w in init.items()}
+  memory = sum(layers.values())
+  momentum = memory * rule.momentum
+  if rule.normalized and rule.momentum:  # of the last layer alone
+    momentum = layers[networks.last(rule.network, init)]
+  state = memory + momentum + 2 * 4 * 8 * padded(head_dim) * (rule.window > 1)
   widest = padded(max(chunk, *(max(w.shape[1:]) for w in init.values())))
   blocks = (3 + chunks) * state + 4 * memory + 2 * 2 * 4 * 4 * chunk * padded(head_dim)
   return blocks + 13 * len(init) * 4 * chunk * widest

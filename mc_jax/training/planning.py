@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from mc_jax.data import ConfigError
+from mc_jax.memory import online
+from mc_jax.memory.rules import Rule
 from mc_jax.parallel import attention, chips, hlo_cost, topology
 from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training import state as states
@@ -301,7 +303,7 @@ def cached_memories(config: Config, sizes: dict[str, int]) -> float:
   caches = len(segments.lengths(config.data.length)) / sizes["context"]
   rows = config.data.batch_size / config.train.microbatches / (sizes["data"] * sizes["fsdp"])
   heads = config.model.heads / sizes["model"]
-  return 4 * (1 + rule.momentum) * caches * rows * heads * _memory_numbers(config)
+  return 4 * caches * rows * heads * _state_numbers(rule, config.model.head_dim)
 
 
 def _memory_numbers(config: Config) -> int:
@@ -309,6 +311,16 @@ def _memory_numbers(config: Config) -> int:
   rule = config.model.memory.build_rule()
   init = functools.partial(rule.init, heads=1, head_dim=config.model.head_dim)
   return sum(math.prod(w.shape) for w in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
+
+
+def _state_numbers(rule: Rule, head_dim: int) -> int:
+  """Numbers in what one head's memory carries from segment to segment: momentum with it, where there is any."""
+
+  def start(key):
+    fresh = rule.init(key, heads=1, head_dim=head_dim)
+    return online.start_state(rule, fresh, jnp.zeros((1, 1, 1, head_dim)))._replace(tail=None)
+
+  return sum(math.prod(w.shape) for w in jax.tree.leaves(jax.eval_shape(start, jax.random.key(0))))
 
 
 def cache_bytes(config: Config) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
   JAX_PLATFORMS=cpu python tests/memory/learned_pairs.py
 
-prints the second table of docs/writing.md, half a minute a cell: the share of the values' variance that a readout, linear,
-of the segment's last memory leaves, 1 for one that tells nothing. stored_pairs.py asks what a fresh memory stores.
+prints the second table of docs/writing.md, half a minute a cell: the share of the values' variance that a readout
+of the segment's last memory leaves, 1 if it tells nothing. stored_pairs.py asks what a fresh memory stores.
 """
 
 import functools
