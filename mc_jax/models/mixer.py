@@ -17,6 +17,11 @@ from mc_jax.models.linear import Linear, parameter, residual_scale
 from mc_jax.models.norms import RMSNorm, l2_normalize
 from mc_jax.parallel import axes, context, decoding
 
+# The share of M_0's answer, the network's own skip in it, that is read beside what memories have learned, when training
+# begins. Of several caches weighed alike one holds what is asked for, and all hold this: with all of it the norm would
+# leave little of the rest.
+SKIP = 0.25
+
 
 class Inputs(NamedTuple):
   """What a memory is given for each token, all but the gates in the computation's dtype.
@@ -85,6 +90,9 @@ class MemoryCaching(nnx.Module):
       start = self.rule.init(rngs.params(), heads=config.heads, head_dim=config.head_dim)
       names = ("heads", "memory_in", "memory_out")
       self.initial = nnx.Dict({name: parameter(lambda *_, w=w: w, w.shape, names, rngs) for name, w in start.items()})
+    if self.rule.normalized:
+      shape, names = tuple(heads.values()), tuple(heads)
+      self.skip = parameter(lambda _, shape, dtype: jnp.full(shape, SKIP, dtype), shape, names, rngs)
     self.norm = RMSNorm(heads, rngs=rngs)
     self.output = Linear(heads, embed, dtype=config.dtype, scale=residual_scale(config.layers), rngs=rngs)
 
@@ -205,12 +213,11 @@ class MemoryCaching(nnx.Module):
   def read_out(self, y: jax.Array, inputs: Inputs, document: jax.Array | None = None) -> jax.Array:
     """(RMSNorm(y) * SiLU(x W_g)) W_o: the memories' answers y, normed by head, back to d_model.
 
-    Of normalized rules y is what memories have learned, without what M_0 answers and the network's own skip, which the
-    norm would otherwise leave little beside: of several caches weighed alike one holds what is asked for, all hold
-    these.
+    Of normalized rules y is what memories have learned and a learned share of what M_0 answers, the network's own skip
+    in it.
     """
     if self.rule.normalized:
-      y -= self.untaught(inputs.q, document)
+      y -= ((1.0 - self.skip[...]) * self.untaught(inputs.q, document)).astype(y.dtype)
     return self.output(self.norm(y) * jax.nn.silu(inputs.output_gate))
 
   def untaught(self, q: jax.Array, document: jax.Array | None) -> jax.Array:
