@@ -17,11 +17,6 @@ from mc_jax.models.linear import Linear, parameter, residual_scale
 from mc_jax.models.norms import RMSNorm, l2_normalize
 from mc_jax.parallel import axes, context, decoding
 
-# The share of M_0's answer, the network's own skip in it, that is read beside what memories have learned, when training
-# begins. Of several caches weighed alike one holds what is asked for, and all hold this: with all of it the norm would
-# leave little of the rest.
-SKIP = 0.25
-
 
 class Inputs(NamedTuple):
   """What a memory is given for each token, all but the gates in the computation's dtype.
@@ -91,8 +86,7 @@ class MemoryCaching(nnx.Module):
       names = ("heads", "memory_in", "memory_out")
       self.initial = nnx.Dict({name: parameter(lambda *_, w=w: w, w.shape, names, rngs) for name, w in start.items()})
     if self.rule.normalized:
-      shape, names = tuple(heads.values()), tuple(heads)
-      self.skip = parameter(lambda _, shape, dtype: jnp.full(shape, SKIP, dtype), shape, names, rngs)
+      self.initial_norm = RMSNorm(heads, rngs=rngs)
     self.norm = RMSNorm(heads, rngs=rngs)
     self.output = Linear(heads, embed, dtype=config.dtype, scale=residual_scale(config.layers), rngs=rngs)
 
@@ -213,12 +207,16 @@ class MemoryCaching(nnx.Module):
   def read_out(self, y: jax.Array, inputs: Inputs, document: jax.Array | None = None) -> jax.Array:
     """(RMSNorm(y) * SiLU(x W_g)) W_o: the memories' answers y, normed by head, back to d_model.
 
-    Of normalized rules y is what memories have learned and a learned share of what M_0 answers, the network's own skip
-    in it.
+    Of normalized rules what memories have learned, y - M_0(q), and what M_0 answers, the network's own skip in it, are
+    normed each by itself and added: of many caches weighed alike one holds what is asked for, and all hold M_0's
+    answer, beside which a norm of the sum would leave little of the rest.
     """
     if self.rule.normalized:
-      y -= ((1.0 - self.skip[...]) * self.untaught(inputs.q, document)).astype(y.dtype)
-    return self.output(self.norm(y) * jax.nn.silu(inputs.output_gate))
+      untaught = self.untaught(inputs.q, document)
+      read = self.norm(y - untaught) + self.initial_norm(untaught)
+    else:
+      read = self.norm(y)
+    return self.output(read * jax.nn.silu(inputs.output_gate))
 
   def untaught(self, q: jax.Array, document: jax.Array | None) -> jax.Array:
     """M_0(q), like q [batch, length, heads, head_dim]; 0 at padding, as memories' answers are."""

@@ -136,13 +136,13 @@ def test_the_connector_is_a_plain_linear_map_and_shared_on_request():
 
 
 def test_a_deep_memory_that_has_written_nothing_says_nothing():
-  """Where no share of M_0's answer is read; of a printed rule all of it is."""
+  """Where M_0's answer is not read; of a printed rule it always is."""
 
   def largest(**options):
     config = tiny(aggregation="grm", **options)
     mixer = make(config)
     if config.memory.normalized:
-      mixer.skip[...] = jnp.zeros_like(mixer.skip[...])
+      mixer.initial_norm.scale[...] = jnp.zeros_like(mixer.initial_norm.scale[...])
     inputs = jit(mixer.project)(tokens(config))
     document = jnp.array([[1] * 8 + [0] * 4])
     idle = inputs._replace(v=jnp.zeros_like(inputs.v), gates=inputs.gates | {"eta": 1e-9 * inputs.gates["eta"]})
