@@ -114,7 +114,7 @@ class Chunk(NamedTuple):
 
 
 class Prior(NamedTuple):
-  """The coefficients of W_{t-1}: A', c' and C' of the module's text, as Coefficients has A, c and C."""
+  """The coefficients of W_{t-1}: A', c' [..., T, 1] and C' of the module's text, as Coefficients has A, c and C."""
 
   decay: jax.Array | None
   regained: jax.Array | None
@@ -285,7 +285,7 @@ def read(online: Online, name: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array
   c, incoming = online.coefficients[name], online.seen.incoming
   y = _start_read(online.start, online.fresh, incoming, dtype, c)(name, x)
   if c.carry is not None:
-    carried = _weighed(_column(c.carry), x, online.start.momentum[name], dtype)
+    carried = _weighed(c.carry[..., None], x, online.start.momentum[name], dtype)
     y += carried if incoming is None else jnp.where(incoming, carried, 0.0)
   attention = c.mix * product(x, jnp.swapaxes(online.inputs[name], -1, -2), dtype)
   return y - product(attention, online.errors[name], dtype)
@@ -323,10 +323,10 @@ def coefficients(rule: Rule, gates: Weights, seen: Visible, compute: jnp.dtype) 
     c = Coefficients(retained.total, regained, carry, mix, kept.total[..., -1], accumulated[..., -1, :])
   else:
     c = Coefficients(retained.total, regained, None, stepped(retained.since), None, None)
-  return c, _prior(c, gates.get("alpha"), seen) if rule.solve else None
+  return c, _prior(c, gates.get("alpha"), None if kept is None else kept.total, seen) if rule.solve else None
 
 
-def _prior(c: Coefficients, alpha: jax.Array | None, seen: Visible) -> Prior:
+def _prior(c: Coefficients, alpha: jax.Array | None, kept: jax.Array | None, seen: Visible) -> Prior:
   """The coefficients of the token before, 0 where there is none in the document and the chunk."""
   decay = regained = carry = None
   if alpha is not None:
@@ -334,28 +334,26 @@ def _prior(c: Coefficients, alpha: jax.Array | None, seen: Visible) -> Prior:
   if c.regained is not None:
     regained = 1.0 - decay
   if c.carry is not None:
-    carry = _shifted(c.carry, -1)
-  mix = _shifted(c.mix, -2)
+    carry = c.carry[..., None] - _column(kept)  # c_t = alpha_t c_{t-1} + b_t
+    if alpha is not None:
+      carry /= _column(jnp.maximum(alpha, jnp.finfo(alpha.dtype).tiny))
+  mix = _shifted(c.mix)
   if seen.incoming is not None:  # the token before may be another document's
     mix = jnp.where(seen.same, mix, 0.0)
   return Prior(decay, regained, carry, mix)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _shifted(x: jax.Array, axis: int, back: bool = False) -> jax.Array:
-  """x one place further on (or back) along an axis, with zeros in the place that is left.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _shifted(x: jax.Array, back: bool = False) -> jax.Array:
+  """The rows of x [..., T, J] one place further on, or back, with zeros in the place that is left.
 
-  The transpose of a slice pads by less than nothing, which TPU kernels cannot.
+  (The transpose of a slice pads by less than nothing, which TPU kernels cannot.)
   """
-  length = x.shape[axis]
-  kept = jax.lax.slice_in_dim(x, int(back), length - 1 + back, axis=axis % x.ndim)
-  nothing = jnp.zeros_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis % x.ndim))
-  return jnp.concatenate([kept, nothing] if back else [nothing, kept], axis)
+  nothing = jnp.zeros_like(x[..., :1, :])
+  return jnp.concatenate([x[..., 1:, :], nothing] if back else [nothing, x[..., :-1, :]], -2)
 
 
-_shifted.defvjp(
-  lambda x, axis, back: (_shifted(x, axis, back), None), lambda axis, back, _, g: (_shifted(g, axis, not back),)
-)
+_shifted.defvjp(lambda x, back: (_shifted(x, back), None), lambda back, _, g: (_shifted(g, not back),))
 
 
 def _at_once(gates: Weights, seen: Visible, compute: jnp.dtype) -> Coefficients:
@@ -526,7 +524,7 @@ def _before_writes(
       return linear(name, x)
     y = faded(name, x)
     if prior.carry is not None:
-      carried = _weighed(_column(prior.carry), x, start.momentum[name], dtype)
+      carried = _weighed(prior.carry, x, start.momentum[name], dtype)
       y += carried if incoming is None else jnp.where(incoming, carried, 0.0)
     return y
 
