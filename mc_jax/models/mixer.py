@@ -17,6 +17,10 @@ from mc_jax.models.linear import Linear, parameter, residual_scale
 from mc_jax.models.norms import RMSNorm, l2_normalize
 from mc_jax.parallel import axes, context, decoding
 
+# What memories have learned, beside what M_0 answers, where training begins: noise to a model that does not know yet what
+# to ask, which the quickstart learned later from when it was as loud.
+LEARNED = 0.4
+
 
 class Inputs(NamedTuple):
   """What a memory is given for each token, all but the gates in the computation's dtype.
@@ -87,7 +91,7 @@ class MemoryCaching(nnx.Module):
       self.initial = nnx.Dict({name: parameter(lambda *_, w=w: w, w.shape, names, rngs) for name, w in start.items()})
     if self.rule.normalized:
       self.initial_norm = RMSNorm(heads, rngs=rngs)
-    self.norm = RMSNorm(heads, rngs=rngs)
+    self.norm = RMSNorm(heads, LEARNED if self.rule.normalized else 1.0, rngs=rngs)
     self.output = Linear(heads, embed, dtype=config.dtype, scale=residual_scale(config.layers), rngs=rngs)
 
   def __call__(self, x: jax.Array, document: jax.Array | None = None) -> jax.Array:

@@ -13,11 +13,12 @@ class RMSNorm(nnx.Module):
   """x / sqrt(mean(x^2) + eps) * scale over the last axis; the output has x's dtype.
 
   `axes` names the axes of the scale, which are x's last ones: {"embed": d_model}, or
-  {"heads": heads, "head_dim": head_dim} for a norm of each head with a scale of its own.
+  {"heads": heads, "head_dim": head_dim} for a norm of each head with a scale of its own. The scale
+  begins at `start`.
   """
 
-  def __init__(self, axes: dict[str, int], *, rngs: nnx.Rngs):
-    self.scale = parameter(jax.nn.initializers.ones, tuple(axes.values()), axes, rngs)
+  def __init__(self, axes: dict[str, int], start: float = 1.0, *, rngs: nnx.Rngs):
+    self.scale = parameter(jax.nn.initializers.constant(start), tuple(axes.values()), axes, rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x32 = x.astype(jnp.float32)
