@@ -52,4 +52,4 @@ def _read(mixer: MemoryCaching, x: jax.Array, document: jax.Array | None) -> tup
     dataclasses.replace(mixer.config.memory.build_options(), implementation="xla"),
     keep=True,
   )
-  return mixer.read_out(y, inputs.output_gate), cached
+  return mixer.read_out(y, inputs, document), cached

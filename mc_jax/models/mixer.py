@@ -17,8 +17,8 @@ from mc_jax.models.linear import Linear, parameter, residual_scale
 from mc_jax.models.norms import RMSNorm, l2_normalize
 from mc_jax.parallel import axes, context, decoding
 
-# What memories have learned, beside what M_0 answers, where training begins: noise to a model that does not know yet what
-# to ask, which the quickstart learned later from when it was as loud.
+# How loud what memories have learned is beside what M_0 answers, when training begins: it is noise to a model that does
+# not know yet what to ask, and with both as loud text was learned more slowly.
 LEARNED = 0.4
 
 
