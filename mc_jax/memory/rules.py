@@ -63,7 +63,9 @@ class Rule:
     momentum: steps accumulate in S, which decays by beta_t.
     normalized: steps are in units of the error. A gradient is divided by what a step of 1 along it would remove of its
       own token's error, to first order (a dot loss: would write of its own value), so that eta is the share that a
-      write removes; momentum averages the steps, S_t = beta_t S_{t-1} - (1 - beta_t) eta_t G_t.
+      write removes; momentum averages the steps, S_t = beta_t S_{t-1} - (1 - beta_t) eta_t G_t; and what fades makes
+      way for M_0, M_t = M_0 + alpha_t (M_{t-1} - M_0) + S_t. All this is the network's last layer's, which stores; the
+      layers below, which make its features, take their steps at once and keep them.
     solve: of a normalized squared loss: a token's error is taken at the state before the token, to first order in what
       its chunk has written (online.py), instead of at the state before the chunk, so that chunks do not overshoot.
     window: how many of the last tokens each token writes, with a step size eta of its own each.
@@ -143,9 +145,9 @@ class Rule:
   def gate_init(self, segment_length: int) -> dict[str, GateInit]:
     """Where the gates start, chosen so that no memory dies or blows up.
 
-    alpha: 1 - 1 / (16 segment_length). Retention pulls a network towards zero, and a network of zeros cannot learn: at
-      1 - 1 / segment_length a memory that is carried on had died after some twenty segments, whatever its depth, for
-      what it writes in a token is worth no more than that decay (tests/memory/stability_test.py).
+    alpha: 1 - 1 / (16 segment_length). As printed, retention pulls a network towards zero, and a network of zeros
+      cannot learn: at 1 - 1 / segment_length a memory that is carried on had died after some twenty segments, whatever
+      its depth, for what it writes in a token is worth no more than that decay (tests/memory/stability_test.py).
     beta: 0.9; of normalized steps an average over an eighth of the segment, and at least over a token.
     Step sizes: half their maximum, which is max_step or what `_max_step` has.
     """
