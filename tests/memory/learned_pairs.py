@@ -2,8 +2,8 @@
 
   JAX_PLATFORMS=cpu python tests/memory/learned_pairs.py
 
-prints the second table of docs/writing.md, half a minute a cell: the share of the values' variance that a readout
-of the segment's last memory leaves, 1 if it tells nothing. stored_pairs.py asks what a fresh memory stores.
+prints a table, a row a rule and a column a size: the share of the values' variance that a linear readout of the segment's
+last memory leaves, 1 if it tells nothing. stored_pairs.py asks what a fresh memory stores.
 """
 
 import functools
@@ -60,7 +60,7 @@ def error_left(learned, key, rule, segment, head_dim):
 
 
 def trained(rule, head_dim, segment, steps):
-  """The error left after so many steps of Adam, of segments that it has not seen; NaN if training diverged."""
+  """The error left on new segments after `steps` steps of Adam; NaN if training diverged."""
   loss = functools.partial(error_left, rule=rule, segment=segment, head_dim=head_dim)
   optimizer = optax.chain(
     optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, steps))
