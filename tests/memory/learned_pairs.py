@@ -2,8 +2,8 @@
 
   JAX_PLATFORMS=cpu python tests/memory/learned_pairs.py
 
-prints a table, a row a rule and a column a size: the share of the values' variance that a linear readout of the segment's
-last memory leaves, 1 if it tells nothing. stored_pairs.py asks what a fresh memory stores.
+prints a table, a row a rule and a column a size: the share of the values' variance that a linear readout of the
+segment's last memory leaves, 1 if it tells nothing. stored_pairs.py asks what a fresh memory stores.
 """
 
 import functools
