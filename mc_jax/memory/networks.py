@@ -18,7 +18,14 @@ Weights = dict[str, jax.Array]
 
 
 class Network(Protocol):
-  """What a memory's network offers; hashable, because rules are static arguments under jit."""
+  """What a memory's network offers; hashable, because rules are static arguments under jit.
+
+  Attributes:
+    least_features: the mean square of the last layer's inputs below which normalized steps (rules.py) do not grow any
+      more; 0 where these are the keys.
+  """
+
+  least_features: float
 
   def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
     """M(x): x [..., head_dim] to [..., head_dim]; calls linear(name, ...) once for every name."""
@@ -30,6 +37,8 @@ class Network(Protocol):
 @dataclasses.dataclass(frozen=True)
 class Matrix:
   """A linear memory, M(x) = x W (arXiv:2602.24281, Eq. 2). M_0 = 0."""
+
+  least_features = 0.0
 
   def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
     return linear("w", x)
@@ -60,6 +69,11 @@ class MLP:
     for field in ("depth", "expansion"):
       if getattr(self, field) < 1:
         raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+
+  @property
+  def least_features(self) -> float:
+    """Far below gelu's mean square over normal numbers: hidden units have died."""
+    return 0.03 if self.depth > 1 else 0.0
 
   def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
     h = x

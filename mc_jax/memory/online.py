@@ -24,8 +24,9 @@ exact at every chunk length.
 Retention and momentum of a NORMALIZED rule are the last layer's, too, which holds what is stored; and what fades there
 makes way for M_0, W_t = A_t W_0 + (1 - A_t) M_0 + ... The layers below make its features. They neither fade, for
 without features nothing can be stored, nor wait: W_t = W_0 - sum_j eta_j f_j z_j (x) delta_j. What they write is not
-solved for and could overshoot: where they are two or more, f_j <= 1 lets them remove of the token's own error, all
-together, at most `rule.frozen_share` of what the last layer does. (One alone was seen to write little beside the last.)
+solved for and could overshoot: f_j <= 1 lets them remove of the token's own error, all together, at most
+`rule.frozen_share` of what the last layer does. Nor may steps grow as features die, see `Keys.scale`. Without either, a
+memory that is carried on through tokens that cannot be learned grows without bound, and amplifies roundings.
 
 Shapes: `...` is [batch, heads], T the chunk's tokens, J = T + window - 1 the keys written in it (a window reaches
 back; the chunk's keys come first), d = head_dim. Documents broadcast over heads: [batch, 1, T].
@@ -130,7 +131,7 @@ class Online(NamedTuple):
     fresh: M_0 {name: [heads, in, out]}, where documents that start in the chunk begin.
     seen: who sees whom; which tokens continue the document of `start`.
     coefficients: A, c and C of each layer.
-    inputs: z {name: [..., J, in]}; errors: delta {name: [..., J, out]}.
+    inputs: z, times f, {name: [..., J, in]}; errors: delta {name: [..., J, out]}.
     features: see `Keys`; answers: delta of the network's answers [..., J, d], in steps as `errors` are.
   """
 
@@ -250,13 +251,13 @@ def write(
     earlier = chunk.solving
     moved = rule.curvature * earlier.mix[..., None, :] * _gram(keys.features, earlier.features, dtype)
     keys = keys._replace(answers=keys.answers - keys.scale * product(moved, earlier.answers, moved.dtype))
-  errors = keys.pull(keys.answers)
+  inputs, errors = keys.pull(keys.answers)
 
   def came_in(before, otherwise):  # the state before the chunk, if it is the last token's
     return before if seen.continues is None else jnp.where(seen.continues, before, otherwise)
 
   def written(name, weights):  # sum_j weights_j z_j (x) delta_j, weighing the narrower of the two
-    z, delta = keys.inputs[name], errors[name]
+    z, delta = inputs[name], errors[name]
     if z.shape[-1] < delta.shape[-1]:
       z = _column(weights) * z
     else:
@@ -264,7 +265,7 @@ def write(
     return product(jnp.swapaxes(z, -1, -2), delta, dtype)
 
   memory, momentum = {}, {}
-  for name, own in c.items():
+  for name, own in reversed(c.items()):  # the last layer's errors are there first: fewer bundles
     memory[name] = came_in(start.memory[name], fresh[name])
     if own.decay is not None:
       memory[name] = own.decay[..., -1, None, None] * memory[name]
@@ -277,7 +278,7 @@ def write(
     memory[name] -= written(name, own.mix[..., -1, :])
   tail = tuple(_last(x, rule.window - 1, seen) for x in (k, v)) if rule.window > 1 else None
   end = State(memory, momentum if rule.momentum else None, tail)
-  return end, Online(start, fresh, seen, c, keys.inputs, errors, keys.features, keys.answers)
+  return end, Online(start, fresh, seen, c, inputs, errors, keys.features, keys.answers)
 
 
 def read(online: Online, name: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -366,21 +367,20 @@ class Keys(NamedTuple):
   """The inner gradients of keys.
 
   Attributes:
-    inputs: each layer's input z, {name: [..., J, in]}.
-    features: the last layer's, times the gain of the answer in its output, [..., J, in]; None if not normalized. The
-      gain is the length of the gradient of <p, M(k)>, p = (1, -1, 1, ...) / |p|: 1 unless a norm follows the layer.
+    features: the last layer's input z, times the gain of the answer in its output, [..., J, in]; None if not
+      normalized. The gain is the length of the gradient of <p, M(k)>, p = (1, -1, 1, ...) / |p|: 1 unless a norm
+      follows the layer.
     answers: the loss's gradient in the network's answer M(k), times `scale`, [..., J, d].
     scale: [..., J, 1], what makes a step of 1 remove all of a key's error, as far as the last layer goes; less where
-      a norm makes the answer's gain smaller than 1, or steps would grow with the weights. None where steps are
-      multiples of the gradient.
-    pull: (answers) to delta {name: [..., J, out]}, each layer's error.
+      a norm makes the answer's gain smaller than 1, or steps would grow with the weights, and where features are
+      smaller than the network's `least_features`. None where steps are multiples of the gradient.
+    pull: (answers) to each layer's input z, {name: [..., J, in]}, times f, and its error delta, {name: [..., J, out]}.
   """
 
-  inputs: Weights
   features: jax.Array | None
   answers: jax.Array
   scale: jax.Array | None
-  pull: Callable[[jax.Array], Weights]
+  pull: Callable[[jax.Array], tuple[Weights, Weights]]
 
 
 def key_gradients(rule: Rule, k: jax.Array, v: jax.Array, linear: Linear, weights: Weights) -> Keys:
@@ -406,27 +406,40 @@ def key_gradients(rule: Rule, k: jax.Array, v: jax.Array, linear: Linear, weight
   features = scale = None
   if rule.normalized:
     last = networks.last(rule.network, weights)
-    signs = 1 - 2 * (jax.lax.broadcasted_iota(jnp.int32, y.shape, y.ndim - 1) % 2)
-    gain = jnp.square(back(signs.astype(y.dtype) * y.shape[-1] ** -0.5)[0][last]).sum(-1, keepdims=True)
-    features = inputs[last].astype(wide) * jnp.sqrt(gain)
-    own = jnp.maximum(gain, 1.0) * jnp.square(inputs[last].astype(wide)).sum(-1, keepdims=True)
+    features = inputs[last].astype(wide)
+    own = jnp.maximum(_square(features), rule.network.least_features * features.shape[-1])
+    if not _unchanged(lambda answers: back(answers)[0][last], y):
+      signs = 1 - 2 * (jax.lax.broadcasted_iota(jnp.int32, y.shape, y.ndim - 1) % 2)
+      gain = _square(back(signs.astype(y.dtype) * y.shape[-1] ** -0.5)[0][last])
+      features, own = features * jnp.sqrt(gain), own * jnp.maximum(gain, 1.0)
     scale = 1.0 / (max(rule.curvature, 1.0) * own + _TINY)
     answers = scale * answers
 
   def pull(answers):
     (errors,) = back(answers.astype(y.dtype))
-    if rule.max_grad_norm is None and not (rule.normalized and len(errors) > 2):
-      return errors
+    if rule.max_grad_norm is None and not (rule.normalized and len(errors) > 1):
+      return inputs, errors
     # Squared Frobenius norms of z (x) delta: also what a step along it removes of the key's own error.
-    squares = {n: jnp.square(inputs[n].astype(wide)).sum(-1) * jnp.square(errors[n]).sum(-1) for n in errors}
+    squares = {name: _square(inputs[name].astype(wide)) * _square(error) for name, error in errors.items()}
     if rule.max_grad_norm is not None:
       norm = jnp.maximum(sum(squares.values()), rule.max_grad_norm**2)
-      return {name: (rule.max_grad_norm * jax.lax.rsqrt(norm))[..., None] * error for name, error in errors.items()}
+      return inputs, {name: rule.max_grad_norm * jax.lax.rsqrt(norm) * error for name, error in errors.items()}
     at_most = rule.frozen_share * squares.pop(last)
-    share = (at_most / jnp.maximum(sum(squares.values()), at_most + _NOTHING))[..., None]
-    return errors | {name: share * errors[name] for name in squares}
+    share = at_most / jnp.maximum(sum(squares.values()), at_most + _NOTHING)
+    return inputs | {name: share * inputs[name] for name in squares}, errors
 
-  return Keys(inputs, features, answers, scale, pull)
+  return Keys(features, answers, scale, pull)
+
+
+def _unchanged(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> bool:
+  """Whether the function gives back what it is given, whatever that is."""
+  jaxpr = jax.make_jaxpr(function)(x).jaxpr
+  return jaxpr.outvars == jaxpr.invars
+
+
+def _square(x: jax.Array) -> jax.Array:
+  """Squared lengths: [..., n] to [..., 1]."""
+  return jnp.square(x).sum(-1, keepdims=True)
 
 
 def _gram(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:

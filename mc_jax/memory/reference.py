@@ -161,9 +161,9 @@ def _nothing_written(rule, memory, momentum, k):
 
 
 def _feature(rule, weights, k):
-  """The last layer's input z times the length of the gradient of <p, M(k)> in its output; and z. p = (1, -1, ..) / |p|.
+  """The gain, the length of the gradient of <p, M(k)> in the last layer's output, p = (1, -1, ..) / |p|; its input z.
 
-  The first's square is how much of an error at k a step along the last layer's gradient removes; its product with
+  The square of gain * z is how much of an error at k a step along the last layer's gradient removes; its product with
   another token's, how much a write there moves the answer here.
   """
   last, inputs = networks.last(rule.network, weights), {}
@@ -179,18 +179,22 @@ def _feature(rule, weights, k):
   signs = (1 - 2 * (jnp.arange(len(k)) % 2)) / jnp.sqrt(len(k))
   bump = jnp.zeros(weights[last].shape[-1], k.dtype)
   gain, z = jax.grad(lambda bump: (jnp.dot(signs, answer(bump)[0]), answer(bump)[1]), has_aux=True)(bump)
-  return jnp.sqrt(jnp.sum(gain * gain)) * z, z
+  return jnp.sqrt(jnp.sum(gain * gain)), z
 
 
 def _own(rule, weights, k):
-  """What a step of 1 along the last layer's gradient removes of the error at k; at least as if no norm shrank it."""
-  feature, z = _feature(rule, weights, k)
-  return max(rule.curvature, 1.0) * jnp.maximum(jnp.sum(feature * feature), jnp.sum(z * z)) + 1e-6
+  """What a step of 1 along the last layer's gradient removes of the error at k; at least as if no norm shrank it.
+
+  Features that have died count as if they were as small as the network's get.
+  """
+  gain, z = _feature(rule, weights, k)
+  square = jnp.maximum(jnp.sum(z * z), rule.network.least_features * len(z))
+  return max(rule.curvature, 1.0) * jnp.maximum(gain**2, 1.0) * square + 1e-6
 
 
 def _less_below(rule, gradient):
-  """The gradient of three layers and more with those below the last scaled down to a share of its square at most."""
-  if len(gradient) < 3:
+  """The gradient with the layers below the last scaled down to a share of its square at most."""
+  if len(gradient) < 2:
     return gradient
   last = networks.last(rule.network, gradient)
   square = {name: jnp.sum(g * g) for name, g in gradient.items()}
@@ -210,7 +214,8 @@ def _solve(rule, init, chunk, k, v, gates, t):
   def answer(weights):
     return _read(rule.network, weights, k)
 
-  feature, _ = _feature(rule, chunk.memory, k)
+  gain, z = _feature(rule, chunk.memory, k)
+  feature = gain * z
   error = jax.grad(lambda y: rule.loss(y, v))(answer(chunk.memory))
   error -= rule.curvature * jnp.einsum("j,ji,i,jd->d", chunk.weight, chunk.feature, feature, chunk.error)
   error /= _own(rule, chunk.memory, k)

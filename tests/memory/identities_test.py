@@ -113,6 +113,8 @@ def test_grm_with_constant_gates_is_residual(name):
 class Vector:
   """A memory that is a vector w, read as x * w, kept as a matrix [1, head_dim]."""
 
+  least_features = 0.0
+
   def __call__(self, x, linear):
     return x * linear("w", jnp.ones_like(x[..., :1]))
 

@@ -172,8 +172,8 @@ def test_inner_gradients_are_cut_to_their_norm_all_layers_together():
     bounded = dataclasses.replace(rule, max_grad_norm=max_grad_norm)
     memory = online.start_state(rule, x.init, k).memory
     keys = online.key_gradients(bounded, k, v, online.dense(memory, k.dtype), x.init)
-    delta = keys.pull(keys.answers)
-    outer = [jnp.einsum("...i,...o->...io", keys.inputs[name], delta[name]) for name in delta]
+    z, delta = keys.pull(keys.answers)
+    outer = [jnp.einsum("...i,...o->...io", z[name], delta[name]) for name in delta]
     return jnp.sqrt(sum(jnp.square(g).sum((-2, -1)) for g in outer))
 
   free = norms(None)
