@@ -1,10 +1,10 @@
-"""Multi-query associative recall: a small Titans with gated residual memory (grm) learns to look values up by keys.
+"""Multi-query associative recall: a small Titans with gated residual memory (grm) learns to look up values by keys.
 
     python -m mc_jax.train --config=configs/mqar.py --workdir=runs/mqar
 
-Rows of 32 tokens: 2 or 4 pairs of a key and a value, then the keys again at random places among random tokens; the
-loss counts the values asked for and nothing else (docs/recall.md). A model that knows only which tokens are values is
-at 7 bits an answer; one that recalls is at 0. The paper's size (arXiv:2312.04927) is a matter of numbers:
+Rows of 32 tokens: 2 or 4 pairs of a key and a value, then the keys again at random places among random tokens; only
+the requested values count in the loss (docs/recall.md). A model that knows only which tokens are values reaches 7 bits
+an answer; one that recalls reaches 0. For the paper's size (arXiv:2312.04927), set:
 
     --config.data.mqar.vocab_size=8192 --config.model.vocab_size=8192
     --config.data.length=512 --config.data.mqar.pairs=64
@@ -29,7 +29,7 @@ def get_config():
   c.model.layers = 2
   c.model.d_model = 64
   c.model.heads = 2  # memories per layer
-  c.model.remat = "none"  # so small a model has nothing to save memory for
+  c.model.remat = "none"  # the model is too small to need to save memory
   c.model.memory.rule = "titans"
   c.model.memory.aggregation = "grm"
   c.model.memory.segment_length = 8  # a row has 4 segments: up to 3 cached memories to read
@@ -41,5 +41,5 @@ def get_config():
   c.train.steps = 500
   c.train.eval_every = 100
   c.train.checkpoint_every = 100
-  c.train.sample_length = 0  # ids are no text
+  c.train.sample_length = 0  # ids are not text
   return c

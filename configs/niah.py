@@ -3,9 +3,9 @@
     python -m mc_jax.train --config=configs/niah.py --workdir=runs/niah
 
 Each row is one of RULER's single-needle tasks (arXiv:2404.06654; docs/recall.md): a passkey in noise, a number in
-prose, or a uuid in prose; bytes are tokens, and the loss counts the answer's alone. A model that knows
-the form of answers, and nothing of the text, is at 3.2 bits a byte of answer. The prose is a text that comes with the
-package, or yours: --config.data.paths='books/*.txt'. With several keys or values, and longer:
+prose, or a uuid in prose; bytes are tokens, and only the answer's bytes count in the loss. A model that knows the form
+of answers but nothing of the text reaches 3.2 bits per byte of answer. The prose is a text included in the package, or
+your own: --config.data.paths='books/*.txt'. For several keys or values, and longer rows:
 
     --config.data.niah.tasks="('multikey_1', 'multivalue', 'multiquery')" --config.data.length=4096
 """

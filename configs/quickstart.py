@@ -2,10 +2,10 @@
 
     python -m mc_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Its corpus is the source code of the standard library of the Python that runs it, bytes as tokens:
-nothing is downloaded, no accelerator is needed. On two CPU cores it takes two to three minutes,
-compiling included, and reaches 2.27 bits per byte on validation text, where counting pairs
-of bytes (bigram) reaches 3.5. Stopped, it goes on when the command is given again.
+The corpus is the source code of your Python's standard library, with bytes as tokens: nothing is
+downloaded, and no accelerator is needed. On two CPU cores it takes two to three minutes, compiling
+included, and reaches 2.27 bits per byte on validation text, where counting pairs of bytes (bigram)
+reaches 3.5. The same command resumes a stopped run.
 """
 
 from mc_jax.training import config
@@ -18,7 +18,7 @@ def get_config():
   c.model.layers = 2
   c.model.d_model = 128
   c.model.heads = 4  # memories per layer, each a network 32 -> 128 -> 32
-  c.model.remat = "none"  # so small a model has nothing to save memory for
+  c.model.remat = "none"  # the model is too small to need to save memory
   c.model.memory.rule = "titans"
   c.model.memory.aggregation = "grm"
   c.model.memory.segment_length = 64  # a row has 4 segments: up to 3 cached memories to read

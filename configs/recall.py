@@ -1,11 +1,11 @@
-"""Recall beyond a small memory: multi-query associative recall at a size at which a single memory is too small.
+"""Recall beyond a small memory: multi-query associative recall with more pairs than one memory can hold.
 
     python -m mc_jax.train --config=configs/recall.py --workdir=runs/recall --config.model.memory.aggregation=ssc
 
 Rows of 64 tokens: 2, 4, 8 or 16 pairs of a key and a value, then the keys again at random places among random tokens;
-the loss counts the values asked for and nothing else (docs/recall.md). Rows of few pairs teach what to do, rows of many
-need a large memory: each of the two layers has four, of 8 x 8 numbers (linear, swla), and a segment is 2 pairs. What
-came of it with every rule and aggregation, and how long that took: docs/results.md.
+only the requested values count in the loss (docs/recall.md). Rows of few pairs teach the task, rows of many pairs need
+a large memory: each of the two layers has four memories of 8 x 8 numbers (linear, swla), and a segment is 2 pairs.
+docs/results.md has the results for every rule and aggregation, and the time they took.
 """
 
 from mc_jax.training import config
@@ -40,5 +40,5 @@ def get_config():
   c.train.eval_every = 500
   c.train.checkpoint_every = 500
   c.train.log_every = 100
-  c.train.sample_length = 0  # ids are no text
+  c.train.sample_length = 0  # ids are not text
   return c

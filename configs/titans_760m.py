@@ -4,13 +4,13 @@
     python -m mc_jax.train --config=configs/titans_760m.py --workdir=runs/titans_760m
 
 873,691,776 parameters. One cached memory of all layers is 56.6 MB in bfloat16,
-a sequence's 16 are 906 MB; the keys and values of a Transformer of this size 604 MB.
+a sequence's 16 take 906 MB; the keys and values of a Transformer of this size take 604 MB.
 Planned on v5p:4x4x4, 64 chips (docs/plans/titans_760m_grm_4k_v5p_4x4x4.json, the compiler's estimate): 3.6 of 95 GiB a
 chip, 579 ms a step of 0.5M tokens, 905,910 tokens per second, MFU 26%.
 
 The paper's other models are flags: --config.model.memory.rule=dla (or swla, linear) and
---config.model.memory.aggregation=ssc (or soup, residual; none is the base recurrence). A longer context goes with fewer
-rows, and more devices to a row: --config.data.length=32768 --config.data.batch_size=16 --config.mesh.model=4.
+--config.model.memory.aggregation=ssc (or soup, residual; none is the base recurrence). For a longer context use
+fewer rows, and more devices per row: --config.data.length=32768 --config.data.batch_size=16 --config.mesh.model=4.
 """
 
 from mc_jax.training import config
@@ -31,17 +31,17 @@ def get_config():
   c.model.memory.segment_length = 256
   c.model.memory.chunk = 256
 
-  c.data.source = "text"  # as bytes: name sources, a tokenizer and packing of your own, see docs/data.md
+  c.data.source = "text"  # as bytes; docs/data.md explains sources, tokenizers and packing
   c.data.paths = "corpus/**"
   c.data.length = 4096
-  c.data.batch_size = 128  # rows of a step: 0.5M tokens
+  c.data.batch_size = 128  # rows in a step: 0.5M tokens
 
   c.optimizer.learning_rate = 1.25e-3
   c.optimizer.weight_decay = 0.1
   c.optimizer.warmup_steps = 1000
 
   c.mesh.data = 1
-  c.mesh.fsdp = -1  # all devices: each has rows of its own, and its share of parameters and optimiser state
+  c.mesh.fsdp = -1  # all devices: each has its own rows, and its share of parameters and optimiser state
 
   c.train.steps = 57_000  # 30 billion tokens
   c.train.log_every = 20

@@ -3,11 +3,11 @@
     python -m mc_jax.plan --config=configs/transformer_1b.py --topology=v5p:4x4x4
     python -m mc_jax.train --config=configs/transformer_1b.py --workdir=runs/transformer_1b
 
-977,872,896 parameters. A sequence's keys and values are 604 MB.
+977,872,896 parameters. A sequence's keys and values take 604 MB.
 Planned on v5p:4x4x4, 64 chips, at 16,384 tokens with mesh.model=2 (docs/plans/transformer_1b_16k_v5p_4x4x4.json, the
 compiler's estimate): 3.8 of 95 GiB a chip, 479 ms a step of 0.5M tokens, 1,093,799 tokens per second, MFU 36%.
 
-A longer context goes with fewer rows, and more devices to a row: --config.data.length=32768
+For a longer context use fewer rows, and more devices per row: --config.data.length=32768
 --config.data.batch_size=16 --config.mesh.model=4.
 """
 
@@ -26,17 +26,17 @@ def get_config():
   c.model.remat = "full"
   c.model.mixer = "transformer"
 
-  c.data.source = "text"  # as bytes: name sources, a tokenizer and packing of your own, see docs/data.md
+  c.data.source = "text"  # as bytes; docs/data.md explains sources, tokenizers and packing
   c.data.paths = "corpus/**"
   c.data.length = 4096
-  c.data.batch_size = 128  # rows of a step: 0.5M tokens
+  c.data.batch_size = 128  # rows in a step: 0.5M tokens
 
   c.optimizer.learning_rate = 7e-4
   c.optimizer.weight_decay = 0.1
   c.optimizer.warmup_steps = 1000
 
   c.mesh.data = 1
-  c.mesh.fsdp = -1  # all devices: each has rows of its own, and its share of parameters and optimiser state
+  c.mesh.fsdp = -1  # all devices: each has its own rows, and its share of parameters and optimiser state
 
   c.train.steps = 190_000  # 100 billion tokens
   c.train.log_every = 20
