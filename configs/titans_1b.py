@@ -5,7 +5,7 @@
 
 1,205,729,712 parameters. One cached memory of all layers is 151.0 MB in bfloat16,
 a sequence's 16 take 2,416 MB; the keys and values of a Transformer of this size take 604 MB.
-Planned on v5p:4x4x4, 64 chips (docs/plans/titans_1b_grm_4k_v5p_4x4x4.json, the compiler's estimate): 5.1 of 95 GiB a
+Planned on v5p:4x4x4, 64 chips (docs/plan.md, the compiler's estimate): 5.1 of 95 GiB a
 chip, 661 ms a step of 0.5M tokens, 793,236 tokens per second, MFU 37%.
 
 The paper's other models are flags: --config.model.memory.rule=dla (or swla, linear) and

@@ -5,7 +5,7 @@
 
 873,691,776 parameters. One cached memory of all layers is 56.6 MB in bfloat16,
 a sequence's 16 take 906 MB; the keys and values of a Transformer of this size take 604 MB.
-Planned on v5p:4x4x4, 64 chips (docs/plans/titans_760m_grm_4k_v5p_4x4x4.json, the compiler's estimate): 3.6 of 95 GiB a
+Planned on v5p:4x4x4, 64 chips (docs/plan.md, the compiler's estimate): 3.6 of 95 GiB a
 chip, 579 ms a step of 0.5M tokens, 905,910 tokens per second, MFU 26%.
 
 The paper's other models are flags: --config.model.memory.rule=dla (or swla, linear) and

@@ -4,7 +4,7 @@
     python -m mc_jax.train --config=configs/transformer_1b.py --workdir=runs/transformer_1b
 
 977,872,896 parameters. A sequence's keys and values take 604 MB.
-Planned on v5p:4x4x4, 64 chips, at 16,384 tokens with mesh.model=2 (docs/plans/transformer_1b_16k_v5p_4x4x4.json, the
+Planned on v5p:4x4x4, 64 chips, at 16,384 tokens with mesh.model=2 (docs/plan.md, the
 compiler's estimate): 3.8 of 95 GiB a chip, 479 ms a step of 0.5M tokens, 1,093,799 tokens per second, MFU 36%.
 
 For a longer context use fewer rows, and more devices per row: --config.data.length=32768

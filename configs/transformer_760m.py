@@ -4,7 +4,7 @@
     python -m mc_jax.train --config=configs/transformer_760m.py --workdir=runs/transformer_760m
 
 729,884,160 parameters. A sequence's keys and values take 604 MB.
-Planned on v5p:4x4x4, 64 chips (docs/plans/transformer_760m_4k_v5p_4x4x4.json, the compiler's estimate): 3.0 of 95 GiB a
+Planned on v5p:4x4x4, 64 chips (docs/plan.md, the compiler's estimate): 3.0 of 95 GiB a
 chip, 277 ms a step of 0.5M tokens, 1,894,404 tokens per second, MFU 35%.
 
 For a longer context use fewer rows, and more devices per row: --config.data.length=32768

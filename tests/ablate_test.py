@@ -96,7 +96,7 @@ def test_a_cell_is_evaluated_again_where_it_is_told_otherwise(tiny, tmp_path, mo
 
 
 def test_what_was_evaluated_once_stays_until_it_is_again(tmp_path, monkeypatch):
-  result = {"task": "mqar", "settings": {"pairs": 2}, "values": {"accuracy": 0.5}, "curve": [], "reads": []}
+  result = {"task": "mqar", "settings": {"pairs": 2}, "values": {"accuracy": 0.5}}
   cell = {"name": "a", "values": {"rule": "a"}, "seed": 0, "steps": 2, "tokens_per_second": 1.0, "results": [result]}
   for found, steps in ((cell, 2), (cell | {"steps": 4, "results": []}, 2), (cell | {"steps": 4}, 4)):
     monkeypatch.setattr(cells, "collect", lambda _, found=found: [found])

@@ -136,10 +136,14 @@ def groups(cells: Sequence[dict]) -> list[Group]:
 
 
 def write(folder: pathlib.Path, cells: Sequence[dict]) -> list[str]:
-  """Writes ablation.json, tables, commands.txt and the figures that there is something for; their names."""
+  """Writes ablation.json, tables, commands.txt and the figures that there is something for; their names.
+
+  All of it is made of what ablation.json keeps of the cells.
+  """
   folder.mkdir(parents=True, exist_ok=True)
+  cells = compact(cells)
   every = groups(cells)
-  texts = {JSON: report.dumps({"cells": list(cells)}), "table.txt": table(cells) + "\n", "table.csv": to_csv(cells)}
+  texts = {JSON: _dumps(cells), "table.txt": table(cells) + "\n", "table.csv": to_csv(cells)}
   texts["commands.txt"] = commands(folder, cells)
   for name, text in texts.items():
     whole.write(folder / name, text)
@@ -147,6 +151,43 @@ def write(folder: pathlib.Path, cells: Sequence[dict]) -> list[str]:
   for name, figure in figures.items():
     report.save(figure, folder / name)
   return [*texts, *figures]
+
+
+def compact(cells: Sequence[dict]) -> list[dict]:
+  """What ablation.json keeps of cells: numbers to eight digits, and of gates those that are drawn (`Group.reads`).
+
+  Gates are most of a cell's bytes. Drawn is the last of the settings, to three places: a picture has 256 colours.
+  """
+  drawn = {}
+  for group in groups(cells):
+    for task in _tasks([group]):
+      drawn[tuple(group.values.items()), task] = dict(group.settings(task)[-1])
+  found = []
+  for cell in cells:
+    values, results = tuple(cell["values"].items()), []
+    for result in report.to_json(report.from_json(cell["results"])):
+      reads = result.pop("reads", ())
+      kept = _rounded(result, ".8g")
+      if reads and result["settings"] == drawn[values, result["task"]]:
+        kept["reads"] = _rounded(reads, ".3f")
+      results.append(kept)
+    found.append(_rounded({**cell, "results": ()}, ".8g") | {"results": results})
+  return found
+
+
+def _rounded(tree: object, form: str) -> object:
+  """JSON's dicts and lists with the floats in them rounded."""
+  if isinstance(tree, dict):
+    return {name: _rounded(value, form) for name, value in tree.items()}
+  if isinstance(tree, list | tuple):
+    return [_rounded(value, form) for value in tree]
+  return float(format(tree, form)) if isinstance(tree, float) else tree
+
+
+def _dumps(cells: Sequence[dict]) -> str:
+  """A line for each cell, without spaces."""
+  lines = ",\n".join(json.dumps(cell, separators=(",", ":")) for cell in cells)
+  return f'{{"cells":[\n{lines}\n]}}\n'
 
 
 def read(folder: pathlib.Path) -> list[dict]:

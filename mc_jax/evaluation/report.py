@@ -53,14 +53,16 @@ def to_csv(results: Sequence[Result]) -> str:
 
 
 def to_json(results: Sequence[Result]) -> list[dict]:
-  """What `json.dump` takes and `from_json` gives back."""
-  return [dataclasses.asdict(result) for result in results]
+  """What `json.dump` takes and `from_json` gives back; a curve or reads that are empty are left out."""
+  return [
+    {k: v for k, v in dataclasses.asdict(result).items() if v or k not in ("curve", "reads")} for result in results
+  ]
 
 
 def from_json(results: Sequence[dict]) -> list[Result]:
-  """The results of `to_json`, also of those that were written before there were `reads`."""
+  """The results of `to_json`, also of those that were written with empty curves, or before there were `reads`."""
   return [
-    Result(**{**result, "curve": tuple(result["curve"]), "reads": tuple(result.get("reads", ()))}) for result in results
+    Result(**{**result, **{name: tuple(result.get(name, ())) for name in ("curve", "reads")}}) for result in results
   ]
 
 

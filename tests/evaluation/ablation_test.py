@@ -81,7 +81,36 @@ def test_the_files_are_redrawn_from_the_json_alone(tmp_path):
   assert ablation.write(tmp_path / "b", ablation.read(tmp_path / "b")) == names
   for name in names:
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-  assert json.loads((tmp_path / "a" / "ablation.json").read_text())["cells"] == json.loads(json.dumps(CELLS))
+  assert ablation.read(tmp_path / "a") == ablation.compact(CELLS)
+
+
+def test_the_json_is_compact_and_an_older_one_can_be_read(tmp_path):
+  gamma = [[[0.12345, 0.87655]]]
+  results = [
+    Result("gates_mqar", {"pairs": n}, {"gamma_right": 1 / 3}, reads=({"memory": 1, "tokens": 7, "gamma": gamma},))
+    for n in (2, 4)
+  ]
+  cell = _cell("linear", "grm", 0, {2: 2 / 3}, 1234.56789)
+  cell["results"] += report.to_json(results)
+  written = ablation.write(tmp_path, [cell, CELLS[0]])
+  text = (tmp_path / "ablation.json").read_text()
+  assert len(text.splitlines()) == 4  # a line for each cell
+  assert '"tokens_per_second":1234.5679,' in text
+  (kept, _) = ablation.read(tmp_path)
+  by_settings = {(r["task"], r["settings"].get("pairs")): r for r in kept["results"]}
+  assert by_settings["mqar", 2]["values"]["accuracy"] == 0.66666667
+  assert by_settings["gates_mqar", 2] == {
+    "task": "gates_mqar",
+    "settings": {"pairs": 2},
+    "values": {"gamma_right": 0.33333333},
+  }
+  (read,) = by_settings["gates_mqar", 4]["reads"]  # the last of the settings, which is drawn
+  assert read == {"memory": 1, "tokens": 7, "gamma": [[[0.123, 0.877]]]}
+  made = {name: (tmp_path / name).read_bytes() for name in written}
+  old = [c | {"results": [{"curve": [], "reads": []} | r for r in c["results"]]} for c in (cell, CELLS[0])]
+  (tmp_path / "ablation.json").write_text(json.dumps({"cells": old}, indent=1))
+  assert ablation.write(tmp_path, ablation.read(tmp_path)) == written
+  assert {name: (tmp_path / name).read_bytes() for name in written} == made
 
 
 def _swept(length, segment_length, pairs=(2, 4)):
@@ -181,4 +210,4 @@ def test_a_write_that_fails_leaves_the_last_report(tmp_path, monkeypatch):
   monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
   with pytest.raises(OSError, match="killed"):
     ablation.write(tmp_path, CELLS[:1])
-  assert ablation.read(tmp_path) == json.loads(json.dumps(CELLS))
+  assert ablation.read(tmp_path) == ablation.compact(CELLS)

@@ -15,7 +15,8 @@ After every block the cache is compared, each array's largest difference relativ
   Online state and cached states. "pass" is the same pass in float32: what prefill itself drifts by.
 
 Exits with 1 if a difference is above its bar (`allowed`), the arrays that are alive take more bytes after one block
-than after another, or the process grows by more than GROWTH. A run that was stopped goes on from its file.
+than after another, or the process grows by more than GROWTH. A run that was stopped goes on from its file, which has of
+each stream what came out of all blocks, and some of them (`summary`).
 """
 
 import argparse
@@ -49,6 +50,7 @@ COMBINATIONS = [
   ("linear", "ssc", "checkpoint", "float32"),
 ]
 NAMES = ("rule", "aggregation", "carry", "dtype")
+ERRORS = ("state", "cached", "answers", "pass")
 GROWTH = 32.0  # MiB of resident memory; a block's tokens alone are as much
 
 
@@ -237,13 +239,32 @@ def problems(record):
   return found
 
 
+def summary(record):
+  """A record of all blocks together, and of some: the first, the tenth, at a quarter, at half, and the last two."""
+  blocks = record["blocks"]
+  count = len(blocks)
+  kept = {1, 10, -(-count // 4), -(-count // 2), count - 1, count} & set(range(1, count + 1))
+  by_block = {name: [block[name] for block in blocks] for name in blocks[0]}
+  return dict(
+    **{name: record[name] for name in NAMES},
+    growth_mib=round(growth(record), 1),
+    problems=problems(record),
+    block_count=count,
+    array_bytes=sorted(set(by_block["array_bytes"])),
+    largest=[min(by_block["largest"]), max(by_block["largest"])],
+    worst={name: max(by_block[name]) for name in ERRORS if name in by_block},
+    blocks=[blocks[number - 1] for number in sorted(kept)],
+  )
+
+
 def report(record):
-  """A line about a combination, and its problems."""
+  """A line about a combination's summary, and its problems."""
   last = record["blocks"][-1]
-  errors = ", ".join(f"{name} {last[name]:.1e}" for name in ("state", "cached", "answers", "pass") if name in last)
+  errors = ", ".join(f"{name} {last[name]:.1e}" for name in ERRORS if name in last)
   name = " ".join(record[name] for name in NAMES)
-  lines = [f"{name}: {last['tokens']:,} tokens in {last['seconds']} s, {growth(record):+.1f} MiB; at the end {errors}"]
-  return "\n  ".join(lines + problems(record))
+  told = f"{last['tokens']:,} tokens in {last['seconds']} s, {record['growth_mib']:+.1f} MiB"
+  lines = [f"{name}: {told}; at the end {errors}"]
+  return "\n  ".join(lines + record["problems"])
 
 
 def read(path, count):
@@ -275,11 +296,11 @@ def main():
   records = read(arguments.json, arguments.tokens)
   for combination in COMBINATIONS:
     if combination not in records:
-      records[combination] = dict(commit=git.stdout.strip()) | stream(*combination, arguments.tokens)
+      records[combination] = dict(commit=git.stdout.strip()) | summary(stream(*combination, arguments.tokens))
       if arguments.json:
         write(arguments.json, run, [records[each] for each in COMBINATIONS if each in records])
     print(report(records[combination]), flush=True)
-  sys.exit(any(map(problems, records.values())))
+  sys.exit(any(record["problems"] for record in records.values()))
 
 
 if __name__ == "__main__":

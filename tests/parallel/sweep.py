@@ -115,12 +115,13 @@ def read(path):
 
 
 def write(path, errors):
-  """The file, whole at any moment."""
+  """The file, whole at any moment; errors to three digits."""
   path.parent.mkdir(parents=True, exist_ok=True)
+  errors = {key: {name: float(f"{error:.3g}") for name, error in row.items()} for key, row in errors.items()}
   rows = [dict(zip(("rule", "aggregation", "carry"), key, strict=True), **row) for key, row in errors.items()]
   record = dict(jax=jax.__version__, tolerance=TOLERANCE, worst=worst(errors), rows=rows)
   part = path.with_suffix(".part")
-  part.write_text(json.dumps(record, indent=1) + "\n")
+  part.write_text(json.dumps(record) + "\n")
   part.replace(path)
 
 
