@@ -17,9 +17,9 @@ from mc_jax.models.linear import Linear, parameter, residual_scale
 from mc_jax.models.norms import RMSNorm, l2_normalize
 from mc_jax.parallel import axes, context, decoding
 
-# How loud what memories have learned is beside what M_0 answers, when training begins: it is noise to a model that does
-# not know yet what to ask, and with both as loud text was learned more slowly.
-LEARNED = 0.4
+# How loud what memories have learned is beside what M_0 answers, when training begins. It is noise to a model that does
+# not yet know what to ask: louder, text is learned more slowly; quieter, recall is (docs/writing.md).
+LEARNED = 0.7
 
 
 class Inputs(NamedTuple):
