@@ -13,6 +13,9 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+# The mean square of gelu(x), x ~ N(0, 1).
+_GELU_SQUARE = 0.425
+
 Linear = Callable[[str, jax.Array], jax.Array]
 Weights = dict[str, jax.Array]
 
@@ -56,8 +59,9 @@ class MLP:
   for ever.
 
   M_0 is drawn from N(0, 1 / in), for inputs of unit variance. With `unit_keys` it is at the scale of keys of unit
-  LENGTH: W_1 ~ N(0, 1), without which the hidden layer is a linear map in disguise, and the last layer ~ N(0, 1 / (in
-  out)), which answers with a length of about 1, as the keys have.
+  LENGTH: W_1 ~ N(0, 1), without which the hidden layer is a linear map in disguise, layers between the first and the
+  last ~ N(0, 1 / (0.425 in)), which keep unit variance through gelu, and the last layer ~ N(0, 1 / (in out)), which
+  answers with a length of about 1, as the keys have.
   """
 
   depth: int = 2
@@ -86,9 +90,11 @@ class MLP:
     widths = [head_dim] + [self.expansion * head_dim] * (self.depth - 1) + [head_dim]
 
     def scale(layer, d_in):
-      if not self.unit_keys or self.depth == 1 or 1 < layer < self.depth:
+      if not self.unit_keys or self.depth == 1:
         return d_in**-0.5
-      return 1.0 if layer == 1 else (d_in * head_dim) ** -0.5
+      if layer == 1:
+        return 1.0
+      return (d_in * (head_dim if layer == self.depth else _GELU_SQUARE)) ** -0.5
 
     return {
       f"w{layer}": jax.random.normal(k, (heads, d_in, d_out), jnp.float32) * scale(layer, d_in)

@@ -47,7 +47,8 @@ from mc_jax.memory.triangular import solve, truncated
 
 # Added to what steps are divided by: keys of padding are zero.
 _TINY = 1e-6
-_NOTHING = 1e-30  # keeps 0 / 0 apart, in float32
+_LEAST_GAIN = 1e-12  # below it a square root's derivative is of no use
+_NOTHING = 1e-18  # added to what may be 0 / 0: the derivative has its inverse squared, which is finite in float32
 
 
 class State(NamedTuple):
@@ -276,6 +277,7 @@ def write(
       memory[name] += own.carry[..., -1, None, None] * before
       momentum[name] = own.kept[..., None, None] * before - written(name, own.momentum)
     memory[name] -= written(name, own.mix[..., -1, :])
+  memory = {name: memory[name] for name in c}  # in the order of the layers
   tail = tuple(_last(x, rule.window - 1, seen) for x in (k, v)) if rule.window > 1 else None
   end = State(memory, momentum if rule.momentum else None, tail)
   return end, Online(start, fresh, seen, c, inputs, errors, keys.features, keys.answers)
@@ -411,7 +413,8 @@ def key_gradients(rule: Rule, k: jax.Array, v: jax.Array, linear: Linear, weight
     if not _unchanged(lambda answers: back(answers)[0][last], y):
       signs = 1 - 2 * (jax.lax.broadcasted_iota(jnp.int32, y.shape, y.ndim - 1) % 2)
       gain = _square(back(signs.astype(y.dtype) * y.shape[-1] ** -0.5)[0][last])
-      features, own = features * jnp.sqrt(gain), own * jnp.maximum(gain, 1.0)
+      features *= jnp.sqrt(jnp.maximum(gain, _LEAST_GAIN))
+      own *= jnp.maximum(gain, 1.0)
     scale = 1.0 / (max(rule.curvature, 1.0) * own + _TINY)
     answers = scale * answers
 
@@ -424,8 +427,8 @@ def key_gradients(rule: Rule, k: jax.Array, v: jax.Array, linear: Linear, weight
     if rule.max_grad_norm is not None:
       norm = jnp.maximum(sum(squares.values()), rule.max_grad_norm**2)
       return inputs, {name: rule.max_grad_norm * jax.lax.rsqrt(norm) * error for name, error in errors.items()}
-    at_most = rule.frozen_share * squares.pop(last)
-    share = at_most / jnp.maximum(sum(squares.values()), at_most + _NOTHING)
+    at_most = rule.frozen_share * squares.pop(last) + _NOTHING
+    share = at_most / jnp.maximum(sum(squares.values()), at_most)
     return inputs | {name: share * inputs[name] for name in squares}, errors
 
   return Keys(features, answers, scale, pull)

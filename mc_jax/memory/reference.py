@@ -179,7 +179,7 @@ def _feature(rule, weights, k):
   signs = (1 - 2 * (jnp.arange(len(k)) % 2)) / jnp.sqrt(len(k))
   bump = jnp.zeros(weights[last].shape[-1], k.dtype)
   gain, z = jax.grad(lambda bump: (jnp.dot(signs, answer(bump)[0]), answer(bump)[1]), has_aux=True)(bump)
-  return jnp.sqrt(jnp.sum(gain * gain)), z
+  return jnp.sqrt(jnp.maximum(jnp.sum(gain * gain), 1e-12)), z
 
 
 def _own(rule, weights, k):

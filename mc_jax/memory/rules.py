@@ -65,7 +65,8 @@ class Rule:
       own token's error, to first order (a dot loss: would write of its own value), so that eta is the share that a
       write removes; momentum averages the steps, S_t = beta_t S_{t-1} - (1 - beta_t) eta_t G_t; and what fades makes
       way for M_0, M_t = M_0 + alpha_t (M_{t-1} - M_0) + S_t. All this is the network's last layer's, which stores; the
-      layers below, which make its features, take their steps at once and keep them.
+      layers below, which make its features, take their steps at once and keep them, and write at most `frozen_share` of
+      what the last layer does.
     solve: of a normalized squared loss: a token's error is taken at the state before the token, to first order in what
       its chunk has written (online.py), instead of at the state before the chunk, so that chunks do not overshoot.
     window: how many of the last tokens each token writes, with a step size eta of its own each.
@@ -100,6 +101,8 @@ class Rule:
       raise ValueError(
         "normalized steps need a step size, a window of 1, and no max_grad_norm: they are bounded anyway"
       )
+    if self.normalized and not hasattr(self.network, "least_features"):
+      raise ValueError(f"normalized steps need a network with least_features (networks.py), got {self.network!r}")
     if self.solve and not (self.normalized and self.curvature):
       raise ValueError("solve needs normalized steps and the squared loss, whose error changes with the state")
     for field in ("max_grad_norm", "max_step"):

@@ -219,10 +219,10 @@ def allowed(record, block):
   """The bar of a block's errors.
 
   States that go on add up roundings: in float32 a step, which rounds its state at every token, is measured by the pass,
-  which does so at every chunk. A pass solves for errors to some 2^-16, by products of bfloat16 parts.
+  which does so at every chunk. A pass solves for errors by products of bfloat16 parts, each of them off by some 2^-16.
   """
   if record["carry"] == "independent":
-    return 2**-15 if memory.rules.get(record["rule"]).solve else 1e-5
+    return 2**-13 if memory.rules.get(record["rule"]).solve else 1e-5
   return 1e-7 if record["dtype"] == "float64" else 10 * block["pass"]
 
 

@@ -180,3 +180,44 @@ def test_inner_gradients_are_cut_to_their_norm_all_layers_together():
   assert free.min() < 3.0 < free.max()
   for bound in (0.5, 3.0, 100.0):
     chex.assert_trees_all_close(norms(bound), jnp.minimum(free, bound), rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+  "rule",
+  [rules.get("titans", chunk=4, expansion=2), rules.get("dla", chunk=4, expansion=2, depth=3, norm=True)],
+  ids=lambda rule: rule.name,
+)
+def test_gradients_are_finite_where_nothing_is_written(rule, dtype):
+  """At padding, whose keys are zero, and at tokens whose values memories answer already: shares are 0 / 0."""
+  x = samples.inputs(rule, batch=3, length=LENGTH)
+  own = rule.network(jnp.moveaxis(x.k, 2, 1), online.dense(jax.tree.map(jnp.asarray, x.init), jnp.dtype("float32")))
+  x = x._replace(v=np.where((np.arange(LENGTH) % 2 == 0)[:, None, None], np.moveaxis(own, 1, 2), x.v))
+  x = jax.tree.map(lambda a: a.astype("float32"), x)
+  x = x._replace(**{name: jnp.asarray(getattr(x, name), dtype) for name in "qkvu"})
+
+  @samples.jit
+  def gradients(x):
+    options = dict(rule=rule, aggregation="grm", segmentation=segments.constant(8), segment_ids=SEGMENT_IDS)
+    return jax.grad(lambda x: samples.call(x, **options).astype("float32").sum())(x)
+
+  for name, leaf in zip(x._fields, gradients(x), strict=True):
+    for gradient in jax.tree.leaves(leaf):
+      assert np.isfinite(gradient).all(), name
+
+
+def test_a_state_names_its_layers_in_their_order():
+  """Outside jit, which sorts them: `networks.last` reads the first one's width."""
+  rule = rules.get("titans", chunk=4, expansion=2)
+  x = samples.inputs(rule, batch=1, length=4)
+  k, v = (jnp.moveaxis(w, 2, 1) for w in (x.k, x.v))
+  gates = {name: jnp.moveaxis(g, 2, 1) for name, g in x.gates.items()}
+  start = online.start_state(rule, x.init, k)
+  end, _ = online.write(rule, start, x.init, k, v, gates, None)
+  assert list(end.memory) == list(start.memory) == list(x.init)
+  assert networks.last(rule.network, end.memory) == "w2"
+
+
+def test_a_network_for_normalized_steps_says_where_features_have_died():
+  with pytest.raises(ValueError, match="least_features"):
+    rules.Rule("own", lambda x, linear: linear("w", x), rules.squared_loss, normalized=True)
