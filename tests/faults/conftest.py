@@ -1,5 +1,6 @@
 """Runs in processes that can be killed."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -22,10 +23,14 @@ class Forks:
   def __init__(self, folder):
     program = [sys.executable, str(pathlib.Path(__file__).parent / "forks.py")]
     self._server = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    self._folder, self._logs = folder, 0
+    self._folder, self._logs, self._running = folder, 0, False
 
   def start(self, config, workdir, **job):
-    """Starts a run; see forks.py for what it may be told."""
+    """Starts a run; see forks.py for what it may be told. One that a failed test left behind, perhaps stopped, ends."""
+    if self._running:
+      self.kill()
+      self.finish()
+    self._running = True
     self._logs += 1
     self.log = self._folder / f"{self._logs}.log"
     self.log.touch()
@@ -44,13 +49,27 @@ class Forks:
     return True
 
   def kill(self, number=signal.SIGKILL):
+    """Sends a signal; after SIGSTOP every thread has stopped, those too that were writing a file."""
     os.kill(self.process, number)
+    deadline = time.monotonic() + 60
+    while number == signal.SIGSTOP and any(state != "T" for state in self._thread_states()):
+      assert time.monotonic() < deadline, self.log.read_text()
+      time.sleep(0.001)
+
+  def _thread_states(self):
+    for task in pathlib.Path(f"/proc/{self.process}/task").iterdir():
+      with contextlib.suppress(FileNotFoundError):  # the thread has ended
+        yield task.joinpath("stat").read_text().rpartition(")")[2].split()[0]
 
   def finish(self):
     """(exit status, what was printed)."""
-    return int(self._server.stdout.readline()), self.log.read_text()
+    status = int(self._server.stdout.readline())
+    self._running = False
+    return status, self.log.read_text()
 
   def close(self):
+    if self._running:
+      self.kill()
     self._server.stdin.close()
     self._server.wait()
 
