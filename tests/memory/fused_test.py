@@ -36,7 +36,10 @@ SEGMENT_IDS = np.array(
 
 
 class Case(NamedTuple):
-  """What is compared; tolerance of ||kernels - XLA|| / ||XLA||, array by array."""
+  """What is compared; tolerance of ||kernels - XLA|| / ||XLA||, array by array, of u's gradient perhaps another.
+
+  Softmax's gradient, which u alone has, is made of differences of reads (precision_test.py).
+  """
 
   rule: rules.Rule
   options: dict
@@ -46,6 +49,7 @@ class Case(NamedTuple):
   dtype: type = np.float32
   documents: bool = True
   tolerance: float = 1e-5
+  connector_tolerance: float | None = None
 
 
 def rounded(x, dtype):
@@ -75,8 +79,9 @@ def assert_kernels_are_xla(case):
   )
   chex.assert_trees_all_equal_shapes_and_dtypes(kernels, xla)
   for (path, a), b in zip(jax.tree.leaves_with_path(kernels), jax.tree.leaves(xla), strict=True):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    assert np.linalg.norm(a - b) <= case.tolerance * np.linalg.norm(b), jax.tree_util.keystr(path)
+    a, b, name = np.asarray(a, np.float64), np.asarray(b, np.float64), jax.tree_util.keystr(path)
+    tolerance = (name.endswith(".u") and case.connector_tolerance) or case.tolerance
+    assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), name
   if case.documents:
     y, gradient = kernels
     for g in (y, *samples.tokens(gradient).values()):
@@ -178,7 +183,8 @@ def slow(*args, **kwargs):
       documents=False,
       **SOLVED,
     ),
-    slow(rules.get("titans", chunk=16, expansion=2), dict(aggregation="grm"), **BFLOAT16),
+    # Of u's gradient both programs are 2% off float64.
+    slow(rules.get("titans", chunk=16, expansion=2), dict(aggregation="grm"), **BFLOAT16, connector_tolerance=2**-6),
     slow(rules.get("dla", chunk=CHUNK, expansion=2), dict(aggregation="soup", carry="independent")),
     # Gates and numbers of caches.
     Case(LINEAR, dict(aggregation="grm", gate="token")),
