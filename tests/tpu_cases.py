@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import megablox
 
 from mc_jax.kernels import cost, gated_sum, grouped
-from mc_jax.memory import aggregate, fused, networks, online, passes, rules, segments
+from mc_jax.memory import aggregate, fused, networks, online, passes, rules, segments, triangular
 
 BATCH, HEADS, LENGTH, SEGMENT, EXPANSION, TOP_K = 4, 8, 4096, 256, 4, 2
 ROWS, CACHES = BATCH * HEADS, LENGTH // SEGMENT - 1
@@ -52,7 +52,8 @@ def write_flops(rule, head_dim):
   fresh = jax.eval_shape(lambda: rule.init(jax.random.key(0), heads=1, head_dim=head_dim))
   state = jax.eval_shape(lambda fresh, k: online.start_state(rule, fresh, k), fresh, vector)
   tokens = passes.Tokens(vector, vector, vector, None, gates, None)
-  return cost.work(lambda *step: passes.write_chunk(rule, reading(rule), *step), fresh, state, tokens).flops
+  step = functools.partial(passes.write_chunk, rule, reading(rule), solve=triangular.solve_in_kernel)
+  return cost.work(step, fresh, state, tokens).flops
 
 
 def forward(rule, head_dim):

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from mc_jax.kernels import gated_sum, grouped, recurrence, vmem
-from mc_jax.memory import aggregate, networks, online, passes
+from mc_jax.memory import aggregate, networks, online, passes, triangular
 from mc_jax.memory import documents as documents_lib
 from mc_jax.memory.networks import Network, Weights
 from mc_jax.memory.rules import Rule
@@ -95,7 +95,7 @@ def write(
   def step(fresh, state, x, marks):
     if marks is not None:
       x = x._replace(documents=marks._replace(valid=marks.valid != 0))
-    state, y = passes.write_chunk(rule, read, fresh, state, x)
+    state, y = passes.write_chunk(rule, read, fresh, state, x, solve=triangular.solve_in_kernel)
     return state, y.astype(x.k.dtype)  # half the way to HBM and back for bfloat16, for one more rounding
 
   if start is None:

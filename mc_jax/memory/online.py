@@ -39,11 +39,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mc_jax.memory import networks
+from mc_jax.memory import networks, triangular
 from mc_jax.memory.documents import Documents, Visible, positions, visible
 from mc_jax.memory.networks import Linear, Weights
 from mc_jax.memory.rules import Rule
-from mc_jax.memory.triangular import solve, truncated
 
 # Added to what steps are divided by: keys of padding are zero.
 _TINY = 1e-6
@@ -219,6 +218,7 @@ def write(
   documents: Documents | None,
   *,
   chunk: Chunk | None = None,
+  solve: Callable[[jax.Array, jax.Array], jax.Array] = triangular.solve,
 ) -> tuple[State, Online]:
   """One chunk step: writes T tokens; returns the state after them and the online memory of each.
 
@@ -230,6 +230,7 @@ def write(
     gates: {name: [..., T]}, finite and positive at padding.
     documents: arrays [batch, 1, T]; None for one document without padding.
     chunk: of one token in the middle of a chunk, what came before it there; T is 1 then.
+    solve: triangular systems.
   """
   dtype = k.dtype
   seen = visible(documents, k.shape[-2], rule.window)
@@ -606,7 +607,7 @@ def _exact_product(x: jax.Array, mask: jax.Array) -> jax.Array:
     return product(x[..., None, :], mask, x.dtype)[..., 0, :]
   parts = []
   for _ in range(3):
-    parts.append(truncated(x))
+    parts.append(triangular.truncated(x))
     x -= parts[-1]
   return product(jnp.stack(parts, -2), mask, jnp.bfloat16).sum(-2)
 

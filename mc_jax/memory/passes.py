@@ -61,13 +61,13 @@ class Written(NamedTuple):
 
 
 def write_chunk(
-  rule: Rule, read: Read, fresh: Weights, state: online.State, x: Tokens
+  rule: Rule, read: Read, fresh: Weights, state: online.State, x: Tokens, **solve
 ) -> tuple[online.State, jax.Array]:
   """One chunk of the write pass: a state and the chunk's tokens to the state after them and their online reads.
 
-  This is what `jax.lax.scan` runs, and what the kernels run.
+  This is what `jax.lax.scan` runs, and what the kernels run, with a `solve` of their own.
   """
-  state, memory = online.write(rule, state, fresh, x.k, x.v, x.gates, x.documents)
+  state, memory = online.write(rule, state, fresh, x.k, x.v, x.gates, x.documents, **solve)
   return state, read(memory, x.q)
 
 

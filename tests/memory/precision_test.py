@@ -125,8 +125,8 @@ def patched(monkeypatch, *attribute):
 def test_states_kept_in_bfloat16_would_not(name, forgetful, monkeypatch):
   exact = passes.write_chunk
 
-  def write_chunk(*args):
-    state, y = exact(*args)
+  def write_chunk(*args, **kwargs):
+    state, y = exact(*args, **kwargs)
     return jax.tree.map(lambda w: jax.lax.reduce_precision(w, 8, 7), state), y
 
   broken = functools.partial(patched, monkeypatch, passes, "write_chunk", write_chunk)

@@ -62,26 +62,28 @@ def lower(length, dtype, repeated):
   return np.tril(1.5 * k @ np.swapaxes(k, -1, -2), -1).astype(dtype)
 
 
+@pytest.mark.parametrize("solve", [triangular.solve, triangular.solve_in_kernel])
 @pytest.mark.parametrize("repeated", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 65, 200])
-def test_the_solve_and_its_gradient_are_those_of_the_triangular_system(float64, length, repeated):
+def test_the_solve_and_its_gradient_are_those_of_the_triangular_system(float64, length, repeated, solve):
   n, r = lower(length, np.float64, repeated), np.random.default_rng(2).normal(size=(2, length, 5))
 
   def dense(n, r):
     return jnp.linalg.solve(jnp.eye(length) + jnp.tril(n, -1), r)
 
-  def run(solve):
-    return lambda n, r: jax.vjp(solve, n, r)
+  def run(by):
+    return lambda n, r: jax.vjp(by, n, r)
 
-  x, pull = jax.jit(run(triangular.solve))(n, r)
+  x, pull = jax.jit(run(solve))(n, r)
   expected, pull_expected = jax.jit(run(dense))(n, r)
   np.testing.assert_allclose(x, expected, rtol=1e-9, atol=1e-9)
   (gn, gr), (en, er) = pull(np.ones_like(r)), pull_expected(np.ones_like(r))
   chex.assert_trees_all_close((jnp.tril(gn, -1), gr), (en, er), rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("solve", [triangular.solve, triangular.solve_in_kernel])
 @pytest.mark.parametrize("repeated", [False, True])
-def test_the_solve_in_float32_leaves_an_error_of_a_thousandth_at_most(repeated):
+def test_the_solve_in_float32_leaves_an_error_of_a_thousandth_at_most(repeated, solve):
   n, r = lower(256, np.float32, repeated), np.random.default_rng(2).normal(size=(2, 256, 5)).astype(np.float32)
   expected = np.linalg.solve(np.eye(256) + n.astype(np.float64), r)
-  np.testing.assert_allclose(jax.jit(triangular.solve)(n, r), expected, atol=1e-3 * np.abs(expected).max())
+  np.testing.assert_allclose(jax.jit(solve)(n, r), expected, atol=1e-3 * np.abs(expected).max())
