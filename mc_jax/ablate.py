@@ -16,7 +16,7 @@ import sys
 from absl import flags, logging
 
 from mc_jax import console
-from mc_jax.data import ConfigError
+from mc_jax.errors import ConfigError
 from mc_jax.evaluation import ablation, tasks
 from mc_jax.training import cells, commandline, config, grid, task_flags
 

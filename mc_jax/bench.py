@@ -26,7 +26,7 @@ from absl import flags
 from flax import nnx
 
 from mc_jax import console, memory
-from mc_jax.data import ConfigError
+from mc_jax.errors import ConfigError
 from mc_jax.models.config import MemoryConfig, ModelConfig
 from mc_jax.models.mixer import MemoryCaching
 from mc_jax.parallel import axes, hlo_cost, mesh, topology

@@ -33,7 +33,7 @@ import matplotlib
 from absl import flags
 
 from mc_jax import console, memory
-from mc_jax.data import ConfigError
+from mc_jax.errors import ConfigError
 from mc_jax.inference import Decoder, speed
 from mc_jax.models import CacheConfig
 from mc_jax.parallel import chips, hlo_cost

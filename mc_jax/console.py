@@ -20,6 +20,8 @@ from typing import NoReturn
 
 from absl import app, flags
 
+from mc_jax.errors import ConfigError
+
 flags.disclaim_key_flags()  # flags defined below belong to the programs that ask for them
 
 _ACCESS = (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)  # of standard input, output and error
@@ -43,8 +45,6 @@ def run(
     hopeless: Exceptions after which, as after ConfigError, the same command would end the same way.
     interrupted: What to print after Ctrl-C.
   """
-  from mc_jax.data.errors import ConfigError
-
   _open_streams(outlives_output)
   try:
     try:
@@ -67,8 +67,6 @@ def parse_flags(argv: list[str]) -> list[str]:
   Raises:
     ConfigError: An unknown flag or a wrong value, or an argument that is not a flag.
   """
-  from mc_jax.data.errors import ConfigError
-
   rest = parse_arguments(argv)
   if len(rest) > 1:
     raise ConfigError(f"not a flag: {' '.join(rest[1:])}")
@@ -85,8 +83,6 @@ def parse_arguments(argv: list[str], fields: Iterable[str] = ()) -> list[str]:
   Raises:
     ConfigError: An unknown flag, with the program's own that is nearest to it, or a wrong value.
   """
-  from mc_jax.data.errors import ConfigError
-
   try:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
@@ -115,8 +111,6 @@ def typed(name: str, text: str) -> str:
   Raises:
     ConfigError: It is not UTF-8.
   """
-  from mc_jax.data.errors import ConfigError
-
   try:
     return os.fsencode(text).decode("utf-8")
   except UnicodeError as error:
@@ -129,8 +123,6 @@ def naming(names: Mapping[str, str]) -> Iterator[None]:
 
   For programs whose flags are not the fields of a configuration.
   """
-  from mc_jax.data.errors import ConfigError
-
   try:
     yield
   except ConfigError as error:

@@ -15,8 +15,9 @@ import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 from absl import flags, logging
 
 from mc_jax import console
-from mc_jax.data import ConfigError, whole
+from mc_jax.data import whole
 from mc_jax.data.identity import Identity
+from mc_jax.errors import ConfigError
 from mc_jax.evaluation import Subject, report, tasks
 from mc_jax.training import commandline, config, outputs, state, task_flags, trained
 

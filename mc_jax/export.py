@@ -10,7 +10,7 @@ import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 from absl import flags, logging
 
 from mc_jax import console
-from mc_jax.data import ConfigError
+from mc_jax.errors import ConfigError
 from mc_jax.inference import export
 from mc_jax.training import commandline, outputs, trained
 

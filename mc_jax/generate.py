@@ -16,7 +16,8 @@ from absl import flags, logging
 from etils import epath
 
 from mc_jax import console
-from mc_jax.data import ConfigError, tokenizers
+from mc_jax.data import tokenizers
+from mc_jax.errors import ConfigError
 from mc_jax.inference import Decoder, Request, generation, prompts, text
 from mc_jax.memory import decode
 from mc_jax.models import CacheConfig

@@ -24,7 +24,7 @@ import jax
 from absl import flags
 
 from mc_jax import console
-from mc_jax.data import ConfigError
+from mc_jax.errors import ConfigError
 from mc_jax.training import commandline, config, planning, report
 from mc_jax.training.planning import Plan
 from mc_jax.training.progress import duration

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from mc_jax.data import ConfigError, DataConfig
+from mc_jax.data import DataConfig
+from mc_jax.errors import ConfigError
 from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig
 from mc_jax.parallel import attention, chips, hlo_cost, topology
 from mc_jax.parallel.mesh import MeshConfig

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from mc_jax.data import recall
-from mc_jax.data.errors import ConfigError
 from mc_jax.data.recall.copying import CopyingConfig
 from mc_jax.data.recall.mqar import MQARConfig
 from mc_jax.data.recall.niah import NIAHConfig
+from mc_jax.errors import ConfigError
 
 __all__ = ["ConfigError", "DataConfig", "PackingConfig", "PartConfig", "SourceConfig"]
 

@@ -15,7 +15,7 @@ import fsspec.core
 from etils import epath
 
 from mc_jax.data import folders
-from mc_jax.data.errors import ConfigError, missing_package
+from mc_jax.errors import ConfigError, missing_package
 
 # Errors of disks and networks, which the same command may not meet again.
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENETUNREACH}

@@ -13,7 +13,7 @@ from etils import epath
 from mc_jax.data import files, formats, manifests, tokenizers, whole
 from mc_jax.data.config import SourceConfig
 from mc_jax.data.documents import Documents, Order
-from mc_jax.data.errors import ConfigError
+from mc_jax.errors import ConfigError
 
 FILE = "tokenizer.json"
 NOTE = "tokenizer.settings.json"

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from mc_jax.data import files, whole
-from mc_jax.data.errors import ConfigError
+from mc_jax.errors import ConfigError
 
 FILE = "manifest.json"
 PLAN = "plan.json"  # what the shards are to hold

@@ -23,10 +23,10 @@ from etils import epath
 from mc_jax.data import files, formats, manifests, tokenizers, whole, workers
 from mc_jax.data.config import SourceConfig
 from mc_jax.data.documents import SKIP, encode
-from mc_jax.data.errors import ConfigError
 from mc_jax.data.formats import Block, Malformed
 from mc_jax.data.manifests import Shard
 from mc_jax.data.tokenizers import Tokenizer
+from mc_jax.errors import ConfigError
 
 _PARTIAL = ".partial-"  # folders of files that are being written
 _EVERY = 30.0  # seconds between two lines about the progress

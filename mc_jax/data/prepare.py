@@ -18,7 +18,7 @@ from absl import flags
 from mc_jax import console
 from mc_jax.data import files, learning, lock, preparation
 from mc_jax.data.config import ERRORS, TEXTS, SourceConfig
-from mc_jax.data.errors import ConfigError
+from mc_jax.errors import ConfigError
 
 _SOURCE = flags.DEFINE_enum("source", "text", TEXTS, "Format of the corpus.")
 _PATHS = flags.DEFINE_string("paths", "", "Its files, folders or globs, separated by commas; also gs://.")

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from mc_jax.data import files
-from mc_jax.data.errors import ConfigError, missing_package
+from mc_jax.errors import ConfigError, missing_package
 
 VOCAB_SIZE = 256
 SEPARATOR = 0  # the byte before every file; it cannot occur in one (see formats.is_text)

@@ -12,7 +12,8 @@ import pathlib
 from absl import flags
 
 from mc_jax import console
-from mc_jax.data import ConfigError, files
+from mc_jax.data import files
+from mc_jax.errors import ConfigError
 from mc_jax.evaluation import report
 
 PNG = console.path_flag(

@@ -24,7 +24,8 @@ from flax import nnx, traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mc_jax.data import ConfigError, lock
+from mc_jax.data import lock
+from mc_jax.errors import ConfigError
 from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig
 from mc_jax.models.config import completed
 

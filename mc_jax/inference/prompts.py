@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from mc_jax.data import ConfigError, lock
+from mc_jax.data import lock
+from mc_jax.errors import ConfigError
 from mc_jax.inference.generation import Decoder, repeat
 from mc_jax.models import Cache, CacheConfig
 from mc_jax.models import cache as cache_lib

@@ -26,7 +26,8 @@ import tqdm
 from etils import epath
 
 from mc_jax import console
-from mc_jax.data import ConfigError, lock, whole
+from mc_jax.data import lock, whole
+from mc_jax.errors import ConfigError
 from mc_jax.training import checkpointing, digests, interrupt, metrics
 from mc_jax.training import config as config_lib
 from mc_jax.training.grid import Cell

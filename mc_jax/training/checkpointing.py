@@ -18,8 +18,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from mc_jax.data import ConfigError, loader
+from mc_jax.data import loader
 from mc_jax.data.identity import Identity
+from mc_jax.errors import ConfigError
 from mc_jax.training import config as config_lib
 from mc_jax.training import digests, distributed, outputs
 from mc_jax.training.config import Config

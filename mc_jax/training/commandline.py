@@ -8,7 +8,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from mc_jax import console
-from mc_jax.data import ConfigError, files
+from mc_jax.data import files
+from mc_jax.errors import ConfigError
 from mc_jax.training import config
 
 

@@ -18,8 +18,9 @@ from collections.abc import Mapping, Sequence
 import jax
 import ml_collections
 
-from mc_jax.data import ConfigError, DataConfig, PartConfig, tokenizers
+from mc_jax.data import DataConfig, PartConfig, tokenizers
 from mc_jax.data.config import TEXTS
+from mc_jax.errors import ConfigError
 from mc_jax.models import ModelConfig
 from mc_jax.models.config import completed
 from mc_jax.parallel import mesh as meshes

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import jax
 from etils import epath
 
-from mc_jax.data import ConfigError, datasets, identity, loader, whole, windows
+from mc_jax.data import datasets, identity, loader, whole, windows
 from mc_jax.data.files import path
+from mc_jax.errors import ConfigError
 from mc_jax.evaluation import scoring
 from mc_jax.inference.text import known
 from mc_jax.training import config as config_lib

@@ -12,7 +12,7 @@ import jax
 from etils import epath
 
 from mc_jax.data import files, lock
-from mc_jax.data.errors import ConfigError, missing_package
+from mc_jax.errors import ConfigError, missing_package
 from mc_jax.training import distributed, profiling
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from mc_jax.data import ConfigError
+from mc_jax.errors import ConfigError
 from mc_jax.memory import online
 from mc_jax.memory.rules import Rule
 from mc_jax.parallel import attention, chips, hlo_cost, topology

@@ -12,7 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from mc_jax.data import ConfigError, windows
+from mc_jax.data import windows
+from mc_jax.errors import ConfigError
 from mc_jax.parallel import axes
 from mc_jax.training import config as config_lib
 from mc_jax.training import digests, distributed, outputs, report, state

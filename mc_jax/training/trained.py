@@ -14,8 +14,9 @@ from absl import logging
 from etils import epath
 from flax import traverse_util
 
-from mc_jax.data import ConfigError, identity, tokenizers
+from mc_jax.data import identity, tokenizers
 from mc_jax.data.identity import Identity
+from mc_jax.errors import ConfigError
 from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training import config as config_lib
 from mc_jax.training import digests, kept, outputs, state

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mc_jax.data import ConfigError, DataConfig, PackingConfig, datasets, learning, manifests, preparation, tokenizers
+from mc_jax.data import DataConfig, PackingConfig, datasets, learning, manifests, preparation, tokenizers
 from mc_jax.data.config import SourceConfig
 from mc_jax.data.documents import Documents
 from mc_jax.data.formats import blocks
+from mc_jax.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("in_process")
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from mc_jax.data import ConfigError, datasets
+from mc_jax.data import datasets
+from mc_jax.errors import ConfigError
 from mc_jax.training import config as config_lib
 from mc_jax.training import digests, state
 from mc_jax.training.checkpointing import Checkpoints

@@ -10,8 +10,9 @@ import jax
 import pytest
 from etils import epath
 
-from mc_jax.data import ConfigError, PackingConfig, PartConfig, preparation, tokenizers
+from mc_jax.data import PackingConfig, PartConfig, preparation, tokenizers
 from mc_jax.data.config import SourceConfig
+from mc_jax.errors import ConfigError
 from mc_jax.training import config as config_lib
 from mc_jax.training import digests, loop, metrics, trained
 

@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from mc_jax.data import ConfigError, lock
+from mc_jax.data import lock
+from mc_jax.errors import ConfigError
 from mc_jax.training import cells
 from mc_jax.training.grid import Cell
 

@@ -10,7 +10,7 @@ from mc_jax.training import commandline
 DOOR = """
 import sys
 from absl import app
-from mc_jax.data import ConfigError
+from mc_jax.errors import ConfigError
 from mc_jax.training import commandline
 CONFIG = commandline.define_overrides()
 try:
