@@ -9,11 +9,7 @@ compiler's estimate (mc_jax/parallel/hlo_cost.py): nothing runs. --sweep tries m
 """
 
 import contextlib
-import functools
 import importlib.metadata
-import json
-import pathlib
-import shlex
 import sys
 import threading
 import time
@@ -23,19 +19,19 @@ import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 import jax
 from absl import flags
 
-from mc_jax import console
+from mc_jax import cli
 from mc_jax.errors import ConfigError
-from mc_jax.training import commandline, config, planning, report
+from mc_jax.training import config, planning, report
 from mc_jax.training.planning import Plan
 from mc_jax.training.progress import duration
 
-CONFIG = commandline.define_config()
+CONFIG = cli.config_flag()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs: v5e:16x16, v5p:4x4x4, v6e:4x4, ...")
 _SLICES = flags.DEFINE_integer("slices", 1, "So many of these slices, along mesh.data.", lower_bound=1)
-_JSON = console.path_flag("json", None, "Also write all figures to this file.", written=True)
+_JSON = cli.json_flag()
 _SWEEP = flags.DEFINE_boolean("sweep", False, "Try mesh shapes, --lengths and --segments.")
-_LENGTHS = flags.DEFINE_list("lengths", [], "--sweep: data.length, rows as many as keep a step's tokens.")
-_SEGMENTS = flags.DEFINE_list("segments", [], "--sweep: model.memory.segment_length.")
+_LENGTHS = cli.numbers_flag("lengths", [], "--sweep: data.length, rows as many as keep a step's tokens.")
+_SEGMENTS = cli.numbers_flag("segments", [], "--sweep: model.memory.segment_length.")
 _MESHES = flags.DEFINE_integer("meshes", 3, "--sweep: mesh shapes, the most promising, of each length.", lower_bound=1)
 
 ESTIMATE = "times are the compiler's estimate: nothing ran"
@@ -56,9 +52,9 @@ def main(_: list[str]) -> None:
     print(_report(plans[0]), flush=True)
   if _JSON.value:
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    record = {"command": shlex.join(["python", "-m", "mc_jax.plan", *sys.argv[1:]]), "note": ESTIMATE, **versions}
+    record = {"command": cli.command("plan"), "note": ESTIMATE, **versions}
     record["plans"] = [plan.to_json() for plan in plans]
-    pathlib.Path(_JSON.value).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    cli.write_json(_JSON.value, record)
   if all(plan.too_large for plan in plans):
     sys.exit("\n".join(dict.fromkeys(planning.refusal(part) for plan in plans for part in plan.too_large)))
 
@@ -103,8 +99,8 @@ def _report(plan: Plan, steps: str = "") -> str:
 
 def _sweep(run: config.Config) -> list[Plan]:
   """Compiles the most promising candidates, and prints them as they come and best first."""
-  lengths = _integers("lengths", _LENGTHS.value) or [run.data.length]
-  segments = _integers("segments", _SEGMENTS.value) or [run.model.memory.segment_length]
+  lengths = _LENGTHS.value or [run.data.length]
+  segments = _SEGMENTS.value or [run.model.memory.segment_length]
   found = planning.candidates(run, _TOPOLOGY.value, _SLICES.value, lengths, segments)
   found = found[: _MESHES.value * len(lengths) * len(segments)]
   if not found:
@@ -136,13 +132,6 @@ def _line(run: config.Config, plan: Plan) -> str:
   )
 
 
-def _integers(flag: str, values: list[str]) -> list[int]:
-  try:
-    return [int(value) for value in values]
-  except ValueError as error:
-    raise ConfigError(f"--{flag} must be whole numbers separated by commas, got {','.join(values)}") from error
-
-
 def _ms(seconds: float) -> str:
   return f"{1e3 * seconds:,.{0 if seconds > 0.1 else 2}f} ms"
 
@@ -168,4 +157,4 @@ def _progress(what: str) -> Iterator[None]:
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "topology"])
-  console.run(main, functools.partial(commandline.parse, CONFIG), hopeless=(OSError,))  # 1 says that it does not fit
+  cli.run(main, CONFIG, hopeless=(OSError,))  # 1 says that it does not fit

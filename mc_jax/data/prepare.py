@@ -15,7 +15,7 @@ import time
 
 from absl import flags
 
-from mc_jax import console
+from mc_jax import cli
 from mc_jax.data import files, learning, lock, preparation
 from mc_jax.data.config import ERRORS, TEXTS, SourceConfig
 from mc_jax.errors import ConfigError
@@ -23,7 +23,7 @@ from mc_jax.errors import ConfigError
 _SOURCE = flags.DEFINE_enum("source", "text", TEXTS, "Format of the corpus.")
 _PATHS = flags.DEFINE_string("paths", "", "Its files, folders or globs, separated by commas; also gs://.")
 _FIELD = flags.DEFINE_string("field", "text", "What holds the text: of a JSON object, or a Parquet column.")
-_OUT = console.path_flag("out", None, "Folder of the tokenized corpus; made if missing.")
+_OUT = cli.path_flag("out", None, "Folder of the tokenized corpus; made if missing.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "bytes, a tokenizer.json, or a SentencePiece *.model.")
 _TRAIN_BPE = flags.DEFINE_integer(
   "train_bpe", None, "Instead: learn a byte-level BPE with so many ids.", lower_bound=257
@@ -39,7 +39,7 @@ _SUMS = {"documents": "documents", "text_bytes": "bytes of text", "tokens": "tok
 def main(_: list[str]) -> None:
   """Prepares as the flags say."""
   named = {f"data.{name}": f"--{name}" for name in ("source", "paths", "field", "tokenizer", "separator")}
-  with console.naming(named | {"on_error=skip": "--on_error=skip"}):
+  with cli.naming(named | {"on_error=skip": "--on_error=skip"}):
     _checked()
 
 
@@ -85,4 +85,4 @@ def _prepare(source: SourceConfig) -> None:
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("out")
-  console.run(main, outlives_output=True)
+  cli.run(main, outlives_output=True)

@@ -11,12 +11,12 @@ import pathlib
 
 from absl import flags
 
-from mc_jax import console
+from mc_jax import cli
 from mc_jax.data import files
 from mc_jax.errors import ConfigError
 from mc_jax.evaluation import report
 
-PNG = console.path_flag(
+PNG = cli.path_flag(
   "png", None, "file to draw in, and X_map.png beside X.png for gates; default: only print", written=True
 )
 BASELINE = flags.DEFINE_string("baseline", None, "label of what the others are compared with")
@@ -45,4 +45,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  console.run(main, console.parse_arguments)
+  cli.run(main, parse=cli.parse_arguments)

@@ -25,7 +25,6 @@ from collections.abc import Iterator, Sequence
 import tqdm
 from etils import epath
 
-from mc_jax import console
 from mc_jax.data import lock, whole
 from mc_jax.errors import ConfigError
 from mc_jax.training import checkpointing, digests, interrupt, metrics
@@ -284,7 +283,7 @@ def _noted() -> Iterator[list[int]]:
 
   def first(number: int) -> None:
     signals.append(number)
-    console.tell("\nstopping, with checkpoints; again to stop at once")
+    interrupt.tell("\nstopping, with checkpoints; again to stop at once")
 
   with interrupt.heard(first, signals.append):
     yield signals
