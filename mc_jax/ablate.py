@@ -14,7 +14,7 @@ import sys
 
 from absl import flags, logging
 
-from mc_jax import cli
+from mc_jax import cli, storage
 from mc_jax.errors import ConfigError
 from mc_jax.evaluation import ablation, tasks
 from mc_jax.training import cells, config, grid, task_flags
@@ -33,7 +33,7 @@ task_flags.define()
 
 def main(_: list[str]) -> None:
   """Runs what the flags say. Exits with 1 if a cell crashed, with 128 + its number after a signal."""
-  if "://" in (WORKDIR.value or ""):
+  if storage.in_bucket(WORKDIR.value or ""):
     raise ConfigError(f"--workdir must be a folder that all cells' machines see, got {WORKDIR.value}")
   workdir = pathlib.Path(WORKDIR.value or "runs/ablation")
   if REPORT.value:

@@ -25,6 +25,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from mc_jax import storage
 from mc_jax.errors import ConfigError
 
 flags.disclaim_key_flags()  # flags defined below belong to the programs that ask for them
@@ -168,10 +169,8 @@ def overrides(holder: flags.FlagHolder) -> dict[str, object]:
 
 def expanded(arguments: list[str]) -> list[str]:
   """The arguments with --config=~/FILE as --config=HOME/FILE, which no shell does."""
-  from mc_jax.data import files
-
   return [
-    f"{flag}={files.path(value)}" if flag.lstrip("-") == "config" and value.startswith("~") else argument
+    f"{flag}={storage.path(value)}" if flag.lstrip("-") == "config" and value.startswith("~") else argument
     for argument, (flag, _, value) in ((argument, argument.partition("=")) for argument in arguments)
   ]
 
@@ -266,11 +265,9 @@ class _Path(flags.ArgumentParser):
     self._written = written
 
   def parse(self, argument: str) -> str:
-    from mc_jax.data import files
-
     if not argument.strip():
       raise ValueError("the path is empty (an unset variable?)")
-    path = files.path(argument)
+    path = storage.path(argument)
     if self._written and not path.parent.is_dir():
       raise ValueError(f"there is no folder {path.parent} to write it in")
     if self._written and path.is_dir():

@@ -11,8 +11,7 @@ import time
 import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 from absl import flags, logging
 
-from mc_jax import cli
-from mc_jax.data import whole
+from mc_jax import cli, storage
 from mc_jax.data.identity import Identity
 from mc_jax.errors import ConfigError
 from mc_jax.evaluation import Subject, report, tasks
@@ -65,8 +64,8 @@ def main(_: list[str]) -> None:
   with outputs.outputs(workdir) as files:
     folder = files.folder / "evaluation"
     folder.mkdir(exist_ok=True)
-    whole.write(folder / f"{name}.json", report.dumps(record))
-    whole.write(folder / f"{name}.csv", report.to_csv(results))
+    storage.write(folder / f"{name}.json", report.dumps(record))
+    storage.write(folder / f"{name}.csv", report.to_csv(results))
     drawn = report.plot(folder / f"{name}.png", {name: results})
   written = ", ".join([f"{name}.json", f"{name}.csv", *(path.name for path in drawn)])
   print(f"written to {workdir / 'evaluation'}: {written}")

@@ -15,8 +15,8 @@ import time
 
 from absl import flags
 
-from mc_jax import cli
-from mc_jax.data import files, learning, lock, preparation
+from mc_jax import cli, storage
+from mc_jax.data import learning, lock, preparation
 from mc_jax.data.config import ERRORS, TEXTS, SourceConfig
 from mc_jax.errors import ConfigError
 
@@ -52,7 +52,7 @@ def _checked() -> None:
     raise ConfigError("give one of --tokenizer and --train_bpe")
   if _TRAIN_BPE.value is None and flags.FLAGS["train_bytes"].present:
     raise ConfigError("--train_bytes is read only with --train_bpe")
-  with lock.take(files.path(_OUT.value), "prepares", "use another --out"):
+  with lock.take(storage.path(_OUT.value), "prepares", "use another --out"):
     _prepare(source)
 
 
@@ -60,7 +60,7 @@ def _prepare(source: SourceConfig) -> None:
   """Learns the tokenizer where one is to be learned, prepares the corpus, and prints what it took."""
   name = _TOKENIZER.value
   if _TRAIN_BPE.value:
-    name = str(files.path(_OUT.value) / learning.FILE)
+    name = str(storage.path(_OUT.value) / learning.FILE)
     begin = time.monotonic()
     print("learning the tokenizer, unless it is there ...", flush=True)
     ids = learning.learn(source, _TRAIN_BPE.value, _TRAIN_BYTES.value, _OUT.value, _ON_ERROR.value)

@@ -11,8 +11,7 @@ import pathlib
 
 from absl import flags
 
-from mc_jax import cli
-from mc_jax.data import files
+from mc_jax import cli, storage
 from mc_jax.errors import ConfigError
 from mc_jax.evaluation import report
 
@@ -24,14 +23,14 @@ BASELINE = flags.DEFINE_string("baseline", None, "label of what the others are c
 
 def main(argv: list[str]) -> None:
   """Compares the files given as LABEL=FILE, or as FILE."""
-  alone = {argument: files.path(argument) for argument in argv[1:]}
+  alone = {argument: storage.path(argument) for argument in argv[1:]}
   pairs = [(path.stem, path) if path.is_file() else name.partition("=")[::2] for name, path in alone.items()]
   if not pairs or not all(label and file for label, file in pairs):
     raise ConfigError("what is drawn must be given as LABEL=FILE or FILE, a JSON that mc_jax.evaluate wrote")
   series = {}
   for label, file in pairs:
     try:
-      series[label] = report.from_json(json.loads(files.path(str(file)).read_text(encoding="utf-8"))["results"])
+      series[label] = report.from_json(json.loads(storage.path(str(file)).read_text(encoding="utf-8"))["results"])
     except (ValueError, KeyError, TypeError) as error:
       raise ConfigError(f"{file} is no JSON that mc_jax.evaluate wrote: {error!r}") from error
   if BASELINE.value and BASELINE.value not in series:

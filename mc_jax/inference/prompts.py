@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from mc_jax import storage
 from mc_jax.data import lock
 from mc_jax.errors import ConfigError
 from mc_jax.inference.generation import Decoder, repeat
@@ -27,7 +28,7 @@ def save(folder: epath.PathLike, decoder: Decoder, logits: jax.Array, cache: Cac
     ConfigError: the folder is there already.
     OSError: another process saves a prompt there.
   """
-  folder = _absolute(folder)
+  folder = storage.absolute(folder)
   told = {
     "model": dataclasses.asdict(decoder.config),
     "cache": dataclasses.asdict(decoder.cache),
@@ -79,7 +80,8 @@ def load(folder: epath.PathLike, decoder: Decoder) -> tuple[jax.Array, Cache]:
   target = dict(zip(("logits", "cache"), decoder.shapes(told["rows"]), strict=True))
   with _checkpointer() as checkpointer:
     restored = checkpointer.restore(
-      _absolute(folder), ocp.args.Composite(prompt=ocp.args.StandardRestore(cache_lib.placed(target, decoder.mesh)))
+      storage.absolute(folder),
+      ocp.args.Composite(prompt=ocp.args.StandardRestore(cache_lib.placed(target, decoder.mesh))),
     )
   logits, cache = restored["prompt"]["logits"], restored["prompt"]["cache"]
   if len(logits) % decoder.rows == 0:
@@ -110,16 +112,11 @@ def _told(folder: epath.PathLike) -> dict:
     what = "has no saved prompt in it" if folder.exists() else "is not there"
     raise ConfigError(f"{folder} {what}: mc_jax.generate saves one with --save_prompt={folder}")
   with _checkpointer() as checkpointer:
-    return checkpointer.restore(_absolute(folder), ocp.args.Composite(told=ocp.args.JsonRestore()))["told"]
+    return checkpointer.restore(storage.absolute(folder), ocp.args.Composite(told=ocp.args.JsonRestore()))["told"]
 
 
 def _checkpointer() -> ocp.Checkpointer:
   return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-
-
-def _absolute(folder: epath.PathLike) -> epath.Path:
-  folder = epath.Path(folder)
-  return folder if "://" in str(folder) else folder.absolute()
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import jax
 from etils import epath
 
-from mc_jax.data import datasets, identity, loader, whole, windows
-from mc_jax.data.files import path
+from mc_jax import storage
+from mc_jax.data import datasets, identity, loader, windows
 from mc_jax.errors import ConfigError
 from mc_jax.evaluation import scoring
 from mc_jax.inference.text import known
@@ -235,7 +235,7 @@ def _start(run: _Run, checkpoints: Checkpoints) -> state.TrainState:
     for line in lines:
       print(f"  {line}")
   kept.keep(run.files, run.data.config)
-  whole.write(run.files.folder / "config.json", config_lib.to_json(config) + "\n")
+  storage.write(run.files.folder / "config.json", config_lib.to_json(config) + "\n")
   run.files.send()
   return current
 
@@ -247,8 +247,8 @@ def _first(run: _Run) -> state.TrainState:
     return state.create(config, mesh)
   own = (*AGGREGATION, *HOW, "train.seed")
   reading = {name: value for name, value in config_lib.fields(config).items() if name in own}
-  found = trained.load(path(origin), reading, mesh=mesh, scores_may_differ=True)
-  changed(found.config, config, path(origin))  # refuses what else differs in the model
+  found = trained.load(storage.path(origin), reading, mesh=mesh, scores_may_differ=True)
+  changed(found.config, config, storage.path(origin))  # refuses what else differs in the model
   _require_ids_of(found, run)
   print(f"starting with the parameters of step {found.step} in {origin}")
   for name, (then, now) in config_lib.differences(found.stored, found.config).items():
@@ -337,9 +337,9 @@ def _finish(run: _Run, params: dict, rows: dict[str, str]) -> None:
       f"continuation, temperature {train.sample_temperature}:\n"
       f"{data.tokenizer.decode(known(continuation, data.tokenizer))}\n"
     )
-    whole.write(folder / report.SAMPLE, text)
+    storage.write(folder / report.SAMPLE, text)
     print(text)
     rows |= {"sample": str(run.workdir / report.SAMPLE)}
   table = report.table(rows, "result")
-  whole.write(folder / report.TABLE, table + "\n")
+  storage.write(folder / report.TABLE, table + "\n")
   print(table, flush=True)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import tensorboardX
 
-from mc_jax.data import whole
+from mc_jax import storage
 
 JSONL = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -169,4 +169,4 @@ def read(workdir: pathlib.Path) -> list[Record]:
 
 def _truncate(path: pathlib.Path, step: int) -> None:
   kept = [record for record in read(path.parent) if record["step"] <= step]
-  whole.write(path, "".join(json.dumps(record) + "\n" for record in kept))
+  storage.write(path, "".join(json.dumps(record) + "\n" for record in kept))
