@@ -18,8 +18,9 @@ from mc_jax.data import datasets, identity, loader, windows
 from mc_jax.errors import ConfigError
 from mc_jax.evaluation import scoring
 from mc_jax.inference.text import known
+from mc_jax.kernels import cost
 from mc_jax.training import config as config_lib
-from mc_jax.training import distributed, flops, kept, metrics, optimizer, report, sampling, stability, state, trained
+from mc_jax.training import distributed, kept, metrics, optimizer, report, sampling, stability, state, trained
 from mc_jax.training.checkpointing import AGGREGATION, HOW, Checkpoints, changed, require_order
 from mc_jax.training.config import Config
 from mc_jax.training.faulty import Faulty
@@ -289,7 +290,7 @@ def _compiled(config: Config, mesh: jax.sharding.Mesh, kind: str) -> _Update:
     return _Update(update)
   # Backward costs twice the forward pass; what is recomputed does not count as useful.
   params, shapes = state.abstract(config, mesh).params, windows.shapes(config.data, mesh)
-  return _Update(update, 3 * flops.count(functools.partial(loss_sum, state.graph(config)), params, shapes))
+  return _Update(update, 3 * cost.work(functools.partial(loss_sum, state.graph(config)), params, shapes).flops)
 
 
 def _facts(run: _Run, current: state.TrainState) -> dict[str, str]:
