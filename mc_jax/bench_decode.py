@@ -171,7 +171,7 @@ def _cache(context: int) -> CacheConfig:
 def _too_large(decoder: Decoder) -> bool:
   """Whether a cache is beyond --limit_gib, and says so."""
   size = speed.cache_bytes(decoder, _BATCH.value)
-  if _LIMIT.value is None or size <= _LIMIT.value * planning.GIB:
+  if _LIMIT.value is None or size <= _LIMIT.value * chips.GIB:
     return False
   print(f"left out at {decoder.cache.tokens:,} tokens: a cache of {planning.gib(size)}", flush=True)
   return True

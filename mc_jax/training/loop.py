@@ -19,6 +19,7 @@ from mc_jax.errors import ConfigError
 from mc_jax.evaluation import scoring
 from mc_jax.inference.text import known
 from mc_jax.kernels import cost
+from mc_jax.parallel import chips
 from mc_jax.training import config as config_lib
 from mc_jax.training import distributed, kept, metrics, optimizer, report, sampling, stability, state, trained
 from mc_jax.training.checkpointing import AGGREGATION, HOW, Checkpoints, changed, require_order
@@ -286,7 +287,7 @@ def _compiled(config: Config, mesh: jax.sharding.Mesh, kind: str) -> _Update:
   with telling(name):
     update = lower(config, mesh).compile()
   print(f"compiled in {duration(time.monotonic() - begin)}", flush=True)
-  if not metrics.peak_flops(mesh.devices.flat[0]):
+  if not chips.peak_flops(mesh.devices.flat[0]):
     return _Update(update)
   # Backward costs twice the forward pass; what is recomputed does not count as useful.
   params, shapes = state.abstract(config, mesh).params, windows.shapes(config.data, mesh)
