@@ -8,12 +8,9 @@ compiler's estimate (mc_jax/parallel/hlo_cost.py): nothing runs. --sweep tries m
 --segments, and prints what fits, best first. Needs the package libtpu, and no TPU.
 """
 
-import contextlib
 import importlib.metadata
 import sys
-import threading
 import time
-from collections.abc import Iterator
 
 import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 import jax
@@ -21,7 +18,7 @@ from absl import flags
 
 from mc_jax import cli
 from mc_jax.errors import ConfigError
-from mc_jax.training import config, planning, report
+from mc_jax.training import config, planning, report, watchdog
 from mc_jax.training.planning import Plan
 from mc_jax.training.progress import duration
 
@@ -35,7 +32,6 @@ _SEGMENTS = cli.numbers_flag("segments", [], "--sweep: model.memory.segment_leng
 _MESHES = flags.DEFINE_integer("meshes", 3, "--sweep: mesh shapes, the most promising, of each length.", lower_bound=1)
 
 ESTIMATE = "times are the compiler's estimate: nothing ran"
-_INTERVAL = 30  # seconds between two signs of life
 
 
 def main(_: list[str]) -> None:
@@ -45,8 +41,7 @@ def main(_: list[str]) -> None:
   if _SWEEP.value:
     plans = _sweep(run)
   else:
-    with _progress(f"compiling the training step for {_TOPOLOGY.value}"):
-      plans = [planning.plan(run, _TOPOLOGY.value, _SLICES.value)]
+    plans = [_compile(run, f"compiling the training step for {_TOPOLOGY.value}")]
     if plans[0].dense:
       print(_report(plans[0].dense, f", the first {plans[0].dense_steps:,} steps, which read all caches"), flush=True)
     print(_report(plans[0]), flush=True)
@@ -108,8 +103,7 @@ def _sweep(run: config.Config) -> list[Plan]:
   print(f"{len(found)} to compile, the most promising first ({ESTIMATE})", flush=True)
   plans, start = [], time.monotonic()
   for number, candidate in enumerate(found, 1):
-    with _progress(f"[{number}/{len(found)}] compiling"):
-      plans.append((candidate.config, planning.plan(candidate.config, _TOPOLOGY.value, _SLICES.value)))
+    plans.append((candidate.config, _compile(candidate.config, f"compiling [{number}/{len(found)}]")))
     left = (time.monotonic() - start) / number * (len(found) - number)
     print(f"[{number}/{len(found)}] {_line(*plans[-1])}, {duration(left)} left", flush=True)
   plans.sort(key=lambda pair: -pair[1].tokens_per_second if not pair[1].too_large else 0)
@@ -136,23 +130,11 @@ def _ms(seconds: float) -> str:
   return f"{1e3 * seconds:,.{0 if seconds > 0.1 else 2}f} ms"
 
 
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[None]:
-  """Says what is going on, and every half minute that it still is, on stderr."""
-  start, done = time.monotonic(), threading.Event()
-
-  def tell():
-    while not done.wait(_INTERVAL):
-      print(f"{what} ... {duration(time.monotonic() - start)}", file=sys.stderr, flush=True)
-
+def _compile(run: config.Config, what: str) -> Plan:
+  """The plan of a configuration; reports on standard error that it is being compiled."""
   print(f"{what} ... minutes for a large model", file=sys.stderr, flush=True)
-  thread = threading.Thread(target=tell, daemon=True)
-  thread.start()
-  try:
-    yield
-  finally:
-    done.set()
-    thread.join()
+  with watchdog.telling(what, file=sys.stderr):
+    return planning.plan(run, _TOPOLOGY.value, _SLICES.value)
 
 
 if __name__ == "__main__":

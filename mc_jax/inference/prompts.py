@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import traverse_util
 
 from mc_jax import storage
 from mc_jax.data import lock
@@ -65,7 +66,8 @@ def load(folder: epath.PathLike, decoder: Decoder) -> tuple[jax.Array, Cache]:
     ConfigError: nothing was saved there, or by another model, with other parameters or for another cache.
   """
   told = _told(folder)
-  saved, here = _flatten(completed(told["model"])), _flatten(dataclasses.asdict(decoder.config))
+  models = completed(told["model"]), dataclasses.asdict(decoder.config)
+  saved, here = (traverse_util.flatten_dict(model, sep=".") for model in models)
   found = [
     f"  model.{field}: {saved.get(field)!r} then, {value!r} now"
     for field, value in here.items()
@@ -117,10 +119,3 @@ def _told(folder: epath.PathLike) -> dict:
 
 def _checkpointer() -> ocp.Checkpointer:
   return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
-  flat = {}
-  for name, value in tree.items():
-    flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-  return flat
