@@ -8,9 +8,6 @@ from mc_jax.data import recall
 from mc_jax.data.recall.copying import CopyingConfig
 from mc_jax.data.recall.mqar import MQARConfig
 from mc_jax.data.recall.niah import NIAHConfig
-from mc_jax.errors import ConfigError
-
-__all__ = ["ConfigError", "DataConfig", "PackingConfig", "PartConfig", "SourceConfig"]
 
 TEXTS = ("stdlib", "text", "jsonl", "parquet", "arrayrecord")  # sources of text, which a tokenizer makes ids of
 FORMATS = (*TEXTS, "tokens")  # sources of documents

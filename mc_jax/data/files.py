@@ -52,18 +52,17 @@ def find(paths: str, suffixes: Sequence[str] = (), field: str = "data.paths") ->
   return {"/".join(url.split("/")[common:]): url for url in sorted(urls)}
 
 
-def matches(paths: str, field: str = "data.paths") -> list[str]:
+def matches(paths: str) -> list[str]:
   """The files and folders that a user wrote, as a shell would see them: absolute paths or URLs, each once.
 
   Args:
     paths: Paths or globs, separated by commas. ~ is a home folder; * and ** leave hidden names out and follow links to
       folders. What exists as it is written is that file, even with a bracket or a comma in its name.
-    field: The setting, for errors.
 
   Raises:
     ConfigError: Naming the part that matches nothing, or a link that leads nowhere.
   """
-  return list(dict.fromkeys(match for _, found in _parts(paths, field) for match in found))
+  return list(dict.fromkeys(match for _, found in _parts(paths, "data.paths") for match in found))
 
 
 def _parts(paths: str, field: str) -> Iterator[tuple[str, list[str]]]:
