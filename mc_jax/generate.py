@@ -94,14 +94,10 @@ def _generate() -> None:
   streams = [text.Stream(tokenizer.decode, stops) for _ in requests]
   made = 0
   with generation.Stopwatch() as writing:
-    for block in decoder.generate(requests, (logits, cache)):
+    for block, added in text.follow(decoder.generate(requests, (logits, cache)), streams, tokenizer):
       made += int((block != generation.NOTHING).sum())
-      for stream, tokens in zip(streams, block, strict=True):
-        new = stream.add(text.known(tokens[tokens != tokenizer.separator], tokenizer))
-        if SAMPLES.value == 1:
-          print(new, end="", flush=True)
-      if all(stream.ended for stream in streams):  # by a text that no sequence of tokens spells
-        break
+      if SAMPLES.value == 1:
+        print(added[0], end="", flush=True)
   for i, stream in enumerate(streams):
     print(stream.rest() if SAMPLES.value == 1 else f"--- {i}\n{stream.text()}{stream.rest()}", flush=True)
   rows = {
