@@ -13,38 +13,12 @@ The paper's other models are flags: --config.model.memory.rule=dla (or swla, lin
 fewer rows, and more devices per row: --config.data.length=32768 --config.data.batch_size=16 --config.mesh.model=4.
 """
 
-from mc_jax.training import config
+import pathlib
+import runpy
+
+_COMMON = runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))  # found wherever the program is started
 
 
 def get_config():
   """The default tree at this size."""
-  c = config.default()
-
-  c.model.vocab_size = 32_768  # the paper's 32k; a power of two, so that any mesh.model divides it into whole tiles
-  c.model.layers = 24
-  c.model.d_model = 1536
-  c.model.heads = 16
-  c.model.dtype = "bfloat16"
-  c.model.remat = "full"
-  c.model.memory.rule = "titans"
-  c.model.memory.aggregation = "grm"
-  c.model.memory.segment_length = 256
-  c.model.memory.chunk = 256
-
-  c.data.source = "text"  # as bytes; docs/data.md explains sources, tokenizers and packing
-  c.data.paths = "corpus/**"
-  c.data.length = 4096
-  c.data.batch_size = 128  # rows in a step: 0.5M tokens
-
-  c.optimizer.learning_rate = 1.25e-3
-  c.optimizer.weight_decay = 0.1
-  c.optimizer.warmup_steps = 1000
-
-  c.mesh.data = 1
-  c.mesh.fsdp = -1  # all devices: each has its own rows, and its share of parameters and optimiser state
-
-  c.train.steps = 57_000  # 30 billion tokens
-  c.train.log_every = 20
-  c.train.eval_every = 1000
-  c.train.checkpoint_every = 1000
-  return c
+  return _COMMON["titans"]("760M")

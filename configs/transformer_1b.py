@@ -11,35 +11,12 @@ For a longer context use fewer rows, and more devices per row: --config.data.len
 --config.data.batch_size=16 --config.mesh.model=4.
 """
 
-from mc_jax.training import config
+import pathlib
+import runpy
+
+_COMMON = runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))  # found wherever the program is started
 
 
 def get_config():
   """The default tree at this size."""
-  c = config.default()
-
-  c.model.vocab_size = 32_768  # the paper's 32k; a power of two, so that any mesh.model divides it into whole tiles
-  c.model.layers = 18
-  c.model.d_model = 2048
-  c.model.heads = 8
-  c.model.dtype = "bfloat16"
-  c.model.remat = "full"
-  c.model.mixer = "transformer"
-
-  c.data.source = "text"  # as bytes; docs/data.md explains sources, tokenizers and packing
-  c.data.paths = "corpus/**"
-  c.data.length = 4096
-  c.data.batch_size = 128  # rows in a step: 0.5M tokens
-
-  c.optimizer.learning_rate = 7e-4
-  c.optimizer.weight_decay = 0.1
-  c.optimizer.warmup_steps = 1000
-
-  c.mesh.data = 1
-  c.mesh.fsdp = -1  # all devices: each has its own rows, and its share of parameters and optimiser state
-
-  c.train.steps = 190_000  # 100 billion tokens
-  c.train.log_every = 20
-  c.train.eval_every = 1000
-  c.train.checkpoint_every = 1000
-  return c
+  return _COMMON["transformer"]("1.3B")

@@ -7,7 +7,6 @@ Other fields of the configuration, such as --config.train.steps=2000, hold for a
 it was stopped; with --cell=N it runs one cell, for a cluster's array jobs (docs/ablations.md).
 """
 
-import functools
 import pathlib
 import re
 import shlex
@@ -15,15 +14,15 @@ import sys
 
 from absl import flags, logging
 
-from mc_jax import console
-from mc_jax.data import ConfigError
+from mc_jax import cli, storage
+from mc_jax.errors import ConfigError
 from mc_jax.evaluation import ablation, tasks
-from mc_jax.training import cells, commandline, config, grid, task_flags
+from mc_jax.training import cells, config, grid, task_flags
 
-CONFIG = commandline.define_config()
+CONFIG = cli.config_flag()
 GRID = flags.DEFINE_multi_string("grid", [], "FIELD=VALUE,VALUE,... (model.memory.rule=linear,titans); repeatable")
 SEEDS = flags.DEFINE_integer("seeds", 1, "of each combination: train.seed and data.seed, counted up", lower_bound=1)
-WORKDIR = console.path_flag("workdir", None, "folder of all cells and of the report")
+WORKDIR = cli.path_flag("workdir", None, "folder of all cells and of the report")
 PROCESSES = flags.DEFINE_integer("processes", 1, "cells that run at the same time", lower_bound=1)
 CELL = flags.DEFINE_integer("cell", None, "run this one alone, counted from 0, without the report")
 CELLS = flags.DEFINE_boolean("cells", False, "print how many cells there are, and end")
@@ -34,9 +33,7 @@ task_flags.define()
 
 def main(_: list[str]) -> None:
   """Runs what the flags say. Exits with 1 if a cell crashed, with 128 + its number after a signal."""
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
-  if "://" in (WORKDIR.value or ""):
+  if storage.in_bucket(WORKDIR.value or ""):
     raise ConfigError(f"--workdir must be a folder that all cells' machines see, got {WORKDIR.value}")
   workdir = pathlib.Path(WORKDIR.value or "runs/ablation")
   if REPORT.value:
@@ -94,7 +91,7 @@ def arguments() -> list[str]:
   """
   if not CONFIG.present:
     raise ConfigError("--config=FILE is missing, the configuration of all cells, such as configs/mqar.py")
-  found = [arg for arg in commandline.expanded(sys.argv[1:]) if re.match(r"--?(no)?config[.=]", arg)]
+  found = [arg for arg in cli.expanded(sys.argv[1:]) if re.match(r"--?(no)?config[.=]", arg)]
   try:
     complete = grid.read(found) == config.from_config_dict(CONFIG.value)
   except ConfigError:  # absl understood the whole command line, but it is not whole in `found`
@@ -129,7 +126,7 @@ def evaluations(every: list[grid.Cell]) -> list[tuple[str, ...]]:
 
 def command() -> str:
   """This one, for all cells."""
-  return re.sub(r" --?cell[= ]\d+", "", shlex.join(["python", "-m", "mc_jax.ablate", *sys.argv[1:]]))
+  return re.sub(r" --?cell[= ]\d+", "", cli.command("ablate"))
 
 
 def describe(job: cells.Job) -> str:
@@ -141,4 +138,4 @@ def describe(job: cells.Job) -> str:
 
 
 if __name__ == "__main__":
-  console.run(main, functools.partial(commandline.parse, CONFIG), outlives_output=True)
+  cli.run(main, CONFIG, verbosity=logging.WARNING, outlives_output=True)

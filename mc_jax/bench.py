@@ -12,8 +12,6 @@ compiled program moves and computes, and how long the compiler thinks it takes (
 """
 
 import itertools
-import json
-import pathlib
 import platform
 import statistics
 import sys
@@ -25,15 +23,15 @@ import jax.numpy as jnp
 from absl import flags
 from flax import nnx
 
-from mc_jax import console, memory
-from mc_jax.data import ConfigError
+from mc_jax import cli, memory
+from mc_jax.errors import ConfigError
 from mc_jax.models.config import MemoryConfig, ModelConfig
 from mc_jax.models.mixer import MemoryCaching
 from mc_jax.parallel import axes, hlo_cost, mesh, topology
 
 _RULES = flags.DEFINE_list("rules", list(memory.RULES), "Memory rules.")
 _AGGREGATIONS = flags.DEFINE_list("aggregations", list(memory.AGGREGATIONS), "Ways to read the cache.")
-_LENGTHS = flags.DEFINE_list("lengths", ["1024"], "Sequence lengths, tokens.")
+_LENGTHS = cli.numbers_flag("lengths", [1024], "Sequence lengths, tokens.", least=1)
 _CARRY = flags.DEFINE_enum("carry", "checkpoint", memory.CARRIES, "What a segment starts from.")
 _BATCH = flags.DEFINE_integer("batch", 1, "Sequences.", lower_bound=1)
 _D_MODEL = flags.DEFINE_integer("d_model", 256, "Width of the layer.", lower_bound=1)
@@ -46,7 +44,7 @@ _IMPLEMENTATION = flags.DEFINE_enum("implementation", None, ["xla", "pallas"], "
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Compile for this TPU (v5e:2x2, v5p:2x2x1, ...) instead of timing.")
 _CONTEXT = flags.DEFINE_integer("context", 1, "With --topology: chips that share the sequence.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls, of which the median counts.", lower_bound=1)
-_JSON = console.path_flag("json", None, "Also write the figures to this file.", written=True)
+_JSON = cli.json_flag()
 
 
 def gradients(config: ModelConfig, length: int):
@@ -99,8 +97,7 @@ def estimate(config: ModelConfig, length: int) -> dict[str, float]:
 
 def main(_) -> None:
   """Measures every combination that the flags name, prints a table, and writes JSON if asked."""
-  lengths = [int(length) for length in _LENGTHS.value]
-  combinations = list(itertools.product(_RULES.value, _AGGREGATIONS.value, lengths))
+  combinations = list(itertools.product(_RULES.value, _AGGREGATIONS.value, _LENGTHS.value))
   configs = []
   for rule, aggregation, _ in combinations:
     options = dict(rule=rule, aggregation=aggregation, chunk=_CHUNK.value, segment_length=_SEGMENT.value)
@@ -131,8 +128,8 @@ def main(_) -> None:
       flag.name: flag.value for flag in flags.FLAGS.flags_by_module_dict()[sys.argv[0]] if flag.name != "json"
     }
     report = {"device": device.device_kind, "platform": device.platform, "jax": jax.__version__, "settings": settings}
-    pathlib.Path(_JSON.value).write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    cli.write_json(_JSON.value, report | {"rows": rows})
 
 
 if __name__ == "__main__":
-  console.run(main)
+  cli.run(main)

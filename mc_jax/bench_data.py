@@ -10,12 +10,9 @@ nothing else should run; a rate per CPU second counts what this process's thread
 
 import contextlib
 import dataclasses
-import json
 import os
-import pathlib
 import platform
 import statistics
-import sys
 import tempfile
 import time
 
@@ -26,7 +23,7 @@ from absl import flags
 from array_record.python import array_record_module
 from etils import epath
 
-from mc_jax import console
+from mc_jax import cli
 from mc_jax.data import DataConfig, PackingConfig, datasets, formats, learning, manifests, preparation, tokenizers
 from mc_jax.data.config import SourceConfig
 from mc_jax.models import MemoryConfig, ModelConfig
@@ -39,13 +36,13 @@ _TOKENS = flags.DEFINE_integer("tokens", 20_000_000, "batches, step: ids in the 
 _LENGTH = flags.DEFINE_integer("length", 16_384, "batches: tokens in a row.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 8, "batches: rows.", lower_bound=1)
 _METHODS = flags.DEFINE_list("methods", ["concat", "best_fit"], "batches: of packing.")
-_WORKERS = flags.DEFINE_list("workers", ["0", "1", "2"], "batches: processes.")
+_WORKERS = cli.numbers_flag("workers", [0, 1, 2], "batches: processes.", least=0)
 _SECONDS = flags.DEFINE_float("seconds", 5.0, "batches: timed for so long, after a first batch.", lower_bound=0.1)
 _VOCAB = flags.DEFINE_integer("vocab", 32_768, "Ids of the tokenizer.", lower_bound=257)
 _STEPS = flags.DEFINE_integer("steps", 1, "step: in a turn, after which they are waited for.", lower_bound=1)
 _TURNS = flags.DEFINE_integer("turns", 40, "step: of each kind.", lower_bound=2)
 _STEP_WORKERS = flags.DEFINE_integer("step_workers", 0, "step: processes that prepare rows.", lower_bound=0)
-_REPORT = console.path_flag("json", None, "Also write the figures to this file.", written=True)
+_REPORT = cli.json_flag()
 
 _DRAWS = 64  # batches by themselves
 _MEAN, _SIGMA = 6.3, 1.0  # of the logarithm of a document's length: 900 tokens on average, half of them below 540
@@ -76,7 +73,7 @@ def batches(folder: str) -> list[dict]:
   """Tokens a second of packed batches, by method and workers."""
   rows = []
   for method in _METHODS.value:
-    for workers in map(int, _WORKERS.value):
+    for workers in _WORKERS.value:
       packing = PackingConfig(method=method, align=16)
       config = data(folder, packing=packing, length=_LENGTH.value, batch_size=_BATCH.value, workers=workers)
       with contextlib.closing(datasets.load(config).batches(_mesh())) as drawn:
@@ -152,16 +149,15 @@ def main(_: list[str]) -> None:
   device = jax.devices()[0]
   print(f"{device.device_kind} ({device.platform}), {os.cpu_count()} cores, {platform.machine()}", flush=True)
   report = {"device": device.device_kind, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-  report |= {"command": " ".join(["python -m mc_jax.bench_data", *sys.argv[1:]])}
+  report |= {"command": cli.command("bench_data")}
   with tempfile.TemporaryDirectory() as folder:
     corpus(folder)
     measures = {"batches": batches, "prepare": tokenizing, "step": steps}
     for name in _MEASURE.value:
       with tempfile.TemporaryDirectory() as scratch:
         report[name] = measures[name](scratch if name == "prepare" else folder)
-  if _REPORT.value:
-    pathlib.Path(_REPORT.value).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+  cli.write_json(_REPORT.value, report)
 
 
 if __name__ == "__main__":
-  console.run(main)
+  cli.run(main)

@@ -19,11 +19,9 @@ import dataclasses
 import functools
 import importlib.metadata
 import itertools
-import json
 import os
 import pathlib
 import platform
-import shlex
 import sys
 from collections.abc import Sequence
 
@@ -32,12 +30,12 @@ import jax
 import matplotlib
 from absl import flags
 
-from mc_jax import console, memory
-from mc_jax.data import ConfigError
+from mc_jax import cli, memory
+from mc_jax.errors import ConfigError
 from mc_jax.inference import Decoder, speed
 from mc_jax.models import CacheConfig
 from mc_jax.parallel import chips, hlo_cost
-from mc_jax.training import commandline, config, planning, state
+from mc_jax.training import config, planning, state
 
 matplotlib.use("Agg")  # files only: no display is needed
 
@@ -45,8 +43,8 @@ from matplotlib import pyplot
 
 MODELS = (*memory.AGGREGATIONS, "transformer")
 
-CONFIG = commandline.define_config()
-_CONTEXTS = flags.DEFINE_list("contexts", [str(2**n) for n in range(10, 19)], "Tokens of a sequence.")
+CONFIG = cli.config_flag()
+_CONTEXTS = cli.numbers_flag("contexts", [2**n for n in range(10, 19)], "Tokens of a sequence.", least=16)
 _MODELS = flags.DEFINE_list("models", ["none", "ssc", "grm", "transformer"], f"Of {', '.join(MODELS)}.")
 _BATCH = flags.DEFINE_integer("batch", 1, "Sequences.", lower_bound=1)
 _CACHE_DTYPE = flags.DEFINE_string(
@@ -56,16 +54,16 @@ _LIMIT = flags.DEFINE_float("limit_gib", None, "Leave out what would need a larg
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Times that each model comes to each context.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 4, "Loops that are timed in a round.", lower_bound=1)
 _SECONDS = flags.DEFINE_float("seconds", 0.1, "About how long a loop takes; of two steps at least.", lower_bound=0.0)
-_BETWEEN = flags.DEFINE_list("between", ["4096", "65536"], "Two contexts between which growth is told.")
+_BETWEEN = cli.numbers_flag("between", [4096, 65536], "Two contexts between which growth is told.", least=16)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Compile for this TPU (v5e:2x2, v5p:2x2x1, ...) instead of timing.")
-_JSON = console.path_flag("json", None, "Also write the figures to this file.", written=True)
-_PLOT = console.path_flag("plot", None, "Also draw them, in this PNG.", written=True)
+_JSON = cli.json_flag()
+_PLOT = cli.path_flag("plot", None, "Also draw them, in this PNG.", written=True)
 
 
 def main(_: list[str]) -> None:
   """Measures what the flags name, prints a table, and writes JSON and a plot if asked."""
-  contexts = _whole_numbers("contexts", _CONTEXTS.value)
-  between = _whole_numbers("between", _BETWEEN.value)
+  contexts = sorted(set(_CONTEXTS.value))
+  between = sorted(set(_BETWEEN.value))
   if unknown := [name for name in _MODELS.value if name not in MODELS]:
     raise ConfigError(f"--models={','.join(unknown)} must be of {', '.join(MODELS)}")
   if _TOPOLOGY.value:
@@ -88,9 +86,9 @@ def main(_: list[str]) -> None:
     for name, ratio in growth[field].items():
       print(f"{name}: {field} of a step at {between[1]:,} are {ratio:.3f} of those at {between[0]:,}")
   if _JSON.value:
-    record = {"command": shlex.join(["python", "-m", "mc_jax.bench_decode", *sys.argv[1:]]), **machine, **versions}
+    record = {"command": cli.command("bench_decode"), **machine, **versions}
     record |= {"load": os.getloadavg(), "between": between, "growth": growth, "rows": rows}
-    pathlib.Path(_JSON.value).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    cli.write_json(_JSON.value, record)
   if _PLOT.value:
     _plot(pathlib.Path(_PLOT.value), rows)
 
@@ -173,7 +171,7 @@ def _cache(context: int) -> CacheConfig:
 def _too_large(decoder: Decoder) -> bool:
   """Whether a cache is beyond --limit_gib, and says so."""
   size = speed.cache_bytes(decoder, _BATCH.value)
-  if _LIMIT.value is None or size <= _LIMIT.value * planning.GIB:
+  if _LIMIT.value is None or size <= _LIMIT.value * chips.GIB:
     return False
   print(f"left out at {decoder.cache.tokens:,} tokens: a cache of {planning.gib(size)}", flush=True)
   return True
@@ -237,17 +235,6 @@ def _plot(path: pathlib.Path, rows: list[dict]) -> None:
   pyplot.close(figure)
 
 
-def _whole_numbers(flag: str, values: list[str]) -> list[int]:
-  """A flag's numbers, ascending.
-
-  Raises:
-    ConfigError: something else than whole numbers of at least 16 tokens.
-  """
-  if not values or not all(value.isdecimal() and int(value) >= 16 for value in values):
-    raise ConfigError(f"--{flag}={','.join(values)} must be whole numbers, of at least 16 tokens, separated by commas")
-  return sorted({int(value) for value in values})
-
-
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  console.run(main, functools.partial(commandline.parse, CONFIG))
+  cli.run(main, CONFIG)

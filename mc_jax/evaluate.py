@@ -5,23 +5,20 @@ Any field of the run's configuration that leaves the parameters as they are can 
 """
 
 import dataclasses
-import functools
 import re
-import shlex
-import sys
 import time
 
 import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 from absl import flags, logging
 
-from mc_jax import console
-from mc_jax.data import ConfigError, whole
+from mc_jax import cli, storage
 from mc_jax.data.identity import Identity
+from mc_jax.errors import ConfigError
 from mc_jax.evaluation import Subject, report, tasks
-from mc_jax.training import commandline, config, outputs, state, task_flags, trained
+from mc_jax.training import config, outputs, state, task_flags, trained
 
-CONFIG = commandline.define_overrides()
-WORKDIR = console.path_flag("workdir", None, "folder of a run of mc_jax.train, or gs://BUCKET/FOLDER")
+CONFIG = cli.overrides_flag()
+WORKDIR = cli.path_flag("workdir", None, "folder of a run of mc_jax.train, or gs://BUCKET/FOLDER")
 STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default: the newest")
 NAME = flags.DEFINE_string("name", None, "of the files in RUN/evaluation; default: tasks and fields that were changed")
 task_flags.define()
@@ -29,11 +26,9 @@ task_flags.define()
 
 def main(_: list[str]) -> None:
   """Evaluates as the flags say."""
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
   begin = time.monotonic()
   options, names = task_flags.options(), task_flags.names()
-  workdir, changes = outputs.workdir(WORKDIR.value), commandline.overrides(CONFIG)
+  workdir, changes = outputs.workdir(WORKDIR.value), cli.overrides(CONFIG)
   model = trained.load(workdir, changes, step=STEP.value)
   if unsuited := tasks.unsuited(names, model.config.model):
     raise ConfigError("\n".join(f"--tasks: {name}: {why}" for name, why in unsuited.items()))
@@ -60,7 +55,7 @@ def main(_: list[str]) -> None:
   record = {
     "workdir": str(workdir),
     "step": model.step,
-    "command": shlex.join(["python", "-m", "mc_jax.evaluate", *sys.argv[1:]]),
+    "command": cli.command("evaluate"),
     "changed": changes,
     "config": dataclasses.asdict(model.config),
     "results": report.to_json(results),
@@ -69,8 +64,8 @@ def main(_: list[str]) -> None:
   with outputs.outputs(workdir) as files:
     folder = files.folder / "evaluation"
     folder.mkdir(exist_ok=True)
-    whole.write(folder / f"{name}.json", report.dumps(record))
-    whole.write(folder / f"{name}.csv", report.to_csv(results))
+    storage.write(folder / f"{name}.json", report.dumps(record))
+    storage.write(folder / f"{name}.csv", report.to_csv(results))
     drawn = report.plot(folder / f"{name}.png", {name: results})
   written = ", ".join([f"{name}.json", f"{name}.csv", *(path.name for path in drawn)])
   print(f"written to {workdir / 'evaluation'}: {written}")
@@ -102,4 +97,4 @@ def _name(names: tuple[str, ...], changes: dict[str, object]) -> str:
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["workdir", "tasks"])
-  console.run(main, functools.partial(commandline.parse, CONFIG), outlives_output=True)
+  cli.run(main, CONFIG, verbosity=logging.WARNING, outlives_output=True)

@@ -4,30 +4,26 @@ docs/export.md has the tensors' names, and how to read them. Fields of the confi
 they are can be changed on the way, such as --config.model.memory.after_training=moving_average.
 """
 
-import functools
-
 import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 from absl import flags, logging
 
-from mc_jax import console
-from mc_jax.data import ConfigError
+from mc_jax import cli
+from mc_jax.errors import ConfigError
 from mc_jax.inference import export
-from mc_jax.training import commandline, outputs, trained
+from mc_jax.training import outputs, trained
 
-CONFIG = commandline.define_overrides()
-WORKDIR = console.path_flag("workdir", None, "folder of a run of mc_jax.train, or gs://BUCKET/FOLDER")
-TO = console.path_flag("to", None, "folder to write to, new or empty")
+CONFIG = cli.overrides_flag()
+WORKDIR = cli.path_flag("workdir", None, "folder of a run of mc_jax.train, or gs://BUCKET/FOLDER")
+TO = cli.path_flag("to", None, "folder to write to, new or empty")
 DTYPE = flags.DEFINE_enum("dtype", "float32", export.DTYPES, "of the tensors")
 STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default: the newest")
 
 
 def main(_: list[str]) -> None:
   """Exports as the flags say."""
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
   export.require_empty(TO.value)  # before the checkpoint is read
   workdir = outputs.workdir(WORKDIR.value)
-  model = trained.load(workdir, commandline.overrides(CONFIG), step=STEP.value)
+  model = trained.load(workdir, cli.overrides(CONFIG), step=STEP.value)
   try:
     tokenizer = model.tokenizer_file()
   except ConfigError as error:
@@ -42,4 +38,4 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["workdir", "to"])
-  console.run(main, functools.partial(commandline.parse, CONFIG), outlives_output=True)
+  cli.run(main, CONFIG, verbosity=logging.WARNING, outlives_output=True)

@@ -6,7 +6,6 @@ they are can be changed, such as --config.model.memory.after_training=moving_ave
 """
 
 import dataclasses
-import functools
 import sys
 
 import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
@@ -15,19 +14,20 @@ import numpy as np
 from absl import flags, logging
 from etils import epath
 
-from mc_jax import console
-from mc_jax.data import ConfigError, tokenizers
+from mc_jax import cli
+from mc_jax.data import tokenizers
+from mc_jax.errors import ConfigError
 from mc_jax.inference import Decoder, Request, generation, prompts, text
 from mc_jax.memory import decode
 from mc_jax.models import CacheConfig
 from mc_jax.models.cache import FULL
-from mc_jax.training import commandline, outputs, report, state, trained
+from mc_jax.training import outputs, report, state, trained
 
-CONFIG = commandline.define_overrides()
-WORKDIR = console.path_flag("workdir", None, "folder of a run of mc_jax.train, or gs://BUCKET/FOLDER")
+CONFIG = cli.overrides_flag()
+WORKDIR = cli.path_flag("workdir", None, "folder of a run of mc_jax.train, or gs://BUCKET/FOLDER")
 STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default: the newest")
 PROMPT = flags.DEFINE_string("prompt", None, "text to continue; default: standard input, UTF-8")
-PROMPT_FILE = console.path_flag("prompt_file", None, "file of the text to continue, UTF-8")
+PROMPT_FILE = cli.path_flag("prompt_file", None, "file of the text to continue, UTF-8")
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "of the continuation")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0: always the likeliest token")
 TOP_K = flags.DEFINE_integer("top_k", 0, "draw from so many of the likeliest tokens; 0: all")
@@ -43,22 +43,20 @@ CACHE_DTYPE = flags.DEFINE_string(
   "cache_dtype", None, "of cached states: float32, bfloat16, int8; default: the model's"
 )
 CACHE_MEMORY = flags.DEFINE_enum("cache_memory", "device", decode.MEMORIES, "where cached states lie; host: for ssc")
-SAVE = console.path_flag("save_prompt", None, "folder to save the prompt's cache in")
-LOAD = console.path_flag("load_prompt", None, "folder of a saved prompt, which --prompt continues")
+SAVE = cli.path_flag("save_prompt", None, "folder to save the prompt's cache in")
+LOAD = cli.path_flag("load_prompt", None, "folder of a saved prompt, which --prompt continues")
 
 
 def main(_: list[str]) -> None:
   """Generates as the flags say."""
   flag_of = {"tokens": CONTEXT, "capacity": CAPACITY, "full": FULL_CACHE, "dtype": CACHE_DTYPE, "memory": CACHE_MEMORY}
   when = " when it was saved" if LOAD.value else ""
-  with console.naming({f"cache.{field}": f"--{flag.name}{when}" for field, flag in flag_of.items()}):
+  with cli.naming({f"cache.{field}": f"--{flag.name}{when}" for field, flag in flag_of.items()}):
     _generate()
 
 
 def _generate() -> None:
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.ERROR)
-  model = trained.load(outputs.workdir(WORKDIR.value), commandline.overrides(CONFIG), step=STEP.value)
+  model = trained.load(outputs.workdir(WORKDIR.value), cli.overrides(CONFIG), step=STEP.value)
   data = model.config.data
   if not data.has_text:
     raise ConfigError(
@@ -70,7 +68,7 @@ def _generate() -> None:
   mesh = model.mesh if model.mesh.size > 1 else None
   decoder = Decoder(model.config.model, state.graph(model.config), model.params, _cache(len(prompt)), mesh)
 
-  stops = [console.typed("stop", words) for words in STOP.value]
+  stops = [cli.typed("stop", words) for words in STOP.value]
   stop = text.stops(tokenizer, stops)
   requests = [
     Request(prompt, MAX_TOKENS.value, TEMPERATURE.value, TOP_K.value, TOP_P.value, SEED.value + i, stop)
@@ -96,14 +94,10 @@ def _generate() -> None:
   streams = [text.Stream(tokenizer.decode, stops) for _ in requests]
   made = 0
   with generation.Stopwatch() as writing:
-    for block in decoder.generate(requests, (logits, cache)):
+    for block, added in text.follow(decoder.generate(requests, (logits, cache)), streams, tokenizer):
       made += int((block != generation.NOTHING).sum())
-      for stream, tokens in zip(streams, block, strict=True):
-        new = stream.add(text.known(tokens[tokens != tokenizer.separator], tokenizer))
-        if SAMPLES.value == 1:
-          print(new, end="", flush=True)
-      if all(stream.ended for stream in streams):  # by a text that no sequence of tokens spells
-        break
+      if SAMPLES.value == 1:
+        print(added[0], end="", flush=True)
   for i, stream in enumerate(streams):
     print(stream.rest() if SAMPLES.value == 1 else f"--- {i}\n{stream.text()}{stream.rest()}", flush=True)
   rows = {
@@ -121,7 +115,7 @@ def _prompt(tokenizer: tokenizers.Tokenizer, documents: bool) -> np.ndarray:
   if PROMPT.value is not None and PROMPT_FILE.value is not None:
     raise ConfigError("--prompt and --prompt_file are both given: use one")
   if PROMPT.value is not None:
-    words = console.typed("prompt", PROMPT.value)
+    words = cli.typed("prompt", PROMPT.value)
   else:
     try:
       words = (
@@ -149,4 +143,4 @@ def _cache(prompt: int) -> CacheConfig:
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("workdir")
-  console.run(main, functools.partial(commandline.parse, CONFIG))
+  cli.run(main, CONFIG, verbosity=logging.ERROR)

@@ -4,7 +4,6 @@ Every field of the configuration is a flag, such as --config.model.memory.aggreg
 command goes on where an earlier run in the same --workdir stopped.
 """
 
-import functools
 import pathlib
 import sys
 
@@ -13,11 +12,11 @@ import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from mc_jax import console
-from mc_jax.training import commandline, config, distributed, loop, metrics, outputs, profiling, replay
+from mc_jax import cli
+from mc_jax.training import config, distributed, loop, metrics, outputs, profiling, replay
 
-CONFIG = commandline.define_config()
-WORKDIR = console.path_flag(
+CONFIG = cli.config_flag()
+WORKDIR = cli.path_flag(
   "workdir", None, "folder of everything the run writes, or gs://BUCKET/FOLDER; default: runs/NAME of the config"
 )
 PROFILE = flags.DEFINE_string("profile", None, "steps to trace with jax.profiler, such as 10-12, into the workdir")
@@ -46,15 +45,13 @@ def main(_: list[str]) -> None:
 
 
 def _train() -> None:
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.FATAL)  # Orbax tells a page per checkpoint, and several per error that reaches us
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   workdir = outputs.workdir(WORKDIR.value or f"runs/{name}")
   profile = profiling.parse(PROFILE.value) if PROFILE.value else range(0)
   run = config.from_config_dict(CONFIG.value).check()
   distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, HEARTBEAT.value)
   if not distributed.is_first():
-    console.silence()  # one process speaks for all
+    cli.silence()  # one process speaks for all
   if REPLAY.value is not None:
     print(replay.replay(run, workdir, REPLAY.value))
     return
@@ -66,9 +63,10 @@ def _train() -> None:
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  console.run(
+  cli.run(
     main,
-    functools.partial(commandline.parse, CONFIG),
+    CONFIG,
+    verbosity=logging.FATAL,  # Orbax prints a page per checkpoint, and several per error that reaches us
     outlives_output=True,
     hopeless=(metrics.Diverged,),
     interrupted="stopped at once; the same command resumes from the last checkpoint",

@@ -66,7 +66,7 @@ def test_results_are_printed_and_written(run):
   ("flags", "message"),
   [
     (["--tasks=perplexitty"], "or lm_eval:TASK for one of lm-evaluation-harness; got perplexitty"),
-    (["--tasks=perplexity", "--lengths=16,long"], "--lengths must be numbers separated by commas, got 16,long"),
+    (["--tasks=perplexity", "--lengths=16,long"], "flag --lengths=16,long: must be whole numbers, separated by commas"),
     (["--tasks=mqar,gates_mqar"], "--tasks: gates_mqar: it needs memories that are told apart"),
     (["--tasks=perplexity", "--config.model.layers=2"], "--config.model.layers: 1 in the checkpoint, 2 asked for"),
   ],

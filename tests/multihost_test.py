@@ -12,8 +12,9 @@ import time
 import numpy as np
 import pytest
 
+from mc_jax import storage
 from mc_jax.data import lock
-from mc_jax.training import digests, metrics
+from mc_jax.training import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -112,7 +113,7 @@ def test_two_processes_train_as_one_and_go_on_when_one_was_killed(texts, tmp_pat
   assert _finish(alone)[0] == [0]
 
   pair = _start_two(texts, tmp_path / "pair")
-  _wait_for(tmp_path / "pair" / "checkpoints" / "10" / digests.FILE, *pair)  # it is complete
+  _wait_for(tmp_path / "pair" / "checkpoints" / "10" / storage.DIGESTS, *pair)  # it is complete
   pair[1].send_signal(signal.SIGKILL)
   killed = time.monotonic()
   (first, _), (printed, _) = _finish(*pair)

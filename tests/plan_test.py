@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from mc_jax.data import ConfigError, DataConfig
+from mc_jax.data import DataConfig
+from mc_jax.errors import ConfigError
 from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig
 from mc_jax.parallel import attention, chips, hlo_cost, topology
 from mc_jax.parallel.mesh import MeshConfig
@@ -157,7 +158,7 @@ def test_scanned_layers_cost_what_unrolled_ones_do():
 
 def test_chips():
   v5e, v5p = (chips.of(planning.topology_devices(name, 1)) for name in ("v5e:4x4", "v5p:4x4x4"))
-  assert (v5e.name, v5e.hbm_bytes, v5p.flops) == ("v5e", 16 * planning.GIB, 459e12)
+  assert (v5e.name, v5e.hbm_bytes, v5p.flops) == ("v5e", 16 * chips.GIB, 459e12)
   assert chips.of(planning.topology_devices("v4:2x2x1", 1)).flops == 275e12  # both cores are one device
   assert chips.of(planning.topology_devices("tpu7x:2x2x1", 1)).flops == 2307e12 / 2  # and here each is one
   line, plane = [(i, 0) for i in range(4)], [(i, j) for i in range(4) for j in range(4)]

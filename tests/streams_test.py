@@ -96,4 +96,4 @@ def test_paths_are_path_flags_and_text_files_name_their_encoding(path):
     if name in ("read_text", "write_text"):
       assert {"encoding"} & {keyword.arg for keyword in call.keywords}, f"line {call.lineno}"
     if name == "DEFINE_string":
-      assert call.args[0].value not in PATHS, f"line {call.lineno}: console.path_flag"
+      assert call.args[0].value not in PATHS, f"line {call.lineno}: cli.path_flag"

@@ -2,10 +2,8 @@
 
 from mc_jax.data import datasets, loader, ngram, recall, sources, tokenizers, windows
 from mc_jax.data.config import DataConfig, PackingConfig, PartConfig
-from mc_jax.data.errors import ConfigError
 
 __all__ = [
-  "ConfigError",
   "DataConfig",
   "PackingConfig",
   "PartConfig",

@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from mc_jax.data import recall
-from mc_jax.data.errors import ConfigError
 from mc_jax.data.recall.copying import CopyingConfig
 from mc_jax.data.recall.mqar import MQARConfig
 from mc_jax.data.recall.niah import NIAHConfig
-
-__all__ = ["ConfigError", "DataConfig", "PackingConfig", "PartConfig", "SourceConfig"]
 
 TEXTS = ("stdlib", "text", "jsonl", "parquet", "arrayrecord")  # sources of text, which a tokenizer makes ids of
 FORMATS = (*TEXTS, "tokens")  # sources of documents

@@ -12,12 +12,12 @@ import numpy as np
 from mc_jax.data import files, formats, identity, ngram, packing, recall, sources, streams, tokenizers, windows
 from mc_jax.data.config import FORMATS, TASKS, DataConfig, PartConfig
 from mc_jax.data.documents import Documents, Order
-from mc_jax.data.errors import ConfigError
 from mc_jax.data.identity import Identity
 from mc_jax.data.loader import Batches
 from mc_jax.data.packing import Row
 from mc_jax.data.tokenizers import Tokenizer
 from mc_jax.data.windows import Batch
+from mc_jax.errors import ConfigError
 
 _TASK_ROWS = 64  # for validation, where data.validation_tokens is 0
 _PROMPT = 64  # tokens

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 from grain.experimental import index_shuffle
 
-from mc_jax.data.errors import ConfigError
 from mc_jax.data.formats import Block, Malformed, TextRecords, TokenRecords
 from mc_jax.data.tokenizers import Bytes, Tokenizer
+from mc_jax.errors import ConfigError
 
 _GROUP = 4  # blocks whose documents are shuffled together
 _KEPT = 3 * _GROUP  # blocks in memory: shards are not at quite the same place

@@ -12,19 +12,14 @@ from typing import IO
 
 import fsspec
 import fsspec.core
-from etils import epath
 
+from mc_jax import storage
 from mc_jax.data import folders
-from mc_jax.data.errors import ConfigError, missing_package
+from mc_jax.errors import ConfigError, missing_package
 
 # Errors of disks and networks, which the same command may not meet again.
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENETUNREACH}
 _PASSING |= {errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-
-
-def path(text: str) -> epath.Path:
-  """The file or folder that a user wrote: ~ and ~NAME are home folders, gs:// and other schemes stay as they are."""
-  return epath.Path(text) if "://" in text else epath.Path(os.path.expanduser(text))
 
 
 def find(paths: str, suffixes: Sequence[str] = (), field: str = "data.paths") -> dict[str, str]:
@@ -57,18 +52,17 @@ def find(paths: str, suffixes: Sequence[str] = (), field: str = "data.paths") ->
   return {"/".join(url.split("/")[common:]): url for url in sorted(urls)}
 
 
-def matches(paths: str, field: str = "data.paths") -> list[str]:
+def matches(paths: str) -> list[str]:
   """The files and folders that a user wrote, as a shell would see them: absolute paths or URLs, each once.
 
   Args:
     paths: Paths or globs, separated by commas. ~ is a home folder; * and ** leave hidden names out and follow links to
       folders. What exists as it is written is that file, even with a bracket or a comma in its name.
-    field: The setting, for errors.
 
   Raises:
     ConfigError: Naming the part that matches nothing, or a link that leads nowhere.
   """
-  return list(dict.fromkeys(match for _, found in _parts(paths, field) for match in found))
+  return list(dict.fromkeys(match for _, found in _parts(paths, "data.paths") for match in found))
 
 
 def _parts(paths: str, field: str) -> Iterator[tuple[str, list[str]]]:
@@ -76,7 +70,7 @@ def _parts(paths: str, field: str) -> Iterator[tuple[str, list[str]]]:
   whole = _local(paths.strip())
   left = [paths] if whole and os.path.lexists(whole) else [part for part in paths.split(",") if part.strip()]
   while left:
-    for count in range(1, 2 if "://" in left[0] else len(left) + 1):
+    for count in range(1, 2 if storage.in_bucket(left[0]) else len(left) + 1):
       pattern = ",".join(left[:count]).strip()
       if found := _matching(pattern, field):
         yield pattern, found
@@ -88,14 +82,14 @@ def _parts(paths: str, field: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _hint(pattern: str) -> str:
-  if "://" in pattern or os.path.isabs(os.path.expanduser(pattern)):
+  if storage.in_bucket(pattern) or os.path.isabs(os.path.expanduser(pattern)):
     return ""
   return f"; relative paths are read from {os.getcwd()}: start in the folder they belong to, or give absolute paths"
 
 
 def _local(url: str) -> str | None:
   """The path of what is on this machine's file system; None if it is elsewhere."""
-  if "://" not in url:
+  if not storage.in_bucket(url):
     return os.path.expanduser(url)
   scheme, rest = url.split("://", 1)
   return rest if scheme in ("file", "local") else None
@@ -119,7 +113,7 @@ def _matching(pattern: str, field: str) -> list[str]:
 
 def _below(match: str) -> Iterator[str]:
   """A file, or the files below a folder."""
-  if "://" not in match:
+  if not storage.in_bucket(match):
     yield from folders.files(match) if os.path.isdir(match) else [match]
     return
   fs, path = fsspec.core.url_to_fs(match)
@@ -146,7 +140,7 @@ def reading(url: str, offset: int = 0) -> Iterator[IO[bytes]]:
   Raises:
     ConfigError: naming the file that is missing, torn or not what its name says.
   """
-  with _naming("data.paths", url), fsspec.open(url, "rb") if "://" in url else open(url, "rb") as file:
+  with _naming("data.paths", url), fsspec.open(url, "rb") if storage.in_bucket(url) else open(url, "rb") as file:
     if url.endswith((".gz", ".zst")):
       pyarrow = pyarrow_module(url)
       codec = "gzip" if url.endswith(".gz") else "zstd"
@@ -160,7 +154,7 @@ def reading(url: str, offset: int = 0) -> Iterator[IO[bytes]]:
 def size(url: str) -> int:
   """Bytes of a file, compressed as it lies there."""
   with _naming("data.paths", url):
-    if "://" not in url:
+    if not storage.in_bucket(url):
       return os.path.getsize(url)
     fs, path = fsspec.core.url_to_fs(url)
     return fs.size(path)
@@ -171,7 +165,7 @@ def local(url: str) -> str:
 
   For readers that open nothing else. Copies are in the folder MC_JAX_CACHE names, else in ~/.cache/mc_jax.
   """
-  if "://" not in url:
+  if not storage.in_bucket(url):
     return url
   folder = os.environ.get("MC_JAX_CACHE", os.path.expanduser("~/.cache/mc_jax"))
   with _naming("data.paths", url):

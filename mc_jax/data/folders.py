@@ -6,7 +6,7 @@ import fnmatch
 import os
 from collections.abc import Iterator, Sequence
 
-from mc_jax.data.errors import ConfigError
+from mc_jax.errors import ConfigError
 
 _MAGIC = "*?["
 

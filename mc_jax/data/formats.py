@@ -19,7 +19,7 @@ import numpy as np
 
 from mc_jax.data import files, manifests, sources
 from mc_jax.data.config import SourceConfig
-from mc_jax.data.errors import ConfigError
+from mc_jax.errors import ConfigError
 
 Document = str | np.ndarray  # text, or ids int32 [length]
 

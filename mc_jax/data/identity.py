@@ -18,8 +18,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from mc_jax.data import files, tokenizers
-from mc_jax.data.errors import ConfigError
 from mc_jax.data.formats import Block, JsonLines, TextFile
+from mc_jax.errors import ConfigError
 
 _END = 1 << 16  # bytes at each end of a file
 _READ = 4 << 20  # bytes

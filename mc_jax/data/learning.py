@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from mc_jax.data import files, formats, manifests, tokenizers, whole
+from mc_jax import storage
+from mc_jax.data import files, formats, manifests, tokenizers
 from mc_jax.data.config import SourceConfig
 from mc_jax.data.documents import Documents, Order
-from mc_jax.data.errors import ConfigError
+from mc_jax.errors import ConfigError
 
 FILE = "tokenizer.json"
 NOTE = "tokenizer.settings.json"
@@ -35,7 +36,7 @@ def learn(source: SourceConfig, vocab_size: int, most: int, out: str, on_error: 
   Raises:
     ConfigError: The folder's tokenizer was learned from something else, each setting named; or there is no text.
   """
-  folder = files.path(out)
+  folder = storage.path(out)
   settings = {"train_bpe": vocab_size, "train_bytes": most, "source": source.source, "field": source.field}
   found = list(files.find(source.paths, formats.SUFFIXES[source.source])) if source.paths else []
   settings |= {"paths": source.paths, "files": hashlib.sha256(repr(found).encode()).hexdigest()}
@@ -45,7 +46,7 @@ def learn(source: SourceConfig, vocab_size: int, most: int, out: str, on_error: 
   if (folder / manifests.PLAN).exists():
     raise ConfigError(f"{folder} holds a corpus that was tokenized with --tokenizer. Use another --out")
   folder.mkdir(parents=True, exist_ok=True)
-  whole.write(folder / NOTE, json.dumps(settings, indent=1) + "\n")  # first: where a tokenizer is, its note is
+  storage.write(folder / NOTE, json.dumps(settings, indent=1) + "\n")  # first: where a tokenizer is, its note is
   return train(source, vocab_size, most, folder / FILE, on_error)
 
 
@@ -57,7 +58,7 @@ def train(source: SourceConfig, vocab_size: int, most: int, path: epath.Path, on
   with tempfile.TemporaryDirectory() as folder:
     temporary = epath.Path(folder) / path.name
     tokenizers.train_bpe(itertools.chain([first], texts), vocab_size, temporary)
-    whole.write(path, temporary.read_bytes())
+    storage.write(path, temporary.read_bytes())
   return tokenizers.load(str(path)).vocab_size
 
 

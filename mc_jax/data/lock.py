@@ -25,7 +25,7 @@ import uuid
 import fsspec.core
 from etils import epath
 
-from mc_jax.data import whole
+from mc_jax import storage
 
 FILE = "lock"
 
@@ -75,7 +75,7 @@ def take(folder: epath.PathLike, doing: str, instead: str, file: str = FILE) -> 
   folder.mkdir(parents=True, exist_ok=True)
   path = str(folder / file)
   try:
-    if "://" not in path:
+    if not storage.in_bucket(path):
       with contextlib.suppress(_Unsupported):
         return _Flock(path, new)
     return _Heartbeat(path)
@@ -161,7 +161,7 @@ class _Heartbeat(Lock):
 
   def __init__(self, url: str):
     self._files, self._path = fsspec.core.url_to_fs(url)
-    self._local = "://" not in url
+    self._local = not storage.in_bucket(url)
     self._holder = _holder() | {"token": uuid.uuid4().hex}
     if not self._create():
       self._take_over()
@@ -190,7 +190,7 @@ class _Heartbeat(Lock):
 
   def _write(self, **facts: object) -> None:
     if self._local:
-      whole.write(self._path, _content(self._holder | facts))
+      storage.write(self._path, _content(self._holder | facts))
     else:
       self._files.pipe_file(self._path, _content(self._holder | facts))
 

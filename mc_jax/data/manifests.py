@@ -9,8 +9,8 @@ import re
 import numpy as np
 from etils import epath
 
-from mc_jax.data import files, whole
-from mc_jax.data.errors import ConfigError
+from mc_jax import storage
+from mc_jax.errors import ConfigError
 
 FILE = "manifest.json"
 PLAN = "plan.json"  # what the shards are to hold
@@ -49,7 +49,7 @@ def read(folder: str) -> Manifest:
   Raises:
     ConfigError: there is none, it is broken, or it names a file outside its folder.
   """
-  path = files.path(folder) / FILE
+  path = storage.path(folder) / FILE
   try:
     tree = json.loads(path.read_text(encoding="utf-8"))
     tree["shards"] = tuple(Shard(**shard) for shard in tree["shards"])
@@ -73,7 +73,7 @@ def read(folder: str) -> Manifest:
 
 def write(folder: epath.Path, manifest: Manifest) -> None:
   """Writes a folder's manifest, all or nothing."""
-  whole.write(folder / FILE, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+  storage.write(folder / FILE, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
 
 
 def lengths(shard: str) -> str:
@@ -83,4 +83,4 @@ def lengths(shard: str) -> str:
 
 def join(folder: str, name: str) -> str:
   """The URL of a file in a manifest's folder."""
-  return str(files.path(folder) / name)
+  return str(storage.path(folder) / name)

@@ -20,13 +20,14 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from mc_jax.data import files, formats, manifests, tokenizers, whole, workers
+from mc_jax import storage
+from mc_jax.data import formats, manifests, tokenizers, workers
 from mc_jax.data.config import SourceConfig
 from mc_jax.data.documents import SKIP, encode
-from mc_jax.data.errors import ConfigError
 from mc_jax.data.formats import Block, Malformed
 from mc_jax.data.manifests import Shard
 from mc_jax.data.tokenizers import Tokenizer
+from mc_jax.errors import ConfigError
 
 _PARTIAL = ".partial-"  # folders of files that are being written
 _EVERY = 30.0  # seconds between two lines about the progress
@@ -71,7 +72,7 @@ def prepare(
     ConfigError: bad input, no text in it, or `out` holds something else.
     OSError: A process ended by itself, or the disk is full.
   """
-  folder = files.path(out)
+  folder = storage.path(out)
   loaded = tokenizers.load(tokenizer, separator)
   blocks = formats.blocks(source)
   parts = divide(blocks, shards or max(8, sum(block.size for block in blocks) // _SHARD))
@@ -116,7 +117,7 @@ def _settle(folder: epath.Path, tokenizer: Tokenizer, source: SourceConfig, part
   plan = json.dumps({"tokenizer": tokenizer.fingerprint, "field": source.field, "shards": parts})
   path = folder / manifests.PLAN
   if not path.exists():
-    whole.write(path, plan + "\n")
+    storage.write(path, plan + "\n")
     return
   try:
     lines = list(_differences(json.loads(path.read_bytes()), json.loads(plan)))
@@ -162,7 +163,7 @@ def _keep(folder: epath.Path, tokenizer: str) -> str:
   name = "tokenizer.model" if tokenizer.endswith(".model") else "tokenizer.json"
   data = tokenizers.read(tokenizer)
   if not (folder / name).exists() or (folder / name).read_bytes() != data:
-    whole.write(folder / name, data)
+    storage.write(folder / name, data)
   return name
 
 
@@ -235,7 +236,7 @@ def write(name: str, job: Job) -> Shard:
   tokenizer = tokenizers.load(job.tokenizer, job.separator)
   skipped = tokens = 0
   lengths = []  # UTF-8 bytes of each document
-  with tempfile.TemporaryDirectory(dir=None if "://" in job.out else job.out, prefix=_PARTIAL) as temporary:
+  with tempfile.TemporaryDirectory(dir=None if storage.in_bucket(job.out) else job.out, prefix=_PARTIAL) as temporary:
     path = os.path.join(temporary, name)
     writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")  # read one by one, at random
     for batch in _batches(_texts(job)):
@@ -257,12 +258,12 @@ def write(name: str, job: Job) -> Shard:
     beside = manifests.lengths(name)
     np.asarray(lengths, manifests.LENGTHS).tofile(os.path.join(temporary, beside))
     for file in (beside, name):  # the shard last: where it is, its lengths are
-      if "://" in job.out:
+      if storage.in_bucket(job.out):
         epath.Path(temporary, file).copy(folder / file, overwrite=True)
       else:
         os.replace(os.path.join(temporary, file), folder / file)
   shard = Shard(name, len(lengths), tokens, sum(lengths), size, skipped, beside)
-  whole.write(_record(folder, name), json.dumps(dataclasses.asdict(shard)))
+  storage.write(_record(folder, name), json.dumps(dataclasses.asdict(shard)))
   return shard
 
 

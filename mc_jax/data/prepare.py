@@ -15,15 +15,15 @@ import time
 
 from absl import flags
 
-from mc_jax import console
-from mc_jax.data import files, learning, lock, preparation
+from mc_jax import cli, storage
+from mc_jax.data import learning, lock, preparation
 from mc_jax.data.config import ERRORS, TEXTS, SourceConfig
-from mc_jax.data.errors import ConfigError
+from mc_jax.errors import ConfigError
 
 _SOURCE = flags.DEFINE_enum("source", "text", TEXTS, "Format of the corpus.")
 _PATHS = flags.DEFINE_string("paths", "", "Its files, folders or globs, separated by commas; also gs://.")
 _FIELD = flags.DEFINE_string("field", "text", "What holds the text: of a JSON object, or a Parquet column.")
-_OUT = console.path_flag("out", None, "Folder of the tokenized corpus; made if missing.")
+_OUT = cli.path_flag("out", None, "Folder of the tokenized corpus; made if missing.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "bytes, a tokenizer.json, or a SentencePiece *.model.")
 _TRAIN_BPE = flags.DEFINE_integer(
   "train_bpe", None, "Instead: learn a byte-level BPE with so many ids.", lower_bound=257
@@ -39,7 +39,7 @@ _SUMS = {"documents": "documents", "text_bytes": "bytes of text", "tokens": "tok
 def main(_: list[str]) -> None:
   """Prepares as the flags say."""
   named = {f"data.{name}": f"--{name}" for name in ("source", "paths", "field", "tokenizer", "separator")}
-  with console.naming(named | {"on_error=skip": "--on_error=skip"}):
+  with cli.naming(named | {"on_error=skip": "--on_error=skip"}):
     _checked()
 
 
@@ -52,7 +52,7 @@ def _checked() -> None:
     raise ConfigError("give one of --tokenizer and --train_bpe")
   if _TRAIN_BPE.value is None and flags.FLAGS["train_bytes"].present:
     raise ConfigError("--train_bytes is read only with --train_bpe")
-  with lock.take(files.path(_OUT.value), "prepares", "use another --out"):
+  with lock.take(storage.path(_OUT.value), "prepares", "use another --out"):
     _prepare(source)
 
 
@@ -60,7 +60,7 @@ def _prepare(source: SourceConfig) -> None:
   """Learns the tokenizer where one is to be learned, prepares the corpus, and prints what it took."""
   name = _TOKENIZER.value
   if _TRAIN_BPE.value:
-    name = str(files.path(_OUT.value) / learning.FILE)
+    name = str(storage.path(_OUT.value) / learning.FILE)
     begin = time.monotonic()
     print("learning the tokenizer, unless it is there ...", flush=True)
     ids = learning.learn(source, _TRAIN_BPE.value, _TRAIN_BYTES.value, _OUT.value, _ON_ERROR.value)
@@ -85,4 +85,4 @@ def _prepare(source: SourceConfig) -> None:
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("out")
-  console.run(main, outlives_output=True)
+  cli.run(main, outlives_output=True)

@@ -18,7 +18,7 @@ import numpy as np
 
 from mc_jax.data import files, tokenizers
 from mc_jax.data.config import DataConfig
-from mc_jax.data.errors import ConfigError
+from mc_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,8 @@ import numpy as np
 from mc_jax.data import packing, sources
 from mc_jax.data.config import DataConfig, PartConfig
 from mc_jax.data.documents import Documents, Order, chance, hashed
-from mc_jax.data.errors import ConfigError
 from mc_jax.data.packing import Cursor, Row
+from mc_jax.errors import ConfigError
 
 
 class Stream(Protocol):

@@ -11,8 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from mc_jax.data import files
-from mc_jax.data.errors import ConfigError, missing_package
+from mc_jax import storage
+from mc_jax.errors import ConfigError, missing_package
 
 VOCAB_SIZE = 256
 SEPARATOR = 0  # the byte before every file; it cannot occur in one (see formats.is_text)
@@ -145,7 +145,7 @@ def load(name: str, separator: str = "") -> Tokenizer:
 def read(name: str) -> bytes:
   """The bytes of a tokenizer's file; ConfigError if there is no such file."""
   try:
-    return files.path(name).read_bytes()
+    return storage.path(name).read_bytes()
   except OSError as error:
     raise ConfigError(
       f"data.tokenizer must be bytes, a tokenizer.json or a SentencePiece *.model; cannot read {name!r}: {error}"

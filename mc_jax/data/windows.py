@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from mc_jax.data import tokenizers
-from mc_jax.data.config import ConfigError, DataConfig
+from mc_jax.data.config import DataConfig
+from mc_jax.errors import ConfigError
 from mc_jax.parallel import axes
 
 Batch = dict[str, np.ndarray]

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import matplotlib
 
-from mc_jax.data import whole
+from mc_jax import storage
 from mc_jax.evaluation import heatmaps, report
 from mc_jax.evaluation.subject import Result
 
@@ -146,7 +146,7 @@ def write(folder: pathlib.Path, cells: Sequence[dict]) -> list[str]:
   texts = {JSON: _dumps(cells), "table.txt": table(cells) + "\n", "table.csv": to_csv(cells)}
   texts["commands.txt"] = commands(folder, cells)
   for name, text in texts.items():
-    whole.write(folder / name, text)
+    storage.write(folder / name, text)
   figures = {f"{name}.png": figure for name, figure in _figures(every)}
   for name, figure in figures.items():
     report.save(figure, folder / name)

@@ -11,11 +11,11 @@ import pathlib
 
 from absl import flags
 
-from mc_jax import console
-from mc_jax.data import ConfigError, files
+from mc_jax import cli, storage
+from mc_jax.errors import ConfigError
 from mc_jax.evaluation import report
 
-PNG = console.path_flag(
+PNG = cli.path_flag(
   "png", None, "file to draw in, and X_map.png beside X.png for gates; default: only print", written=True
 )
 BASELINE = flags.DEFINE_string("baseline", None, "label of what the others are compared with")
@@ -23,14 +23,14 @@ BASELINE = flags.DEFINE_string("baseline", None, "label of what the others are c
 
 def main(argv: list[str]) -> None:
   """Compares the files given as LABEL=FILE, or as FILE."""
-  alone = {argument: files.path(argument) for argument in argv[1:]}
+  alone = {argument: storage.path(argument) for argument in argv[1:]}
   pairs = [(path.stem, path) if path.is_file() else name.partition("=")[::2] for name, path in alone.items()]
   if not pairs or not all(label and file for label, file in pairs):
     raise ConfigError("what is drawn must be given as LABEL=FILE or FILE, a JSON that mc_jax.evaluate wrote")
   series = {}
   for label, file in pairs:
     try:
-      series[label] = report.from_json(json.loads(files.path(str(file)).read_text(encoding="utf-8"))["results"])
+      series[label] = report.from_json(json.loads(storage.path(str(file)).read_text(encoding="utf-8"))["results"])
     except (ValueError, KeyError, TypeError) as error:
       raise ConfigError(f"{file} is no JSON that mc_jax.evaluate wrote: {error!r}") from error
   if BASELINE.value and BASELINE.value not in series:
@@ -44,4 +44,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  console.run(main, console.parse_arguments)
+  cli.run(main, parse=cli.parse_arguments)

@@ -20,7 +20,7 @@ from mc_jax.data.windows import Batch
 from mc_jax.evaluation import scoring
 from mc_jax.evaluation.subject import Subject
 from mc_jax.inference import Decoder, Request, generation
-from mc_jax.inference.text import Stream, known, stops
+from mc_jax.inference.text import Stream, follow, stops
 from mc_jax.models import CacheConfig
 
 STEP = 32  # tokens of a forward pass that a decoding step is taken to cost: an estimate, which changes no result
@@ -90,12 +90,9 @@ def written(
       streams = {i: Stream(tokenizer.decode, until[i]) for i in batch}
       asked = [dataclasses.replace(requests[i], stop=stops(tokenizer, until[i])) for i in batch]
       missing = subject.rows_of(tokens).batch_size - len(batch)
-      for block in decoder.generate([*asked, *[dataclasses.replace(asked[0], max_tokens=1)] * missing]):
-        for stream, made in zip(streams.values(), block, strict=False):
-          if not stream.ended:
-            stream.add(known(made[made != tokenizer.separator], tokenizer))
-        if all(stream.ended for stream in streams.values()):
-          break
+      blocks = decoder.generate([*asked, *[dataclasses.replace(asked[0], max_tokens=1)] * missing])
+      for _ in follow(blocks, list(streams.values()), tokenizer):
+        pass
       for i, stream in streams.items():
         found[i] = stream.text() + stream.rest()
       told(len(batch))

@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 
 from mc_jax import memory
-from mc_jax.data import ConfigError, DataConfig, windows
+from mc_jax.data import DataConfig, windows
 from mc_jax.data.windows import Batch
+from mc_jax.errors import ConfigError
 from mc_jax.evaluation.recall import Rows
 from mc_jax.evaluation.subject import Options, Result, Subject
 from mc_jax.memory.caching import Cached, Reads

@@ -21,7 +21,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from mc_jax.data import ConfigError, identity, tokenizers
+from mc_jax.data import identity, tokenizers
+from mc_jax.errors import ConfigError
 from mc_jax.evaluation import continuations
 from mc_jax.evaluation.continuations import Likelihood, Pair
 from mc_jax.evaluation.subject import Options, Result, Subject

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from absl import logging
 
-from mc_jax.data import ConfigError, identity
+from mc_jax.data import identity
 from mc_jax.data.windows import Batch
+from mc_jax.errors import ConfigError
 from mc_jax.evaluation import scoring
 from mc_jax.evaluation.scoring import Scored
 from mc_jax.evaluation.subject import Options, Result, Subject

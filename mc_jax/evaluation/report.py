@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib
 
-from mc_jax.data import whole
+from mc_jax import storage
 from mc_jax.evaluation import heatmaps
 from mc_jax.evaluation.subject import Result
 
@@ -77,7 +77,7 @@ def save(figure: pyplot.Figure, path: pathlib.Path, dpi: int = 110) -> None:
   image = io.BytesIO()
   figure.savefig(image, dpi=dpi, format="png")
   pyplot.close(figure)
-  whole.write(path, image.getvalue())
+  storage.write(path, image.getvalue())
 
 
 def plot(path: pathlib.Path, series: Mapping[str, Sequence[Result]], baseline: str | None = None) -> list[pathlib.Path]:

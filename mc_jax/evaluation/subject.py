@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
-from mc_jax.data import ConfigError, DataConfig, datasets, identity
+from mc_jax.data import DataConfig, datasets, identity
 from mc_jax.data.identity import Identity
 from mc_jax.data.windows import Batch
+from mc_jax.errors import ConfigError
 from mc_jax.evaluation import scoring
 from mc_jax.evaluation.scoring import Scored
 from mc_jax.parallel import axes

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
-from mc_jax.data import ConfigError, DataConfig
+from mc_jax.data import DataConfig
 from mc_jax.data.config import TASKS as RECALL_TASKS
-from mc_jax.data.errors import missing_package
+from mc_jax.errors import ConfigError, missing_package
 from mc_jax.evaluation import gates, perplexity, recall
 from mc_jax.evaluation.subject import Options, Result, Subject
 from mc_jax.models import ModelConfig

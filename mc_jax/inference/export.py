@@ -24,7 +24,9 @@ from flax import nnx, traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mc_jax.data import ConfigError, lock
+from mc_jax import storage
+from mc_jax.data import lock
+from mc_jax.errors import ConfigError
 from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig
 from mc_jax.models.config import completed
 
@@ -73,7 +75,7 @@ def require_empty(folder: os.PathLike | str) -> pathlib.Path:
     ConfigError: it has something in it, or cannot be a folder.
   """
   path = pathlib.Path(folder)
-  if "://" in str(folder):
+  if storage.in_bucket(folder):
     raise ConfigError(f"{folder} must be a folder of this machine: copy it to a bucket afterwards")
   if path.exists() and not path.is_dir():
     raise ConfigError(f"{path} is a file: the export needs a folder")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mc_jax.data import ConfigError
+from mc_jax.errors import ConfigError
 from mc_jax.inference.sampling import Sampling, draw
 from mc_jax.models import Cache, CacheConfig, ModelConfig
 from mc_jax.models import cache as cache_lib

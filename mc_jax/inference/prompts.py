@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import traverse_util
 
-from mc_jax.data import ConfigError, lock
+from mc_jax import storage
+from mc_jax.data import lock
+from mc_jax.errors import ConfigError
 from mc_jax.inference.generation import Decoder, repeat
 from mc_jax.models import Cache, CacheConfig
 from mc_jax.models import cache as cache_lib
@@ -26,7 +29,7 @@ def save(folder: epath.PathLike, decoder: Decoder, logits: jax.Array, cache: Cac
     ConfigError: the folder is there already.
     OSError: another process saves a prompt there.
   """
-  folder = _absolute(folder)
+  folder = storage.absolute(folder)
   told = {
     "model": dataclasses.asdict(decoder.config),
     "cache": dataclasses.asdict(decoder.cache),
@@ -63,7 +66,8 @@ def load(folder: epath.PathLike, decoder: Decoder) -> tuple[jax.Array, Cache]:
     ConfigError: nothing was saved there, or by another model, with other parameters or for another cache.
   """
   told = _told(folder)
-  saved, here = _flatten(completed(told["model"])), _flatten(dataclasses.asdict(decoder.config))
+  models = completed(told["model"]), dataclasses.asdict(decoder.config)
+  saved, here = (traverse_util.flatten_dict(model, sep=".") for model in models)
   found = [
     f"  model.{field}: {saved.get(field)!r} then, {value!r} now"
     for field, value in here.items()
@@ -78,7 +82,8 @@ def load(folder: epath.PathLike, decoder: Decoder) -> tuple[jax.Array, Cache]:
   target = dict(zip(("logits", "cache"), decoder.shapes(told["rows"]), strict=True))
   with _checkpointer() as checkpointer:
     restored = checkpointer.restore(
-      _absolute(folder), ocp.args.Composite(prompt=ocp.args.StandardRestore(cache_lib.placed(target, decoder.mesh)))
+      storage.absolute(folder),
+      ocp.args.Composite(prompt=ocp.args.StandardRestore(cache_lib.placed(target, decoder.mesh))),
     )
   logits, cache = restored["prompt"]["logits"], restored["prompt"]["cache"]
   if len(logits) % decoder.rows == 0:
@@ -109,20 +114,8 @@ def _told(folder: epath.PathLike) -> dict:
     what = "has no saved prompt in it" if folder.exists() else "is not there"
     raise ConfigError(f"{folder} {what}: mc_jax.generate saves one with --save_prompt={folder}")
   with _checkpointer() as checkpointer:
-    return checkpointer.restore(_absolute(folder), ocp.args.Composite(told=ocp.args.JsonRestore()))["told"]
+    return checkpointer.restore(storage.absolute(folder), ocp.args.Composite(told=ocp.args.JsonRestore()))["told"]
 
 
 def _checkpointer() -> ocp.Checkpointer:
   return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-
-
-def _absolute(folder: epath.PathLike) -> epath.Path:
-  folder = epath.Path(folder)
-  return folder if "://" in str(folder) else folder.absolute()
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
-  flat = {}
-  for name, value in tree.items():
-    flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-  return flat

@@ -1,6 +1,6 @@
 """Text from tokens that come a few at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -69,3 +69,26 @@ class Stream:
       if any(stop.startswith(text[start:]) for stop in self._stop):
         return text[:start]
     return text
+
+
+def follow(
+  blocks: Iterable[np.ndarray], streams: Sequence[Stream], tokenizer: Tokenizer
+) -> Iterator[tuple[np.ndarray, list[str]]]:
+  """Reads continuations until all of them have ended, also by a stop that no sequence of ids spells.
+
+  Args:
+    blocks: The tokens of all continuations, int32 [rows, up to block] each: see Decoder.generate.
+    streams: The text of the first rows; the other rows only fill a batch.
+    tokenizer: The tokens' tokenizer.
+
+  Yields:
+    A block, and what it adds to each stream.
+  """
+  for block in blocks:
+    rows = zip(streams, block, strict=False)
+    added = [
+      "" if stream.ended else stream.add(known(ids[ids != tokenizer.separator], tokenizer)) for stream, ids in rows
+    ]
+    yield block, added
+    if all(stream.ended for stream in streams):
+      return

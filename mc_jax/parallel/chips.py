@@ -1,4 +1,4 @@
-"""What TPU chips can do: figures that turn FLOPs and bytes into estimated times.
+"""What devices can do: figures that turn FLOPs and bytes into estimated times, and times into utilisation.
 
 Peaks, capacities and the links' speeds are those of the "System architecture" tables of https://cloud.google.com/tpu/docs
 (/v4, /v5e, /v5p, /v6e, /tpu7x). A link's speed is a chip's "bidirectional inter-chip interconnect bandwidth" over twice
@@ -87,6 +87,18 @@ def of(devices: Sequence[jax.Device]) -> Chip:
   cores = max(collections.Counter((getattr(d, "slice_index", 0), *d.coords) for d in devices).values())
   shared = ("flops", "hbm_bytes", "hbm_bandwidth", "link", "network")
   return dataclasses.replace(chip, **{field: getattr(chip, field) / cores for field in shared})
+
+
+# What JAX also calls these chips, and the peaks of devices that are trained on but not planned for, by the vendors.
+_NAMES = {"TPU v5e": "TPU v5 lite", "TPU v6": "TPU v6 lite", "TPU7": "TPU7x", "TPU v7": "TPU7x"}
+_PEAKS = {"TPU v2": 45e12, "TPU v3": 123e12, "A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+  """Peak dense bfloat16 FLOP/s of a device, by a part of its device_kind; None where it is unknown, as on a CPU."""
+  peaks = {name: _CHIPS[kind].flops for name, kind in _NAMES.items()}
+  peaks |= {kind: chip.flops for kind, chip in _CHIPS.items()} | _PEAKS
+  return next((peak for name, peak in peaks.items() if name in device.device_kind), None)
 
 
 def extent(devices: Sequence[jax.Device]) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ class MeshConfig:
       found.append(f"only one of {', '.join(free)} can be -1 (all the devices that are left)")
     return found
 
-  def sizes(self, devices: int, prefix: str = "mesh") -> dict[str, int]:
+  def sizes(self, devices: int) -> dict[str, int]:
     """The size of every axis on so many devices, {axis: size}, in the order of AXES.
 
     Raises:
@@ -42,7 +42,7 @@ class MeshConfig:
     """
     sizes = {axis: getattr(self, axis) for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    given = " x ".join(f"{prefix}.{axis}={size}" for axis, size in sizes.items())
+    given = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
     if devices % fixed or (fixed != devices and -1 not in sizes.values()):
       raise ValueError(
         f"{given} does not fit {devices} device(s): the product of the sizes must be {devices}, and a size of -1 "

@@ -25,9 +25,10 @@ from collections.abc import Iterator, Sequence
 import tqdm
 from etils import epath
 
-from mc_jax import console
-from mc_jax.data import ConfigError, lock, whole
-from mc_jax.training import checkpointing, digests, interrupt, metrics
+from mc_jax import storage
+from mc_jax.data import lock
+from mc_jax.errors import ConfigError
+from mc_jax.training import checkpointing, interrupt, metrics
 from mc_jax.training import config as config_lib
 from mc_jax.training.grid import Cell
 from mc_jax.training.progress import duration
@@ -67,7 +68,7 @@ class Job:
   def trained(self) -> bool:
     """Whether the checkpoint of the last step is there."""
     step = str(self.cell.config.train.steps)
-    return digests.complete(epath.Path(self.folder) / checkpointing.FOLDER / step)
+    return storage.has_digests(epath.Path(self.folder) / checkpointing.FOLDER / step)
 
   def commands(self) -> list[list[str]]:
     """What is left to do, as arguments of Python; [] if nothing is."""
@@ -81,7 +82,7 @@ class Job:
   def _newest(self) -> int:
     """The step of the newest complete checkpoint, 0 without one."""
     folders = (epath.Path(self.folder) / checkpointing.FOLDER).glob("*")
-    return max((int(path.name) for path in folders if path.name.isdigit() and digests.complete(path)), default=0)
+    return max((int(path.name) for path in folders if path.name.isdigit() and storage.has_digests(path)), default=0)
 
   def _evaluated(self) -> bool:
     """Whether the last step was evaluated in this way."""
@@ -253,7 +254,7 @@ def _start(job: Job, environment: dict[str, str]) -> _Process | None:
     facts = {"number": cell.number, "name": cell.name, "values": cell.values, "seed": cell.seed}
     facts |= {"command": shlex.join(["python", "-m", "mc_jax.train", *cell.arguments]), **_machine()}
     facts |= {"config": dataclasses.asdict(cell.config)}
-  whole.write(path, json.dumps(facts | {"grid": job.grid}, indent=1) + "\n")
+  storage.write(path, json.dumps(facts | {"grid": job.grid}, indent=1) + "\n")
   return _Process(job, commands, environment, own)
 
 
@@ -283,7 +284,7 @@ def _noted() -> Iterator[list[int]]:
 
   def first(number: int) -> None:
     signals.append(number)
-    console.tell("\nstopping, with checkpoints; again to stop at once")
+    interrupt.tell("\nstopping, with checkpoints; again to stop at once")
 
   with interrupt.heard(first, signals.append):
     yield signals

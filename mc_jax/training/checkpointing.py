@@ -18,10 +18,12 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from mc_jax.data import ConfigError, loader
+from mc_jax import storage
+from mc_jax.data import loader
 from mc_jax.data.identity import Identity
+from mc_jax.errors import ConfigError
 from mc_jax.training import config as config_lib
-from mc_jax.training import digests, distributed, outputs
+from mc_jax.training import distributed
 from mc_jax.training.config import Config
 from mc_jax.training.state import TrainState
 
@@ -51,7 +53,7 @@ class Checkpoints:
 
   def __init__(self, workdir: epath.Path, keep: int, every: int = 0, best: int = 0):
     folder = workdir / FOLDER
-    self._folder = folder if outputs.in_bucket(folder) else folder.absolute()
+    self._folder = storage.absolute(folder)
     _put_damaged_aside(self._folder, workdir / DAMAGED)
     kept = [policies.LatestN(keep)]
     if every:
@@ -116,7 +118,7 @@ class Checkpoints:
 
   def require_space(self, state: TrainState) -> None:
     """Raises OSError if the workdir's file system has no room for a checkpoint; a bucket always has."""
-    if outputs.in_bucket(self._folder):
+    if storage.in_bucket(self._folder):
       return
     needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(self._folder).free
@@ -168,14 +170,14 @@ class Checkpoints:
       raise OSError(f"a checkpoint could not be written to {self._folder}; {self._newest()}. {cause}") from error
 
   def _newest(self) -> str:
-    newest = max((int(path.name) for path in _steps(self._folder) if digests.complete(path)), default=None)
+    newest = max((int(path.name) for path in _steps(self._folder) if storage.has_digests(path)), default=None)
     return "there is none yet" if newest is None else f"the newest is that of step {newest}"
 
   def _complete(self, step: int) -> None:
     """Writes the digests of a checkpoint that is being written, once it is committed."""
     self._manager.wait_until_finished()
     if distributed.is_first():
-      digests.write(self._folder / str(step))
+      storage.write_digests(self._folder / str(step))
 
 
 def identity_of(data: dict) -> Identity | None:
@@ -185,7 +187,7 @@ def identity_of(data: dict) -> Identity | None:
 
 def require_intact(checkpoint: epath.Path) -> None:
   """Raises ConfigError, naming the files, unless those of a checkpoint are what was written."""
-  if found := digests.problems(checkpoint):
+  if found := storage.damage(checkpoint):
     raise ConfigError(f"the checkpoint {checkpoint} is damaged:\n" + _listed(found))
 
 
@@ -193,15 +195,15 @@ def _put_damaged_aside(folder: epath.Path, aside: epath.Path) -> None:
   """Moves what is newer than the newest intact checkpoint away; all processes do this together."""
   damaged: dict[epath.Path, list[str]] = {}
   for checkpoint in reversed(_steps(folder)):
-    if not digests.complete(checkpoint):
-      found = [f"{checkpoint} was not complete when the run ended: it has no {digests.FILE}"]
+    if not storage.has_digests(checkpoint):
+      found = [f"{checkpoint} was not complete when the run ended: it has no {storage.DIGESTS}"]
     else:
-      found = digests.problems(checkpoint, jax.process_index(), jax.process_count())
+      found = storage.damage(checkpoint, jax.process_index(), jax.process_count())
     if not _in_any_process(bool(found)):
       break
     damaged[checkpoint] = found
   else:
-    if once_complete := [checkpoint for checkpoint in damaged if digests.complete(checkpoint)]:
+    if once_complete := [checkpoint for checkpoint in damaged if storage.has_digests(checkpoint)]:
       listed = _listed([problem for checkpoint in once_complete for problem in damaged[checkpoint]])
       raise ConfigError(
         f"{folder} has no intact checkpoint to go on from:\n{listed}\n"

@@ -17,9 +17,11 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import ml_collections
+from flax import traverse_util
 
-from mc_jax.data import ConfigError, DataConfig, PartConfig, tokenizers
+from mc_jax.data import DataConfig, PartConfig, tokenizers
 from mc_jax.data.config import TEXTS
+from mc_jax.errors import ConfigError
 from mc_jax.models import ModelConfig
 from mc_jax.models.config import completed
 from mc_jax.parallel import mesh as meshes
@@ -292,7 +294,7 @@ def require_field(name: str) -> None:
   """Raises ConfigError, with the nearest name, if the tree has no field or group `name`."""
   names = list(fields(Config()))
   if name.startswith("data.sources."):  # names there are the config file's: absl knows them
-    names += [f"data.sources.{name.split('.')[2]}.{field}" for field in _flatten(dataclasses.asdict(PartConfig()))]
+    names += [f"data.sources.{name.split('.')[2]}.{field}" for field in fields(PartConfig())]
   groups = {field.rpartition(".")[0] for field in names}
   if name not in names and name not in groups:
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
@@ -322,9 +324,9 @@ def replace(config: Config, fields: Mapping[str, object]) -> Config:
   return from_dict(tree)
 
 
-def fields(config: Config) -> dict[str, object]:
+def fields(config: Config | PartConfig) -> dict[str, object]:
   """Every field's value, by names such as "model.layers"."""
-  return _flatten(dataclasses.asdict(config))
+  return traverse_util.flatten_dict(dataclasses.asdict(config), sep=".")
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple]:
@@ -360,16 +362,6 @@ def _fits(value, kind) -> bool:
 
 def _divisors(value: int) -> str:
   return ", ".join(str(n) for n in range(1, value + 1) if value % n == 0)
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
-  flat = {}
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      flat.update(_flatten(value, f"{prefix}{name}."))
-    else:
-      flat[prefix + name] = value
-  return flat
 
 
 def _to_config_dict(config) -> ml_collections.ConfigDict:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mc_jax.data import ConfigError
+from mc_jax.errors import ConfigError
 
 
 def initialize(

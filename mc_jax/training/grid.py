@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from mc_jax.data import ConfigError
+from mc_jax.errors import ConfigError
 from mc_jax.training import config as config_lib
 from mc_jax.training.config import Config
 

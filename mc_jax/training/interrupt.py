@@ -8,14 +8,13 @@ lose.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 
 import jax
 from jax.experimental import multihost_utils
-
-from mc_jax import console
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -71,6 +70,12 @@ def heard(
       signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP and number in came else handler)
 
 
+def tell(text: str) -> None:
+  """Prints a line on standard error from a signal's handler, which may have interrupted another print."""
+  with contextlib.suppress(OSError):
+    os.write(2, f"{text}\n".encode("utf-8", "backslashreplace"))
+
+
 @contextlib.contextmanager
 def deferred() -> Iterator[Interrupt]:
   """Within it, signals that ask to stop are noted instead of obeyed; the second one is obeyed.
@@ -84,7 +89,7 @@ def deferred() -> Iterator[Interrupt]:
     return
 
   def first(number: signal.Signals) -> None:
-    console.tell("\nstopping after this step, with a checkpoint; again to stop at once")
+    tell("\nstopping after this step, with a checkpoint; again to stop at once")
     if several:
       signal.raise_signal(signal.SIGTERM)
     else:

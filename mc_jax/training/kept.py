@@ -6,7 +6,8 @@ import dataclasses
 
 from etils import epath
 
-from mc_jax.data import DataConfig, files, tokenizers, whole
+from mc_jax import storage
+from mc_jax.data import DataConfig, tokenizers
 from mc_jax.training.outputs import Outputs
 
 
@@ -27,7 +28,7 @@ def own(workdir: epath.Path, data: DataConfig) -> DataConfig:
 
 def available(workdir: epath.Path, data: DataConfig) -> DataConfig:
   """`data`, with the run's copy as the tokenizer where data.tokenizer is gone."""
-  if name(data) is None or files.path(data.tokenizer).exists():
+  if name(data) is None or storage.path(data.tokenizer).exists():
     return data
   found = own(workdir, data)
   if found != data:
@@ -42,4 +43,4 @@ def keep(outputs: Outputs, data: DataConfig) -> None:
     return
   path, content = outputs.folder / copy, tokenizers.read(data.tokenizer)
   if not path.exists() or path.read_bytes() != content:
-    whole.write(path, content)
+    storage.write(path, content)

@@ -13,12 +13,15 @@ from typing import NamedTuple
 import jax
 from etils import epath
 
-from mc_jax.data import ConfigError, datasets, identity, loader, whole, windows
-from mc_jax.data.files import path
+from mc_jax import storage
+from mc_jax.data import datasets, identity, loader, windows
+from mc_jax.errors import ConfigError
 from mc_jax.evaluation import scoring
 from mc_jax.inference.text import known
+from mc_jax.kernels import cost
+from mc_jax.parallel import chips
 from mc_jax.training import config as config_lib
-from mc_jax.training import distributed, flops, kept, metrics, optimizer, report, sampling, stability, state, trained
+from mc_jax.training import distributed, kept, metrics, optimizer, report, sampling, stability, state, trained
 from mc_jax.training.checkpointing import AGGREGATION, HOW, Checkpoints, changed, require_order
 from mc_jax.training.config import Config
 from mc_jax.training.faulty import Faulty
@@ -234,7 +237,7 @@ def _start(run: _Run, checkpoints: Checkpoints) -> state.TrainState:
     for line in lines:
       print(f"  {line}")
   kept.keep(run.files, run.data.config)
-  whole.write(run.files.folder / "config.json", config_lib.to_json(config) + "\n")
+  storage.write(run.files.folder / "config.json", config_lib.to_json(config) + "\n")
   run.files.send()
   return current
 
@@ -246,8 +249,8 @@ def _first(run: _Run) -> state.TrainState:
     return state.create(config, mesh)
   own = (*AGGREGATION, *HOW, "train.seed")
   reading = {name: value for name, value in config_lib.fields(config).items() if name in own}
-  found = trained.load(path(origin), reading, mesh=mesh, scores_may_differ=True)
-  changed(found.config, config, path(origin))  # refuses what else differs in the model
+  found = trained.load(storage.path(origin), reading, mesh=mesh, scores_may_differ=True)
+  changed(found.config, config, storage.path(origin))  # refuses what else differs in the model
   _require_ids_of(found, run)
   print(f"starting with the parameters of step {found.step} in {origin}")
   for name, (then, now) in config_lib.differences(found.stored, found.config).items():
@@ -284,11 +287,11 @@ def _compiled(config: Config, mesh: jax.sharding.Mesh, kind: str) -> _Update:
   with telling(name):
     update = lower(config, mesh).compile()
   print(f"compiled in {duration(time.monotonic() - begin)}", flush=True)
-  if not metrics.peak_flops(mesh.devices.flat[0]):
+  if not chips.peak_flops(mesh.devices.flat[0]):
     return _Update(update)
   # Backward costs twice the forward pass; what is recomputed does not count as useful.
   params, shapes = state.abstract(config, mesh).params, windows.shapes(config.data, mesh)
-  return _Update(update, 3 * flops.count(functools.partial(loss_sum, state.graph(config)), params, shapes))
+  return _Update(update, 3 * cost.work(functools.partial(loss_sum, state.graph(config)), params, shapes).flops)
 
 
 def _facts(run: _Run, current: state.TrainState) -> dict[str, str]:
@@ -336,9 +339,9 @@ def _finish(run: _Run, params: dict, rows: dict[str, str]) -> None:
       f"continuation, temperature {train.sample_temperature}:\n"
       f"{data.tokenizer.decode(known(continuation, data.tokenizer))}\n"
     )
-    whole.write(folder / report.SAMPLE, text)
+    storage.write(folder / report.SAMPLE, text)
     print(text)
     rows |= {"sample": str(run.workdir / report.SAMPLE)}
   table = report.table(rows, "result")
-  whole.write(folder / report.TABLE, table + "\n")
+  storage.write(folder / report.TABLE, table + "\n")
   print(table, flush=True)

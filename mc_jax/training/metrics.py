@@ -12,37 +12,13 @@ import jax
 import jax.numpy as jnp
 import tensorboardX
 
-from mc_jax.data import whole
+from mc_jax import storage
+from mc_jax.parallel import chips
 
 JSONL = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 
 Record = dict[str, float]  # "step" and what belongs to it
-
-# Peak dense bfloat16 FLOP/s of one device, by a part of jax's device_kind. The
-# first that fits counts; figures are the vendors'.
-PEAK_FLOPS = {
-  "TPU v6": 918e12,
-  "TPU7": 2307e12,
-  "TPU v7": 2307e12,
-  "TPU v5p": 459e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5": 459e12,
-  "TPU v4": 275e12,
-  "TPU v3": 123e12,
-  "TPU v2": 45e12,
-  "B200": 2250e12,
-  "H200": 989e12,
-  "H100": 989e12,
-  "A100": 312e12,
-}
-
-
-def peak_flops(device: jax.Device) -> float | None:
-  """Peak FLOP/s of a device; None where it is not known, as on a CPU."""
-  kind = device.device_kind
-  return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
 
 
 def device_memory(device: jax.Device) -> dict[str, float]:
@@ -152,7 +128,7 @@ class Meter:
     step_time = seconds / len(steps)
     records[-1] |= {"step_time": step_time, "tokens_per_second": self._tokens / step_time}
     if self._flops:
-      records[-1]["mfu"] = self._flops / seconds / (len(self._devices) * peak_flops(self._devices[0]))
+      records[-1]["mfu"] = self._flops / seconds / (len(self._devices) * chips.peak_flops(self._devices[0]))
     self._flops = 0
     records[-1] |= device_memory(jax.local_devices()[0])
     return records
@@ -169,4 +145,4 @@ def read(workdir: pathlib.Path) -> list[Record]:
 
 def _truncate(path: pathlib.Path, step: int) -> None:
   kept = [record for record in read(path.parent) if record["step"] <= step]
-  whole.write(path, "".join(json.dumps(record) + "\n" for record in kept))
+  storage.write(path, "".join(json.dumps(record) + "\n" for record in kept))

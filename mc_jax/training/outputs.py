@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
-from mc_jax.data import files, lock
-from mc_jax.data.errors import ConfigError, missing_package
+from mc_jax import storage
+from mc_jax.data import lock
+from mc_jax.errors import ConfigError, missing_package
 from mc_jax.training import distributed, profiling
 
 
@@ -27,7 +28,7 @@ def workdir(text: str) -> epath.Path:
     raise ConfigError(f"--workdir must be a folder of this machine or gs://BUCKET/FOLDER, got {text}")
   if found and importlib.util.find_spec("gcsfs") is None:
     raise missing_package(f"--workdir={text}", "gcsfs", "gcs")
-  path = files.path(text)
+  path = storage.path(text)
   if not found:
     try:
       str(path).encode()
@@ -38,11 +39,6 @@ def workdir(text: str) -> epath.Path:
     if file := next((part for part in (path, *path.parents) if part.is_file()), None):
       raise ConfigError(f"--workdir={text} must be a folder, and {file} is a file")
   return path
-
-
-def in_bucket(path: epath.Path) -> bool:
-  """Whether a path is not one of this machine's."""
-  return "://" in str(path)
 
 
 @contextlib.contextmanager
@@ -109,7 +105,7 @@ class Outputs:
 @contextlib.contextmanager
 def outputs(workdir: epath.Path) -> Iterator[Outputs]:
   """The outputs of a run, which are sent a last time at its end, whatever ended it."""
-  if distributed.is_first() and not in_bucket(workdir):
+  if distributed.is_first() and not storage.in_bucket(workdir):
     yield Outputs(workdir, pathlib.Path(workdir))
     return
   with tempfile.TemporaryDirectory(prefix="mc_jax_") as folder:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from mc_jax.data import ConfigError
+from mc_jax.errors import ConfigError
 from mc_jax.memory import online
 from mc_jax.memory.rules import Rule
 from mc_jax.parallel import attention, chips, hlo_cost, topology
@@ -24,8 +24,6 @@ from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training import state as states
 from mc_jax.training import step
 from mc_jax.training.config import Config
-
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +174,7 @@ def gib(size: float) -> str:
   """Bytes for people."""
   if math.isnan(size):
     return "unknown"
-  return f"{size / GIB:,.2f} GiB" if size > GIB / 10 else f"{size / 2**20:,.1f} MiB"
+  return f"{size / chips.GIB:,.2f} GiB" if size > chips.GIB / 10 else f"{size / 2**20:,.1f} MiB"
 
 
 def topology_devices(name: str, slices: int) -> list[jax.Device]:

@@ -8,7 +8,7 @@ import re
 import jax
 import tqdm
 
-from mc_jax.data import ConfigError
+from mc_jax.errors import ConfigError
 
 FOLDER = "profile"
 

@@ -12,10 +12,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from mc_jax.data import ConfigError, windows
+from mc_jax import storage
+from mc_jax.data import windows
+from mc_jax.errors import ConfigError
 from mc_jax.parallel import axes
 from mc_jax.training import config as config_lib
-from mc_jax.training import digests, distributed, outputs, report, state
+from mc_jax.training import distributed, report, state
 from mc_jax.training.checkpointing import changed, require_intact
 from mc_jax.training.config import Config
 from mc_jax.training.state import TrainState
@@ -39,7 +41,7 @@ def dump(workdir: epath.Path, step: int, current: TrainState, batch: Batch, conf
       checkpointer.save(folder / "arrays", args=ocp.args.StandardSave({"state": current, "batch": batch}), force=True)
     if distributed.is_first():
       (folder / _CONFIG).write_text(config_lib.to_json(config), encoding="utf-8")
-      digests.write(folder)
+      storage.write_digests(folder)
   except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
     return f"Its state and batch could not be written to {folder}: {str(error).strip().splitlines()[0]}"
   return f"Its state and batch are in {folder}: the same command with --replay={step} tells where it comes from"
@@ -61,7 +63,7 @@ def replay(config: Config, workdir: epath.PathLike, step: int, devices: Sequence
     ConfigError: there is no intact dump of the step, or it is of another model.
   """
   folder = _folder(epath.Path(workdir), step)
-  if not digests.complete(folder):
+  if not storage.has_digests(folder):
     there = sorted(path.name for path in folder.parent.iterdir()) if folder.parent.exists() else []
     raise ConfigError(f"--replay={step}: {folder} holds no dump of a step; there are {', '.join(there) or 'none'}")
   require_intact(folder)
@@ -102,8 +104,7 @@ def replay(config: Config, workdir: epath.PathLike, step: int, devices: Sequence
 
 
 def _folder(workdir: epath.Path, step: int) -> epath.Path:
-  folder = workdir / FOLDER / str(step)
-  return folder if outputs.in_bucket(folder) else folder.absolute()
+  return storage.absolute(workdir / FOLDER / str(step))
 
 
 def _by_name(tree: dict) -> dict[str, np.ndarray]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from absl import flags
 
-from mc_jax import console
+from mc_jax import cli
 from mc_jax.evaluation import Options, tasks
-from mc_jax.training import commandline
 
 _NAMES = ("lengths", "pairs", "rows", "limit", "num_fewshot", "include_path")  # as in Options
 
@@ -15,12 +14,12 @@ def define() -> None:
   """Defines --tasks and a flag for each field of Options."""
   text = f"one or more of {', '.join(tasks.TASKS)}; {tasks.HARNESS}TASK for one of lm-evaluation-harness"
   flags.DEFINE_list("tasks", None, text)
-  flags.DEFINE_list("lengths", [], "of rows, in tokens; default: the run's")
-  flags.DEFINE_list("pairs", [], "mqar: numbers of key-value pairs; default: data.mqar.pairs")
+  cli.numbers_flag("lengths", [], "of rows, in tokens; default: the run's")
+  cli.numbers_flag("pairs", [], "mqar: numbers of key-value pairs; default: data.mqar.pairs")
   flags.DEFINE_integer("rows", 256, "rows of each setting of a recall task")
   flags.DEFINE_float("limit", None, "lm_eval: documents of each task, or below 1 their share; default: all")
   flags.DEFINE_integer("num_fewshot", None, "lm_eval: answered examples before each; default: the task's")
-  console.path_flag("include_path", None, "lm_eval: folder with tasks of your own")
+  cli.path_flag("include_path", None, "lm_eval: folder with tasks of your own")
 
 
 def options() -> Options:
@@ -29,7 +28,7 @@ def options() -> Options:
   Raises:
     ConfigError: naming the flag.
   """
-  lists = {name: commandline.numbers(flags.FLAGS[name]) for name in ("lengths", "pairs")}
+  lists = {name: tuple(flags.FLAGS[name].value) for name in ("lengths", "pairs")}
   return Options(**{name: flags.FLAGS[name].value for name in _NAMES} | lists).check()
 
 
@@ -46,5 +45,5 @@ def names() -> tuple[str, ...]:
 def arguments() -> list[str]:
   """What to tell another process, so that its `options` are these."""
   told = {name: flags.FLAGS[name].value for name in _NAMES}
-  texts = {name: ",".join(value) if isinstance(value, list) else value for name, value in told.items()}
+  texts = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in told.items()}
   return [f"--{name}={text}" for name, text in texts.items() if text not in ("", None)]

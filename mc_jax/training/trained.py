@@ -14,11 +14,13 @@ from absl import logging
 from etils import epath
 from flax import traverse_util
 
-from mc_jax.data import ConfigError, identity, tokenizers
+from mc_jax import storage
+from mc_jax.data import identity, tokenizers
 from mc_jax.data.identity import Identity
+from mc_jax.errors import ConfigError
 from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training import config as config_lib
-from mc_jax.training import digests, kept, outputs, state
+from mc_jax.training import kept, state
 from mc_jax.training.checkpointing import FOLDER, identity_of, require_intact
 from mc_jax.training.config import Config
 
@@ -137,7 +139,7 @@ def _open(workdir: epath.Path) -> ocp.CheckpointManager:
   logging.set_verbosity(logging.ERROR)  # Orbax warns of what read_only means
   try:
     return ocp.CheckpointManager(
-      folder if outputs.in_bucket(folder) else folder.absolute(),
+      storage.absolute(folder),
       options=ocp.CheckpointManagerOptions(read_only=True),
       item_names=("state", "data", "config"),
     )
@@ -147,7 +149,7 @@ def _open(workdir: epath.Path) -> ocp.CheckpointManager:
 
 def _step(manager: ocp.CheckpointManager, folder: epath.Path, step: int | None) -> int:
   """The step asked for, or the newest: of a checkpoint that is there, complete and as it was written."""
-  steps = [step for step in sorted(manager.all_steps()) if digests.complete(folder / str(step))]
+  steps = [step for step in sorted(manager.all_steps()) if storage.has_digests(folder / str(step))]
   if not steps:
     raise ConfigError(f"{folder} holds no complete checkpoint: did the run reach its first one?")
   there = ", ".join(map(str, steps))

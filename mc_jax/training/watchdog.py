@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import TextIO
 
 from mc_jax.training.progress import duration
 
@@ -60,13 +61,19 @@ class Watchdog:
 
 
 @contextlib.contextmanager
-def telling(what: str, every: float = 30.0) -> Iterator[None]:
-  """Says every so many seconds that `what`, such as "compiling the training step", still goes on."""
+def telling(what: str, every: float = 30.0, file: TextIO | None = None) -> Iterator[None]:
+  """Within it, reports every so many seconds that `what`, such as "compiling the training step", still goes on.
+
+  Args:
+    what: The work.
+    every: Seconds between two lines.
+    file: Where to print them; default: standard output.
+  """
   done, begin = threading.Event(), time.monotonic()
 
   def tell() -> None:
     while not done.wait(every):
-      print(f"still {what}, for {duration(time.monotonic() - begin)} now", flush=True)
+      print(f"still {what}, for {duration(time.monotonic() - begin)} now", file=file, flush=True)
 
   teller = threading.Thread(target=tell, name="telling", daemon=True)
   teller.start()

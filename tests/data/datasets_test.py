@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from mc_jax.data import ConfigError, DataConfig, PackingConfig, PartConfig, datasets, tokenizers
+from mc_jax.data import DataConfig, PackingConfig, PartConfig, datasets, tokenizers
 from mc_jax.data.recall import CopyingConfig
+from mc_jax.errors import ConfigError
 
 PACKED = PackingConfig(method="concat")
 

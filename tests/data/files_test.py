@@ -7,9 +7,10 @@ import os
 import fsspec
 import pytest
 
-from mc_jax.data import ConfigError, DataConfig, datasets, files, formats, sources
+from mc_jax.data import DataConfig, datasets, files, formats, sources
 from mc_jax.data.documents import Documents
 from mc_jax.data.tokenizers import Bytes
+from mc_jax.errors import ConfigError
 
 
 def _write(root, *names):

@@ -6,9 +6,10 @@ import fsspec
 import pytest
 import written
 
-from mc_jax.data import ConfigError, DataConfig, tokenizers
+from mc_jax.data import DataConfig, tokenizers
 from mc_jax.data.documents import Documents
 from mc_jax.data.formats import blocks
+from mc_jax.errors import ConfigError
 
 
 def _documents(source, paths, on_error="stop", **fields):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import written
 
-from mc_jax.data import ConfigError, DataConfig, PackingConfig, datasets, identity, preparation
+from mc_jax.data import DataConfig, PackingConfig, datasets, identity, preparation
 from mc_jax.data.config import SourceConfig
 from mc_jax.data.identity import Identity
+from mc_jax.errors import ConfigError
 
 
 def _load(source, paths, method="concat", **fields):

@@ -5,8 +5,9 @@ import json
 import pytest
 from etils import epath
 
-from mc_jax.data import ConfigError, learning, preparation, tokenizers
+from mc_jax.data import learning, preparation, tokenizers
 from mc_jax.data.config import SourceConfig
+from mc_jax.errors import ConfigError
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ import pytest
 import tokenizers as huggingface
 import written
 
-from mc_jax.data import ConfigError, DataConfig, PackingConfig, datasets, preparation, tokenizers
+from mc_jax.data import DataConfig, PackingConfig, datasets, preparation, tokenizers
 from mc_jax.data.config import SourceConfig
 from mc_jax.data.documents import Documents
 from mc_jax.data.formats import blocks
+from mc_jax.errors import ConfigError
 
 GOOD = '{"text": "good"}'
 DEEP = "[" * 100_000 + "]" * 100_000

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mc_jax.data import ConfigError, DataConfig, PackingConfig, datasets, learning, manifests, preparation, tokenizers
+from mc_jax.data import DataConfig, PackingConfig, datasets, learning, manifests, preparation, tokenizers
 from mc_jax.data.config import SourceConfig
 from mc_jax.data.documents import Documents
 from mc_jax.data.formats import blocks
+from mc_jax.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -51,7 +52,7 @@ def test_the_ids_are_those_of_the_documents_in_their_order(source, texts, bpe, t
 def test_killed_anywhere_it_goes_on_without_loss_or_repetition(source, texts, tmp_path, monkeypatch, at):
   """Killed in the middle of shard 2: before its file, before it is in place, before it is noted; or before the end."""
   out, calls = tmp_path / "out", []
-  place = [(preparation.tokenizers.Bytes, "encode"), (preparation.os, "replace"), (preparation.whole, "write")]
+  place = [(preparation.tokenizers.Bytes, "encode"), (preparation.os, "replace"), (preparation.storage, "write")]
   killed = {0: 3, 1: 2, 2: 1 + 3, 3: 99}[at]
   if at < 3:
     owner, name = place[at]

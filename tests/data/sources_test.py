@@ -2,7 +2,8 @@
 
 import pytest
 
-from mc_jax.data import ConfigError, DataConfig, sources, tokenizers
+from mc_jax.data import DataConfig, sources, tokenizers
+from mc_jax.errors import ConfigError
 
 
 def _write(folder, count):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from mc_jax.data import ConfigError, tokenizers
+from mc_jax.data import tokenizers
+from mc_jax.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from mc_jax.data import ConfigError, DataConfig, loader, streams, tokenizers, windows
+from mc_jax.data import DataConfig, loader, streams, tokenizers, windows
+from mc_jax.errors import ConfigError
 from mc_jax.parallel import mesh as meshes
 
 STREAM = np.random.default_rng(0).integers(1, 256, 1000).astype(np.uint8)

@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from mc_jax import memory
-from mc_jax.data import ConfigError
 from mc_jax.data.recall import MQARConfig, NIAHConfig
+from mc_jax.errors import ConfigError
 from mc_jax.evaluation import Options, Subject, gates, recall, tasks
 from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig
 from mc_jax.parallel import mesh as meshes

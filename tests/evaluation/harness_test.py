@@ -12,7 +12,8 @@ import pytest
 import yaml
 from flax import nnx
 
-from mc_jax.data import ConfigError, tokenizers
+from mc_jax.data import tokenizers
+from mc_jax.errors import ConfigError
 from mc_jax.evaluation import Options, Subject, continuations, scoring, tasks
 from mc_jax.models import LanguageModel, MemoryConfig
 

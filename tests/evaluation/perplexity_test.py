@@ -7,8 +7,9 @@ import chex
 import numpy as np
 import pytest
 
-from mc_jax.data import ConfigError, DataConfig, PackingConfig, PartConfig
+from mc_jax.data import DataConfig, PackingConfig, PartConfig
 from mc_jax.data.recall import CopyingConfig
+from mc_jax.errors import ConfigError
 from mc_jax.evaluation import Options, perplexity
 
 COPYING = PartConfig(source="copying", copying=CopyingConfig(shortest=5, longest=10))

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mc_jax.data import ConfigError
 from mc_jax.data.recall import MQARConfig
+from mc_jax.errors import ConfigError
 from mc_jax.evaluation import Options, tasks
 
 VOCAB = MQARConfig(vocab_size=64)

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from mc_jax import evaluation
-from mc_jax.data import ConfigError, DataConfig
+from mc_jax.data import DataConfig
+from mc_jax.errors import ConfigError
 from mc_jax.evaluation import Options, tasks
 
 

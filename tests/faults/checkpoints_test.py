@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from mc_jax.data import ConfigError, datasets
+from mc_jax import storage
+from mc_jax.data import datasets
+from mc_jax.errors import ConfigError
 from mc_jax.training import config as config_lib
-from mc_jax.training import digests, state
+from mc_jax.training import state
 from mc_jax.training.checkpointing import Checkpoints
 
 STEPS = (3, 6)
@@ -90,7 +92,7 @@ def test_every_damaged_file_of_the_newest_is_told_and_the_one_before_is_used(
       assert checkpoints.latest() == 3, name
     printed = capsys.readouterr()
     assert f"the checkpoint of step 6 is not intact, it was moved to {workdir / 'damaged' / '6'}" in printed.out
-    assert str(workdir / name) in printed.err or name.name == digests.FILE
+    assert str(workdir / name) in printed.err or name.name == storage.DIGESTS
     assert (workdir / "damaged" / "6").is_dir()
   step, restored, position = _restore(workdir, config, alone)
   assert (step, position) == (3, config.data.batch_size)
@@ -116,7 +118,7 @@ def test_without_an_intact_checkpoint_the_run_stops_and_nothing_is_changed(workd
 
 
 def test_a_kill_between_commit_and_digests_leaves_the_one_before(workdir, capsys):
-  (workdir / "checkpoints" / "6" / digests.FILE).unlink()
+  (workdir / "checkpoints" / "6" / storage.DIGESTS).unlink()
   with Checkpoints(workdir, keep=2) as checkpoints:
     assert checkpoints.latest() == 3
   assert "was not complete when the run ended" in capsys.readouterr().err
@@ -124,7 +126,7 @@ def test_a_kill_between_commit_and_digests_leaves_the_one_before(workdir, capsys
 
 def test_a_kill_before_the_first_digests_starts_over(workdir, config, states, alone):
   for step in STEPS:
-    (workdir / "checkpoints" / str(step) / digests.FILE).unlink()
+    (workdir / "checkpoints" / str(step) / storage.DIGESTS).unlink()
   with Checkpoints(workdir, keep=2) as checkpoints:
     assert checkpoints.latest() is None
     checkpoints.save(6, states[6], datasets.load(config.data).batches(alone), config)
@@ -136,7 +138,7 @@ def test_what_a_kill_left_half_written_is_swept_away(workdir, config, states, al
   halves = [workdir / "checkpoints" / f"{step}.orbax-checkpoint-tmp" for step in (8, 9)]
   for half in halves:
     shutil.copytree(workdir / "checkpoints" / "6", half)
-    (half / digests.FILE).unlink()
+    (half / storage.DIGESTS).unlink()
   with Checkpoints(workdir, keep=2) as checkpoints:
     assert checkpoints.latest() == 6
     checkpoints.save(9, states[6], datasets.load(config.data).batches(alone), config)
@@ -147,24 +149,24 @@ def test_what_a_kill_left_half_written_is_swept_away(workdir, config, states, al
 def test_a_file_more_and_a_name_that_leads_out_of_the_folder_are_damage(workdir):
   folder = workdir / "checkpoints" / "6"
   (folder / "state" / "more").write_text("?")
-  (found,) = digests.problems(folder)
+  (found,) = storage.damage(folder)
   assert f"{folder / 'state' / 'more'} is not among the files" in found
   (folder / "state" / "more").unlink()
   secret = workdir / "secret"
   secret.write_text("never read")
-  with (pathlib.Path(folder) / digests.FILE).open("a") as file:
+  with (pathlib.Path(folder) / storage.DIGESTS).open("a") as file:
     file.write(f"{'0' * 64}  ../../secret\n")
-  (found,) = digests.problems(folder)
+  (found,) = storage.damage(folder)
   assert "secret is missing" in found
 
 
 def test_parts_of_the_work_find_together_what_one_finds(workdir):
   for path in _files(workdir, 6)[:-1]:
-    if path.stat().st_size and path.name != digests.FILE:
+    if path.stat().st_size and path.name != storage.DIGESTS:
       _flip(path)
   folder = workdir / "checkpoints" / "6"
-  whole = digests.problems(folder)
-  parts = [digests.problems(folder, part, 3) for part in range(3)]
+  whole = storage.damage(folder)
+  parts = [storage.damage(folder, part, 3) for part in range(3)]
   assert all(parts)
   assert sorted(problem for part in parts for problem in part) == sorted(whole)
 

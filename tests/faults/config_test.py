@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from mc_jax.data import ConfigError, windows
+from mc_jax.data import windows
+from mc_jax.errors import ConfigError
 from mc_jax.training import config as config_lib
 from mc_jax.training import state, step
 

@@ -10,10 +10,12 @@ import jax
 import pytest
 from etils import epath
 
-from mc_jax.data import ConfigError, PackingConfig, PartConfig, preparation, tokenizers
+from mc_jax import storage
+from mc_jax.data import PackingConfig, PartConfig, preparation, tokenizers
 from mc_jax.data.config import SourceConfig
+from mc_jax.errors import ConfigError
 from mc_jax.training import config as config_lib
-from mc_jax.training import digests, loop, metrics, trained
+from mc_jax.training import loop, metrics, trained
 
 WORDS = ("memory", "segment", "chunk", "gate", "key", "value")
 
@@ -185,7 +187,7 @@ def _forget(workdir):
   state = json.loads(path.read_text())
   del state["identity"]
   path.write_text(json.dumps(state))
-  digests.write(epath.Path(checkpoint))
+  storage.write_digests(epath.Path(checkpoint))
 
 
 def test_a_checkpoint_without_an_identity_is_used_and_that_is_said(config, tmp_path, capsys):

@@ -9,8 +9,9 @@ import jax
 import pytest
 from etils import epath
 
+from mc_jax import storage
 from mc_jax.data import datasets
-from mc_jax.training import digests, loop, state
+from mc_jax.training import loop, state
 from mc_jax.training.checkpointing import Checkpoints
 
 ONE = jax.devices()[:1]
@@ -78,7 +79,7 @@ def test_room_is_looked_for_before_a_checkpoint_is_written(tmp_path, config, mon
   with pytest.raises(OSError, match=r"room for 0\.0 MiB, and a checkpoint takes 0\.\d MiB; the newest .* step 3"):
     loop.train(config, tmp_path, devices=ONE)
   assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
-  assert digests.problems(epath.Path(tmp_path / "checkpoints" / "3")) == []
+  assert storage.damage(epath.Path(tmp_path / "checkpoints" / "3")) == []
 
 
 def test_a_run_without_room_for_a_checkpoint_does_not_start(tmp_path, config, monkeypatch):

@@ -13,9 +13,10 @@ import traceback
 
 import jax
 
+from mc_jax import storage
 from mc_jax.data import loader, windows
 from mc_jax.training import config as config_lib
-from mc_jax.training import digests, loop
+from mc_jax.training import loop
 from mc_jax.training.checkpointing import Checkpoints
 
 # Whoever kills a run waits for one of these to begin.
@@ -23,7 +24,7 @@ PHASES = {
   "step": (loader.Batches, "__next__"),
   "save": (Checkpoints, "save"),
   "commit": (Checkpoints, "_complete"),
-  "digests": (digests, "write"),
+  "digests": (storage, "write_digests"),
   "evaluation": (windows, "place"),
   "restore": (Checkpoints, "restore"),
 }

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mc_jax.data import ConfigError, datasets, loader
+from mc_jax.data import datasets, loader
+from mc_jax.errors import ConfigError
 from mc_jax.models import gates
 from mc_jax.training import faulty, loop, metrics, replay, state, step
 

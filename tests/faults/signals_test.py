@@ -12,7 +12,8 @@ import time
 import pytest
 from etils import epath
 
-from mc_jax.training import digests, metrics
+from mc_jax import storage
+from mc_jax.training import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -93,4 +94,4 @@ def test_a_terminal_that_closes_ends_a_run_with_a_checkpoint(texts, tmp_path):
   status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
   assert status == 128 + signal.SIGHUP, shown.decode()
   step = max(record["step"] for record in metrics.read(tmp_path))
-  assert digests.problems(epath.Path(tmp_path) / "checkpoints" / str(step)) == []
+  assert storage.damage(epath.Path(tmp_path) / "checkpoints" / str(step)) == []

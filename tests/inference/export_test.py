@@ -14,7 +14,8 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from mc_jax.data import ConfigError, lock
+from mc_jax.data import lock
+from mc_jax.errors import ConfigError
 from mc_jax.inference import export
 from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig
 

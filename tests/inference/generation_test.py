@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mc_jax.data import ConfigError
+from mc_jax.errors import ConfigError
 from mc_jax.inference import NOTHING, Decoder, Request
 from mc_jax.models import CacheConfig, LanguageModel, MemoryConfig, ModelConfig
 from mc_jax.parallel import mesh as meshes

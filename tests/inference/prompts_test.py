@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mc_jax.data import ConfigError, lock
+from mc_jax.data import lock
+from mc_jax.errors import ConfigError
 from mc_jax.inference import Decoder, Request, prompts
 from mc_jax.models import CacheConfig, LanguageModel, MemoryConfig, ModelConfig
 from mc_jax.parallel import mesh as meshes

@@ -163,7 +163,7 @@ def test_the_door_measures(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("flag", "words"), [("--models=ssc,lstm", "lstm must be of none"), ("--contexts=1k", "--contexts=1k must be whole")]
+  ("flag", "words"), [("--models=ssc,lstm", "lstm must be of none"), ("--contexts=1k", "--contexts=1k: must be whole")]
 )
 def test_what_is_mistyped_is_one_line(flag, words):
   result = door(flag)

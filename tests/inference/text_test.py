@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 
 from mc_jax.data import tokenizers
-from mc_jax.inference.text import Stream, known, stops
+from mc_jax.inference.text import Stream, follow, known, stops
 
 TOKENS = tokenizers.load("bytes")
 
@@ -71,3 +71,18 @@ def test_a_continuation_stops_as_the_tokenizer_spells_it_and_where_its_document_
   stream = Stream(tokenizer.decode, ["gate"])
   text = "".join(stream.add(np.array([i])) for i in tokenizer.encode(["a memory. a gate of"])[0])
   assert (text, stream.ended) == ("a memory. a ", True)
+
+
+def test_continuations_are_followed_until_all_have_ended():
+  streams = [Stream(TOKENS.decode, [";"]), Stream(TOKENS.decode, ["!"])]
+  texts = (("one", "ab", "xx"), ("; t", "c!d", "xx"), ("wo;", "efg", "xx"))
+  read = []
+
+  def blocks():
+    for number, rows in enumerate(texts):
+      read.append(number)
+      yield np.array([np.pad(ids, (0, 4 - len(ids)), constant_values=-1) for ids in TOKENS.encode(list(rows))])
+
+  added = [new for _, new in follow(blocks(), streams, TOKENS)]
+  assert added == [["one", "ab"], ["", "c"]]
+  assert read == [0, 1]  # the third row only fills the batch, and the last block is not computed

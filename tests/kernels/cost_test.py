@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 from mc_jax.kernels import cost
 
@@ -65,3 +66,37 @@ def test_loops_count_every_trip():
 
   for output in (0, 1):  # what is carried is needed, whoever asks
     assert cost.work(lambda x, output=output: loop(x)[output], square) == (9 * 2 * K**3, 9 * K * K)
+
+
+def test_a_while_counts_one_turn_whatever_it_carries():
+  square = jax.ShapeDtypeStruct((K, K), jnp.float32)
+
+  def loop(x, count):
+    return jax.lax.fori_loop(0, count, lambda _, carry: (carry[1] + 1, carry[1] @ x), (x, x))[0]
+
+  assert cost.work(loop, square, 3).flops == 2 * K**3
+
+
+def test_the_dearest_branch_counts():
+  def branch(x, y):
+    return jax.lax.cond(x[0, 0] > 0, lambda x: x @ y @ y.T, lambda x: x, x)
+
+  assert cost.work(branch, A, B).flops == 2 * (2 * M * N * K)
+
+
+def test_ragged_products():
+  rows, weights = jax.ShapeDtypeStruct((6, K), jnp.float32), jax.ShapeDtypeStruct((2, K, N), jnp.float32)
+  assert cost.work(jax.lax.ragged_dot, rows, weights, jnp.array([4, 2])).flops == 2 * 6 * K * N
+
+
+@pytest.mark.parametrize(("estimate", "flops"), [(None, 4 * 2 * 8**3), (pl.CostEstimate(5, 0, 0), 5)])
+def test_a_kernel_counts_its_estimate_or_its_grid(estimate, flops):
+  def kernel(x, y):
+    y[...] = x[...] @ x[...]
+
+  block = pl.BlockSpec((8, 8), lambda i: (i, 0))
+  like = jax.ShapeDtypeStruct((32, 8), jnp.float32)
+  call = pl.pallas_call(
+    kernel, grid=(4,), in_specs=[block], out_specs=block, out_shape=like, cost_estimate=estimate, interpret=True
+  )
+  assert cost.work(call, like).flops == flops

@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from mc_jax.data import ConfigError, lock
+from mc_jax.data import lock
+from mc_jax.errors import ConfigError
 from mc_jax.training import cells
 from mc_jax.training.grid import Cell
 
@@ -125,7 +126,7 @@ def test_a_folder_of_another_configuration_is_refused(script, tmp_path, tiny):
 
 
 def test_a_longer_run_is_not_called_shorter(script, tmp_path, tiny, monkeypatch):
-  monkeypatch.setattr(cells.digests, "complete", lambda folder: folder.name == "6")
+  monkeypatch.setattr(cells.storage, "has_digests", lambda folder: folder.name == "6")
   job = script("cell")
   for step in (6, 9):  # the last one is not complete
     (job.folder / "checkpoints" / str(step)).mkdir(parents=True)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mc_jax.data import ConfigError, datasets
+from mc_jax.data import datasets
+from mc_jax.errors import ConfigError
 from mc_jax.models import MemoryConfig
 from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training import config as config_lib

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from mc_jax.data import ConfigError
+from mc_jax.errors import ConfigError
 from mc_jax.training import config
 
 

@@ -6,7 +6,7 @@ import functools
 import jax
 import pytest
 
-from mc_jax.data import ConfigError
+from mc_jax.errors import ConfigError
 from mc_jax.training import config as config_lib
 from mc_jax.training import loop, metrics
 from mc_jax.training.progress import Progress

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mc_jax.data import ConfigError
+from mc_jax.errors import ConfigError
 from mc_jax.training import grid
 
 BASE = ["--config=configs/mqar.py", "--config.train.steps=7", "--config.train.seed=3"]

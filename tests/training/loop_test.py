@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 
-from mc_jax.data import ConfigError
+from mc_jax.errors import ConfigError
 from mc_jax.training import loop, metrics
 from mc_jax.training.progress import Progress
 

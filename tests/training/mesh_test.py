@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from mc_jax.data import ConfigError, windows
+from mc_jax.data import windows
+from mc_jax.errors import ConfigError
 from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training import state, step
 

@@ -9,7 +9,8 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from mc_jax.data import ConfigError, lock
+from mc_jax.data import lock
+from mc_jax.errors import ConfigError
 from mc_jax.training import loop, metrics, outputs, profiling
 from mc_jax.training.checkpointing import Checkpoints
 from mc_jax.training.progress import Progress

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from mc_jax.data import ConfigError
+from mc_jax.errors import ConfigError
 from mc_jax.parallel import mesh as meshes
 from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training import config as config_lib

@@ -10,7 +10,8 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from mc_jax.data import ConfigError, datasets
+from mc_jax.data import datasets
+from mc_jax.errors import ConfigError
 from mc_jax.models import MemoryConfig
 from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training import state, trained

@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 
-from mc_jax.data.errors import ConfigError
+from mc_jax.errors import ConfigError
 
 PADDING, BEGIN, SEPARATOR, END = range(4)
 _SPECIAL = 4  # the first letter

@@ -14,7 +14,7 @@ import dataclasses
 
 import numpy as np
 
-from mc_jax.data.errors import ConfigError
+from mc_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

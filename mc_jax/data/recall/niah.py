@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mc_jax.data.errors import ConfigError
 from mc_jax.data.recall import lexicon, prose
+from mc_jax.errors import ConfigError
 
 Encode = Callable[[str], Sequence[int]]  # the tokens of a text, no special ones added
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from mc_jax.data import ConfigError
 from mc_jax.data.recall import CopyingConfig, copying
+from mc_jax.errors import ConfigError
 
 CONFIGS = [
   (CopyingConfig(), 220),

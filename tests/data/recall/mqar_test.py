@@ -4,8 +4,8 @@ import mqar_statistics as statistics
 import numpy as np
 import pytest
 
-from mc_jax.data import ConfigError
 from mc_jax.data.recall import TASKS, MQARConfig, mqar
+from mc_jax.errors import ConfigError
 
 SEEDS = range(5)
 SIZES = [(8, 1), (64, 4), (64, 16), (256, 7)]

@@ -3,8 +3,8 @@ import re
 import numpy as np
 import pytest
 
-from mc_jax.data import ConfigError
 from mc_jax.data.recall import NIAHConfig, niah, prose
+from mc_jax.errors import ConfigError
 
 SEEDS = range(3)
 LENGTH = 1500

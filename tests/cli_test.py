@@ -1,4 +1,4 @@
-"""How every door starts and ends, whatever its standard streams and the locale are."""
+"""How every program starts and ends: its flags, its configuration, its standard streams, in any locale."""
 
 import os
 import pathlib
@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+
+from mc_jax import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 POSIX = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # nothing but ASCII, also in names of files
@@ -19,24 +21,25 @@ LOCALES = {
 DOOR = """
 import sys
 from absl import flags
-from mc_jax import console
+from mc_jax import cli
 
-TO = console.path_flag("to", None, "a folder")
-JSON = console.path_flag("json", None, "a file", written=True)
+TO = cli.path_flag("to", None, "a folder")
+JSON = cli.path_flag("json", None, "a file", written=True)
 WORDS = flags.DEFINE_string("words", "", "a text")
+NUMBERS = cli.numbers_flag("numbers", [2, 3], "numbers", least=2)
 RAISES = flags.DEFINE_string("raises", "", "an error")
 
 def main(argv):
   read = sys.stdin.read()
   if RAISES.value:
     raise {"os": OSError("漢"), "hopeless": ZeroDivisionError("漢"), "interrupt": KeyboardInterrupt()}[RAISES.value]
-  text = console.typed("words", WORDS.value)
+  text = cli.typed("words", WORDS.value)
   with open("seen", "w", encoding="utf-8") as file:
     file.write("|".join([read, text, ascii(TO.value), *argv[1:]]))
   print(f"€漢 {text}" * 1000)
   print("漢", file=sys.stderr)
 
-console.run(main, console.parse_arguments, outlives_output=OUTLIVES, hopeless=(ZeroDivisionError,), interrupted="bye")
+cli.run(main, parse=cli.parse_arguments, outlives_output=OUTLIVES, hopeless=(ZeroDivisionError,), interrupted="bye")
 """
 
 
@@ -105,6 +108,8 @@ def test_output_that_nobody_reads_ends_a_door_that_lives_for_it(doors, tmp_path)
     ("--to=", 2, "error: flag --to=: the path is empty (an unset variable?)\n"),
     ("--json=nowhere/x", 2, "error: flag --json=nowhere/x: there is no folder nowhere to write it in\n"),
     ("--json=.", 2, "error: flag --json=.: it is a folder; give a file\n"),
+    ("--numbers=4,x", 2, "error: flag --numbers=4,x: must be whole numbers of at least 2, separated by commas\n"),
+    ("--numbers=4,1", 2, "error: flag --numbers=4,1: must be whole numbers of at least 2, separated by commas\n"),
     ("--wrods=x", 2, "error: there is no flag --wrods; did you mean --words?\n"),
     (r"--words=$'\xff'", 2, "error: --words is not UTF-8: 'utf-8' codec can't decode byte 0xff in position 0: "),
     ("--raises=os", 1, "error: \\u6f22\n"),
@@ -118,3 +123,68 @@ def test_errors_are_lines_with_statuses(doors, tmp_path, flags, status, said):
   assert done.stderr.decode().startswith(said)
   assert done.stderr.count(b"\n") <= said.count("\n") + 1
   assert not (tmp_path / "seen").exists()
+
+
+# A program that takes a trained run: only fields that are given count.
+OVERRIDING = """
+from mc_jax import cli
+CONFIG = cli.overrides_flag()
+LENGTHS = cli.numbers_flag("lengths", [], "numbers")
+cli.run(lambda _: print(cli.overrides(CONFIG), LENGTHS.value), CONFIG)
+"""
+
+
+def _overrides(tmp_path, *given):
+  (tmp_path / "door.py").write_text(OVERRIDING)
+  return subprocess.run([sys.executable, tmp_path / "door.py", *given], capture_output=True, text=True, check=False)
+
+
+def test_fields_given_are_typed_and_the_others_left_out(tmp_path):
+  done = _overrides(
+    tmp_path,
+    "--config.data.length=2048",
+    "--config.model.memory.max_step=0.5",
+    "--config.data.mqar.pairs=(4,8)",
+    "--noconfig.model.tied_embeddings",
+    "--config.model.memory.implementation=xla",
+    "--lengths=16, 8",
+  )
+  assert done.returncode == 0, done.stderr
+  assert (
+    done.stdout.strip()
+    == str(
+      {
+        "data.length": 2048,
+        "model.memory.max_step": 0.5,
+        "data.mqar.pairs": (4, 8),
+        "model.tied_embeddings": False,
+        "model.memory.implementation": "xla",
+      }
+    )
+    + " [16, 8]"
+  )
+
+
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
+    ("--config.model.memory.agregation=ssc", "nearest field is model.memory.aggregation"),
+    ("--config.data.length=two", "config.data.length=two: invalid literal"),
+    ("--config=configs/quickstart.py", "the run's own is read from --workdir=RUN"),
+    ("--steps=2", "there is no flag --steps; did you mean --config.train.steps?"),
+    ("--zzzz", "there is no flag --zzzz; --help lists those there are"),
+    ("data.length=2", "not a flag: data.length=2"),
+  ],
+)
+def test_mistyped_fields_end_with_one_line(tmp_path, flag, message):
+  done = _overrides(tmp_path, flag)
+  assert done.returncode == 2
+  assert message in done.stderr
+  assert "Traceback" not in done.stderr
+
+
+def test_a_config_file_below_the_home_folder_is_found(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/me")
+  given = ["train", "--config=~/a.py", "-config=~/a.py:x=1", "--config.data.paths=~/b", "--config=c~", "--config"]
+  expected = ["train", "--config=/home/me/a.py", "-config=/home/me/a.py:x=1", *given[3:]]
+  assert cli.expanded(given) == expected

@@ -1,4 +1,4 @@
-"""How every program of this package starts and ends: standard streams that cannot fail it, one-line errors, statuses.
+"""The command line of every program of this package: flags, configuration, standard streams, one-line errors, statuses.
 
 Status 1 means that something outside failed, 2 that the same command would end the same way, and 128 + N that signal N
 ended it.
@@ -10,15 +10,23 @@ import contextlib
 import difflib
 import errno
 import fcntl
+import functools
 import io
+import json
 import os
+import pathlib
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from mc_jax import storage
+from mc_jax.errors import ConfigError
 
 flags.disclaim_key_flags()  # flags defined below belong to the programs that ask for them
 
@@ -27,8 +35,10 @@ _ACCESS = (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)  # of standard input, output a
 
 def run(
   main: Callable[[list[str]], None],
-  parse: Callable[[list[str]], list[str]] | None = None,
+  config: flags.FlagHolder | None = None,
   *,
+  parse: Callable[[list[str]], list[str]] | None = None,
+  verbosity: int | None = None,
   outlives_output: bool = False,
   hopeless: tuple[type[Exception], ...] = (),
   interrupted: str = "stopped",
@@ -37,18 +47,26 @@ def run(
 
   Args:
     main: Takes the arguments that are not flags, the program's name first.
-    parse: Takes the command line and returns those arguments; default: `parse_flags`.
+    config: The flag of `config_flag` or `overrides_flag`, for a program that has one.
+    parse: Takes the command line and returns those arguments; default: `parse_config` where there is a `config`, else
+      `parse_flags`.
+    verbosity: Level of absl's log, unless the user gives --verbosity; default: absl's own.
     outlives_output: The results are files, so the program continues when nobody reads its output any more. Others end
       quietly then, as `generate | head -1` should.
     hopeless: Exceptions after which, as after ConfigError, the same command would end the same way.
     interrupted: What to print after Ctrl-C.
   """
-  from mc_jax.data.errors import ConfigError
 
+  def start(argv: list[str]) -> None:
+    if verbosity is not None and not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(verbosity)
+    main(argv)
+
+  parse = parse or (parse_flags if config is None else functools.partial(parse_config, config))
   _open_streams(outlives_output)
   try:
     try:
-      app.run(main, flags_parser=parse or parse_flags)
+      app.run(start, flags_parser=parse)
     finally:
       sys.stdout.flush()
   except _NobodyReads:
@@ -67,8 +85,6 @@ def parse_flags(argv: list[str]) -> list[str]:
   Raises:
     ConfigError: An unknown flag or a wrong value, or an argument that is not a flag.
   """
-  from mc_jax.data.errors import ConfigError
-
   rest = parse_arguments(argv)
   if len(rest) > 1:
     raise ConfigError(f"not a flag: {' '.join(rest[1:])}")
@@ -85,8 +101,6 @@ def parse_arguments(argv: list[str], fields: Iterable[str] = ()) -> list[str]:
   Raises:
     ConfigError: An unknown flag, with the program's own that is nearest to it, or a wrong value.
   """
-  from mc_jax.data.errors import ConfigError
-
   try:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
@@ -95,6 +109,70 @@ def parse_arguments(argv: list[str], fields: Iterable[str] = ()) -> list[str]:
     raise ConfigError(f"there is no flag --{error.flagname}; {hint}") from error
   except flags.Error as error:
     raise ConfigError(" ".join(str(error).split())) from error
+
+
+def parse_config(holder: flags.FlagHolder, argv: list[str]) -> list[str]:
+  """absl's parsing, for a program whose flags are also the fields of a configuration.
+
+  Args:
+    holder: The flag of `config_flag` or `overrides_flag`.
+    argv: The command line.
+
+  Raises:
+    ConfigError: A wrong field, value or config file, or an argument that is not a flag.
+  """
+  from mc_jax.training import config  # here, because programs without a configuration need no models
+
+  for argument in argv[1:]:
+    name = argument.lstrip("-").partition("=")[0]
+    if name.startswith("config."):
+      config.require_field(name.removeprefix("config."))
+    elif name == "config" and holder.default is not None:
+      raise ConfigError("--config=FILE is for training; here the run's own is read from --workdir=RUN")
+  try:
+    rest = parse_arguments(expanded(argv), [f"config.{field}" for field in config.fields(config.Config())])
+  except KeyError as error:  # a name in data.sources that the config file does not have
+    raise ConfigError(" ".join(str(error.args[0]).split())) from error
+  try:
+    if holder.value is not None:
+      holder.value.lock()
+  except OSError as error:  # absl keeps this error back when it cannot load the file
+    raise ConfigError(f"--config: {error}") from error
+  if len(rest) > 1:
+    raise ConfigError(f"not a flag: {' '.join(rest[1:])}; write --config.train.steps=100")
+  return rest
+
+
+def config_flag() -> flags.FlagHolder:
+  """Defines --config, a file such as configs/quickstart.py, whose fields are flags: --config.train.steps=100."""
+  text = "the run: a file such as configs/quickstart.py"
+  return config_flags.DEFINE_config_file("config", None, text, lock_config=True)
+
+
+def overrides_flag() -> flags.FlagHolder:
+  """Defines --config.FIELD=VALUE alone, for programs that take a --workdir: changes to the configuration of its run."""
+  from mc_jax.training import config
+
+  def known(argument: str) -> bool:  # absl reads the others at once, where nobody catches its error: parse_config does
+    field = argument.lstrip("-").removeprefix("no").removeprefix("config.").partition("=")[0]
+    return field in tree
+
+  tree = config.fields(config.Config())
+  text = "changes a field of the run's configuration: --config.data.length=2048"
+  return config_flags.DEFINE_config_dict("config", config.default(), text, sys_argv=list(filter(known, sys.argv)))
+
+
+def overrides(holder: flags.FlagHolder) -> dict[str, object]:
+  """The fields that the command line gives, {"data.length": 2048}, for trained.load."""
+  return config_flags.get_override_values(flags.FLAGS[holder.name])
+
+
+def expanded(arguments: list[str]) -> list[str]:
+  """The arguments with --config=~/FILE as --config=HOME/FILE, which no shell does."""
+  return [
+    f"{flag}={storage.path(value)}" if flag.lstrip("-") == "config" and value.startswith("~") else argument
+    for argument, (flag, _, value) in ((argument, argument.partition("=")) for argument in arguments)
+  ]
 
 
 def path_flag(name: str, default: str | None, text: str, *, written: bool = False) -> flags.FlagHolder[str | None]:
@@ -109,14 +187,44 @@ def path_flag(name: str, default: str | None, text: str, *, written: bool = Fals
   return flags.DEFINE(_Path(written), name, default, text, serializer=flags.ArgumentSerializer())
 
 
+def numbers_flag(name: str, default: list[int], text: str, least: int | None = None) -> flags.FlagHolder[list[int]]:
+  """Defines a flag that takes whole numbers separated by commas.
+
+  Args:
+    name: The flag's name.
+    default: Its default.
+    text: Its help.
+    least: The smallest number that is allowed; default: any.
+  """
+  return flags.DEFINE(_Numbers(least), name, default, text, serializer=flags.ListSerializer(","))
+
+
+def json_flag() -> flags.FlagHolder[str | None]:
+  """Defines --json, a file for the program's figures; see `write_json`."""
+  return path_flag("json", None, "Also write the figures to this file.", written=True)
+
+
+def write_json(path: str | None, record: Mapping[str, object]) -> None:
+  """Writes a record to the file of `json_flag`, if there is one."""
+  if path:
+    pathlib.Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def command(door: str) -> str:
+  """The command line that started this program, as one types it.
+
+  Args:
+    door: The program's name, "evaluate" for mc_jax.evaluate.
+  """
+  return shlex.join(["python", "-m", f"mc_jax.{door}", *sys.argv[1:]])
+
+
 def typed(name: str, text: str) -> str:
   """The text that a flag was given, as UTF-8, in which locales it may have been read otherwise.
 
   Raises:
     ConfigError: It is not UTF-8.
   """
-  from mc_jax.data.errors import ConfigError
-
   try:
     return os.fsencode(text).decode("utf-8")
   except UnicodeError as error:
@@ -129,19 +237,11 @@ def naming(names: Mapping[str, str]) -> Iterator[None]:
 
   For programs whose flags are not the fields of a configuration.
   """
-  from mc_jax.data.errors import ConfigError
-
   try:
     yield
   except ConfigError as error:
     known = rf"(?<![\w./-])(?:{'|'.join(map(re.escape, names))})(?![\w/]|\.\w)"  # no part of a file's name
     raise ConfigError(re.sub(known, lambda found: names[found[0]], str(error))) from error
-
-
-def tell(text: str) -> None:
-  """Prints a line on standard error, also from a signal's handler, which may have interrupted another print."""
-  with contextlib.suppress(OSError):
-    os.write(2, f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
 def silence() -> None:
@@ -165,16 +265,34 @@ class _Path(flags.ArgumentParser):
     self._written = written
 
   def parse(self, argument: str) -> str:
-    from mc_jax.data import files
-
     if not argument.strip():
       raise ValueError("the path is empty (an unset variable?)")
-    path = files.path(argument)
+    path = storage.path(argument)
     if self._written and not path.parent.is_dir():
       raise ValueError(f"there is no folder {path.parent} to write it in")
     if self._written and path.is_dir():
       raise ValueError("it is a folder; give a file")
     return str(path)
+
+
+class _Numbers(flags.ArgumentParser):
+  """Parses whole numbers."""
+
+  def __init__(self, least: int | None):
+    super().__init__()
+    self._least = least
+
+  def parse(self, argument: str | list[int]) -> list[int]:
+    if isinstance(argument, list):  # the default
+      return argument
+    bound = "" if self._least is None else f" of at least {self._least}"
+    try:
+      numbers = [int(text) for text in argument.split(",")] if argument.strip() else []
+    except ValueError as error:
+      raise ValueError(f"must be whole numbers{bound}, separated by commas") from error
+    if self._least is not None and any(number < self._least for number in numbers):
+      raise ValueError(f"must be whole numbers{bound}, separated by commas")
+    return numbers
 
 
 class _NobodyReads(BrokenPipeError):
