@@ -21,7 +21,7 @@ def titans(size: str):
 def transformer(size: str):
   """The Transformer baseline."""
   c = paper(**SIZES[size])
-  c.model.mixer = "transformer"
+  c.model.pattern = ("attention",)
   return c
 
 

@@ -2,7 +2,7 @@
 
   python -m mc_jax.bench --rules=linear,titans --aggregations=none,grm,ssc --lengths=1024,2048 --json=bench.json
 
-Times the mixer as it stands in a model (projections, convolution, gates, memory, output), with a gradient for every
+Times the layer as it stands in a model (projections, convolution, gates, memory, output), with a gradient for every
 parameter and the input. The median of --repeats calls, after one that compiles. For speed, nothing else should run.
 
   python -m mc_jax.bench --topology=v5e:2x2 --implementation=xla --rules=titans --aggregations=grm --lengths=8192
@@ -26,7 +26,7 @@ from flax import nnx
 from mc_jax import cli, memory
 from mc_jax.errors import ConfigError
 from mc_jax.models.config import MemoryConfig, ModelConfig
-from mc_jax.models.mixer import MemoryCaching
+from mc_jax.models.memory_caching import MemoryCaching
 from mc_jax.parallel import axes, hlo_cost, mesh, topology
 
 _RULES = flags.DEFINE_list("rules", list(memory.RULES), "Memory rules.")
@@ -55,7 +55,7 @@ def gradients(config: ModelConfig, length: int):
   @jax.jit
   def gradients(parameters, x):
     def loss(parameters, x):
-      return jnp.square(nnx.merge(graph, parameters)(x).astype(jnp.float32)).mean()
+      return jnp.square(nnx.merge(graph, parameters)(x)[0].astype(jnp.float32)).mean()
 
     return jax.grad(loss, argnums=(0, 1))(parameters, x)
 

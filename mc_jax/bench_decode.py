@@ -1,6 +1,6 @@
 r"""Decoding's speed and bytes at contexts up to 256k: steps of one model under several ways to read its cache.
 
-  python -m mc_jax.bench_decode --config=configs/quickstart.py --contexts=4096,65536 --models=none,ssc,grm,transformer
+  python -m mc_jax.bench_decode --config=configs/quickstart.py --contexts=4096,65536 --models=none,ssc,grm,attention
 
 Nothing is prefilled: the cache holds noise and its position is set (mc_jax/inference/speed.py). In every round each
 model takes its last steps at each context, so that what else the machine does falls on all of them alike; the fastest
@@ -34,6 +34,8 @@ from mc_jax import cli, memory
 from mc_jax.errors import ConfigError
 from mc_jax.inference import Decoder, speed
 from mc_jax.models import CacheConfig
+from mc_jax.models.attention import Attention
+from mc_jax.models.memory_caching import MemoryCaching, capacity
 from mc_jax.parallel import chips, hlo_cost
 from mc_jax.training import config, planning, state
 
@@ -41,11 +43,11 @@ matplotlib.use("Agg")  # files only: no display is needed
 
 from matplotlib import pyplot
 
-MODELS = (*memory.AGGREGATIONS, "transformer")
+MODELS = (*memory.AGGREGATIONS, Attention.name)
 
 CONFIG = cli.config_flag()
 _CONTEXTS = cli.numbers_flag("contexts", [2**n for n in range(10, 19)], "Tokens of a sequence.", least=16)
-_MODELS = flags.DEFINE_list("models", ["none", "ssc", "grm", "transformer"], f"Of {', '.join(MODELS)}.")
+_MODELS = flags.DEFINE_list("models", ["none", "ssc", "grm", Attention.name], f"Of {', '.join(MODELS)}.")
 _BATCH = flags.DEFINE_integer("batch", 1, "Sequences.", lower_bound=1)
 _CACHE_DTYPE = flags.DEFINE_string(
   "cache_dtype", None, "Of cached states: float32, bfloat16, int8; default: the model's."
@@ -95,11 +97,10 @@ def main(_: list[str]) -> None:
 
 def _model(model, name: str):
   """The model with this way to read its cache, or the Transformer of the same size."""
-  if name == "transformer":
-    return dataclasses.replace(model, mixer="transformer")
-  return dataclasses.replace(
-    model, mixer="memory_caching", memory=dataclasses.replace(model.memory, aggregation=name, after_training=None)
-  )
+  if name == Attention.name:
+    return dataclasses.replace(model, pattern=(name,))
+  read = dataclasses.replace(model.memory, aggregation=name, after_training=None)
+  return dataclasses.replace(model, pattern=(MemoryCaching.name,), memory=read)
 
 
 def _measure(runs: dict[str, config.Config], contexts: Sequence[int], devices: Sequence[jax.Device]) -> list[dict]:
@@ -150,9 +151,9 @@ def _estimate(runs: dict[str, config.Config], contexts: Sequence[int], devices: 
       print(f"{name} at {context:,} does not fit: {str(error).strip().splitlines()[0]}", flush=True)
       continue
     # The loop over cached states, whose length depends on the position, as it is when all are there.
-    cost = hlo_cost.cost(compiled, decoder.cache.segments(run.model), devices=list(mesh.devices.flat))
+    cost = hlo_cost.cost(compiled, capacity(run.model, decoder.cache), devices=list(mesh.devices.flat))
     analysis = compiled.memory_analysis()
-    slots = planning.bytes_here(cache.layers.slots)
+    slots = planning.bytes_here(cache.slots)
     figures = _row(name, run, context, slots, planning.bytes_here(cache) - slots, analysis.temp_size_in_bytes)
     figures |= {"parameter_bytes": planning.bytes_here(decoder.params), "hbm_bytes": cost.hbm_bytes}
     figures |= {"sent_bytes": sum(cost.collective_bytes.values()), "hbm_capacity": chips.of(devices).hbm_bytes}
@@ -181,7 +182,7 @@ def _row(name: str, run: config.Config, context: int, slots: float, others: floa
   """Which figures they are, and bytes: planned are those of the slots as the planner counts them."""
   data = dataclasses.replace(run.data, length=context)
   planned = planning.cache_bytes(dataclasses.replace(run, data=data))
-  planned = planned["sequence"] + planned["summaries"] if "sequence" in planned else planned["kv_cache"]
+  planned = planned["sequence"] + planned.get("summaries", 0)
   row = {"model": name, "context": context, "slot_bytes": slots, "planned_bytes": _BATCH.value * planned}
   return row | {"other_cache_bytes": others, "temporary_bytes": temporaries}
 

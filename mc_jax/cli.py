@@ -133,6 +133,10 @@ def parse_config(holder: flags.FlagHolder, argv: list[str]) -> list[str]:
     rest = parse_arguments(expanded(argv), [f"config.{field}" for field in config.fields(config.Config())])
   except KeyError as error:  # a name in data.sources that the config file does not have
     raise ConfigError(" ".join(str(error.args[0]).split())) from error
+  except AttributeError as error:  # a field that the config file sets and that does not exist
+    if why := config.replaced(str(error)):
+      raise ConfigError(f"--config: {why}") from error
+    raise
   try:
     if holder.value is not None:
       holder.value.lock()

@@ -101,7 +101,7 @@ def _generate() -> None:
   for i, stream in enumerate(streams):
     print(stream.rest() if SAMPLES.value == 1 else f"--- {i}\n{stream.text()}{stream.rest()}", flush=True)
   rows = {
-    "model": f"{model.config.model.mixer}, step {model.step:,}",
+    "model": f"{model.config.model.label}, step {model.step:,}",
     "prompt": f"{len(prompt):,} tokens, {len(prompt) / max(reading.seconds, 1e-9):,.0f} tokens/s",
     "continuation": f"{made:,} tokens, {made / max(writing.seconds, 1e-9):,.0f} tokens/s",
     "compilation": f"{reading.compilation + writing.compilation:.1f} s, not in these",

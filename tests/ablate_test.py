@@ -73,10 +73,10 @@ def test_cells_are_trained_evaluated_reported_and_not_run_again(tmp_path):
 
 def test_cells_are_told_what_suits_them(tmp_path):
   told = ["--rows=4", "--limit=0.5", "--num_fewshot=1", f"--include_path={tmp_path}"]
-  flags = [f"--workdir={tmp_path}", "--grid=model.mixer=transformer,memory_caching", "--tasks=gates_mqar,mqar"]
+  flags = [f"--workdir={tmp_path}", "--grid=model.pattern=attention,memory", "--tasks=gates_mqar,mqar"]
   listed = _ablate(*flags, "--config.model.memory.aggregation=grm", *told, "--dry_run").stdout
-  assert "gates_mqar is left out: it needs gates, which model.mixer=transformer does not have" in listed
-  assert "(in mixer=transformer,seed=0)" in listed
+  assert "gates_mqar is left out: it needs gates, which model.pattern=attention does not have" in listed
+  assert "(in pattern=attention,seed=0)" in listed
   transformer, caching = (line for line in listed.splitlines() if "mc_jax.evaluate" in line)
   assert f" --tasks=mqar {' '.join(told)} --name=ablation" in transformer
   assert f" --tasks=gates_mqar,mqar {' '.join(told)} --name=ablation" in caching

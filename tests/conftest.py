@@ -55,7 +55,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(texts):
-  """Makes a Config: tiny(**fields) sets fields by their last name, such as steps or mixer."""
+  """Makes a Config: tiny(**fields) sets fields by their last name, such as steps or pattern."""
 
   def make(**fields):
     parts = {

@@ -22,7 +22,7 @@ from mc_jax.training import config
 
 def get_config():
   c = config.default()
-  c.model.mixer, c.model.layers, c.model.d_model, c.model.heads, c.model.mlp_dim = "transformer", 1, 16, 2, 16
+  c.model.pattern, c.model.layers, c.model.d_model, c.model.heads, c.model.mlp_dim = ("attention",), 1, 16, 2, 16
   c.model.remat, c.model.vocab_size = "none", 320
   c.data.length, c.data.batch_size, c.data.validation_fraction, c.data.validation_tokens = 64, 4, 0.3, 512
   c.train.steps, c.train.log_every, c.train.eval_every, c.train.checkpoint_every = 2, 1, 2, 2

@@ -24,7 +24,7 @@ def door(*flags):
 
 
 def test_a_checkpoint_goes_out_and_comes_back(tiny, alone, tmp_path):
-  config = tiny(mixer="transformer")
+  config = tiny(pattern="attention")
   run, batches = state.create(config, alone), datasets.load(config.data).batches(alone)
   with Checkpoints(epath.Path(tmp_path / "run"), keep=1) as checkpoints:
     checkpoints.save(3, run, batches, config)

@@ -198,7 +198,7 @@ def test_two_local_processes_train(tmp_path):
       f"--config.data.paths={tmp_path / 'texts'}",
       "--config.data.validation_fraction=0.3",
     ),
-    *("--config.data.length=16", "--config.model.mixer=transformer", "--config.model.d_model=16"),
+    *("--config.data.length=16", "--config.model.pattern=attention", "--config.model.d_model=16"),
     *("--config.train.steps=3", "--config.train.sample_length=0"),
     cwd=ROOT,
     env=os.environ | cache,

@@ -73,7 +73,7 @@ def test_what_is_mistyped_is_one_line(flag, words):
 
 
 def test_what_does_not_fit_is_refused():
-  large = ModelConfig(layers=1, d_model=16384, heads=128, dtype="bfloat16", mixer="transformer")
+  large = ModelConfig(layers=1, d_model=16384, heads=128, dtype="bfloat16", pattern="attention")
   plan = planning.plan(dataclasses.replace(SMALL, model=large, mesh=MeshConfig()), TPU)
   assert not plan.fits
   assert plan.hbm["optimiser state"] > plan.hbm["parameters"] > 10e9
@@ -124,7 +124,7 @@ def test_a_sweep_keeps_tokens_and_leaves_out_what_does_not_divide():
 def test_scanned_layers_cost_what_unrolled_ones_do():
   """The step's loops are multiplied: within 5% of a program that has none."""
   layers = 3
-  config = ModelConfig(vocab_size=256, layers=layers, d_model=512, heads=4, dtype="bfloat16", mixer="transformer")
+  config = ModelConfig(vocab_size=256, layers=layers, d_model=512, heads=4, dtype="bfloat16", pattern="attention")
   model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
   graph, parameters = nnx.split(model)
   block_graph, stacked = nnx.split(model.blocks)
@@ -137,7 +137,7 @@ def test_scanned_layers_cost_what_unrolled_ones_do():
   def unrolled(parameters, tokens):
     parameters, blocks = parameters
     model = nnx.merge(graph, parameters)
-    block = jax.checkpoint(lambda x, layer: nnx.merge(block_graph, layer)(x))
+    block = jax.checkpoint(lambda x, layer: nnx.merge(block_graph, layer)(x)[0])
     x = model.embed(tokens)
     for layer in blocks:
       x = block(x, layer)

@@ -24,7 +24,7 @@ TINY = [
   "--config.model.layers=1",
   "--config.model.d_model=16",
   "--config.model.mlp_dim=16",
-  "--config.model.mixer=transformer",
+  "--config.model.pattern=attention",
   "--config.train.steps=2",
 ]
 

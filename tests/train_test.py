@@ -59,7 +59,7 @@ def test_a_run_with_every_kind_of_flag(tmp_path):
     f"--config.data.paths={texts}",
     "--config.data.validation_fraction=0.3",
     "--config.data.length=16",
-    "--config.model.mixer=transformer",
+    "--config.model.pattern=attention",
     "--config.model.d_model=16",
     "--config.train.steps=4",
     "--config.train.log_every=2",

@@ -20,14 +20,18 @@ from mc_jax.evaluation.recall import Rows
 from mc_jax.evaluation.subject import Options, Result, Subject
 from mc_jax.memory.caching import Cached, Reads
 from mc_jax.models import ModelConfig, inspection
+from mc_jax.models.config import with_memories
 from mc_jax.parallel import axes
 
 
 def problem(model: ModelConfig) -> str | None:
   """Why there is nothing to be seen in such a model, or None."""
   options = model.memory.as_read()
-  if model.mixer != "memory_caching":
-    return f"it needs gates, which model.mixer={model.mixer} does not have: model.mixer must be memory_caching"
+  if not model.has_memories:
+    return (
+      f"it needs gates, which model.pattern={','.join(model.pattern)} does not have: use a model.pattern with "
+      f"{with_memories()}"
+    )
   if not memory.gates.scored(options.aggregation, options.gate):
     return (
       "it needs memories that are told apart: model.memory.aggregation must be ssc, or grm or soup with "

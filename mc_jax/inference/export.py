@@ -27,8 +27,8 @@ from safetensors.numpy import save_file
 from mc_jax import storage
 from mc_jax.data import lock
 from mc_jax.errors import ConfigError
-from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig
-from mc_jax.models.config import completed
+from mc_jax.models import LanguageModel, ModelConfig
+from mc_jax.models.config import PARTS, completed, from_stored
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -43,13 +43,13 @@ class Tensor(NamedTuple):
 
   Attributes:
     path: of the parameter in the nested dict.
-    layer: the index on that parameter's leading axis "layers"; None: it has none.
+    index: on that parameter's leading axis "layers"; None: it has none.
     axes: a name per axis, inputs first: y = x @ W.
     shape: a size per axis.
   """
 
   path: tuple[str, ...]
-  layer: int | None
+  index: int | None
   axes: tuple[str, ...]
   shape: tuple[int, ...]
 
@@ -60,12 +60,14 @@ def tensors(config: ModelConfig) -> dict[str, Tensor]:
   for path, variable in nnx.to_flat_state(_abstract(config)[1]):
     first, *rest = variable.get_metadata("out_sharding")
     if first == "layers":
-      for layer in range(config.layers):
-        name = ".".join((path[0], str(layer), *path[1:]))
-        found.append((name, Tensor(path, layer, tuple(rest), variable.shape[1:])))
+      # A period of several blocks has its place in the path, which says whose layers are stacked here.
+      group, place, inner = (path[0], 0, path[1:]) if config.period == 1 else (path[0], int(path[1]), path[2:])
+      for repeat in range(config.repeats):
+        name = ".".join((group, str(repeat * config.period + place), *inner))
+        found.append((name, Tensor(path, repeat, tuple(rest), variable.shape[1:])))
     else:
       found.append((".".join(path), Tensor(path, None, (first, *rest), variable.shape)))
-  return dict(sorted(found, key=lambda item: -1 if item[1].layer is None else item[1].layer))
+  return dict(sorted(found, key=lambda item: -1 if item[1].index is None else int(item[0].split(".")[1])))
 
 
 def require_empty(folder: os.PathLike | str) -> pathlib.Path:
@@ -162,10 +164,10 @@ def load(folder: os.PathLike | str) -> tuple[ModelConfig, dict]:
       raise ConfigError(f"{folder} does not hold the model of its {CONFIG}:\n" + "\n".join(problems))
     for name, place in places.items():
       value = holders[name].get_tensor(name)
-      if place.layer is None:
+      if place.index is None:
         flat[place.path] = value
       else:
-        flat.setdefault(place.path, np.empty((config.layers, *place.shape), np.float32))[place.layer] = value
+        flat.setdefault(place.path, np.empty((config.repeats, *place.shape), np.float32))[place.index] = value
   return config, traverse_util.unflatten_dict({path: jnp.asarray(x, jnp.float32) for path, x in flat.items()})
 
 
@@ -181,7 +183,7 @@ def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def _value(flat: Mapping[tuple[str, ...], jax.Array], place: Tensor) -> jax.Array:
-  return flat[place.path] if place.layer is None else flat[place.path][place.layer]
+  return flat[place.path] if place.index is None else flat[place.path][place.index]
 
 
 def _files(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
@@ -239,13 +241,14 @@ def _read_config(folder: pathlib.Path) -> ModelConfig:
   if not path.is_file():
     raise ConfigError(f"{folder} has no {CONFIG}: it must be a folder that mc_jax.export wrote to its end")
   tree = _read_json(path)
-  memory = tree.get("memory", {})
-  if not isinstance(memory, dict):
-    raise ConfigError(f"{path}: memory must be an object of fields, got {memory!r}")
-  _require_fields(path, tree, "", ModelConfig)
-  _require_fields(path, memory, "memory.", MemoryConfig)
+  for name in PARTS:
+    if not isinstance(part := tree.get(name, {}), dict):
+      raise ConfigError(f"{path}: {name} must be an object of fields, got {part!r}")
   tree = completed(tree)
-  config = ModelConfig(**{**tree, "memory": MemoryConfig(**tree["memory"])})
+  _require_fields(path, tree, "", ModelConfig)
+  for name, kind in PARTS.items():
+    _require_fields(path, tree.get(name, {}), f"{name}.", kind)
+  config = from_stored(tree)
   try:
     problems = config.problems()
   except TypeError as error:

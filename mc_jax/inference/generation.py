@@ -232,8 +232,8 @@ class Decoder:
       if outside.size:
         found.append(f"prompt {i} has the id {outside[0]}: ids must be from 0 to {self.config.vocab_size - 1}")
       total, more = int(before[i]) + len(prompt), room[i] if room else 0
-      # What drops its oldest states has no end; a Transformer's keys and values do.
-      endless = self.cache.full == "drop_oldest" and self.config.mixer == "memory_caching"
+      # What drops its oldest states has no end; keys and values, which are all kept, do.
+      endless = self.cache.full == "drop_oldest" and all(kind.endless for kind in self.config.mixers)
       if total + more > self.cache.tokens and not endless:
         found.append(
           f"prompt {i}: {total:,} tokens and {more:,} to come are more than the {self.cache.tokens:,} that the cache "
@@ -380,4 +380,4 @@ class Stopwatch:
 
 def cache_bytes(cache: Cache) -> int:
   """Bytes of a cache's slots: the cached states and summaries, or the keys and values."""
-  return cache_lib.nbytes(cache.layers.slots)
+  return cache_lib.nbytes(cache.slots)

@@ -16,7 +16,7 @@ from mc_jax.errors import ConfigError
 from mc_jax.inference.generation import Decoder, repeat
 from mc_jax.models import Cache, CacheConfig
 from mc_jax.models import cache as cache_lib
-from mc_jax.models.config import completed
+from mc_jax.models.config import from_stored
 
 # How a model is computed, not what it is.
 _HOW = ("remat", "memory.implementation", "memory.segment_group", "memory.read_buffer_mib", "memory.dense_steps")
@@ -66,12 +66,12 @@ def load(folder: epath.PathLike, decoder: Decoder) -> tuple[jax.Array, Cache]:
     ConfigError: nothing was saved there, or by another model, with other parameters or for another cache.
   """
   told = _told(folder)
-  models = completed(told["model"]), dataclasses.asdict(decoder.config)
-  saved, here = (traverse_util.flatten_dict(model, sep=".") for model in models)
+  models = from_stored(told["model"]), decoder.config
+  saved, here = (traverse_util.flatten_dict(dataclasses.asdict(model), sep=".") for model in models)
   found = [
-    f"  model.{field}: {saved.get(field)!r} then, {value!r} now"
+    f"  model.{field}: {saved[field]!r} then, {value!r} now"
     for field, value in here.items()
-    if field not in _HOW and saved.get(field) != value
+    if field not in _HOW and saved[field] != value
   ]
   if not found and told["params"] != checksum(decoder.params):
     found.append("  the parameters: their checksums differ (another checkpoint?)")
@@ -79,13 +79,16 @@ def load(folder: epath.PathLike, decoder: Decoder) -> tuple[jax.Array, Cache]:
     found.append(f"  the cache: {told['cache']} then, {dataclasses.asdict(decoder.cache)} now")
   if found:
     raise ConfigError(f"{folder} was saved by another model than this one:\n" + "\n".join(found))
-  target = dict(zip(("logits", "cache"), decoder.shapes(told["rows"]), strict=True))
+  logits, cache = decoder.shapes(told["rows"])
+  alone = "pattern" not in told["model"]  # saved when all layers were alike, and their cache in no tuple
+  target = {"logits": logits, "cache": cache._replace(layers=cache.layers[0]) if alone else cache}
   with _checkpointer() as checkpointer:
     restored = checkpointer.restore(
       storage.absolute(folder),
       ocp.args.Composite(prompt=ocp.args.StandardRestore(cache_lib.placed(target, decoder.mesh))),
     )
   logits, cache = restored["prompt"]["logits"], restored["prompt"]["cache"]
+  cache = cache._replace(layers=(cache.layers,)) if alone else cache
   if len(logits) % decoder.rows == 0:
     return logits, cache
   if len(logits) > 1:

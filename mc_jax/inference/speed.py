@@ -43,7 +43,7 @@ class Steps:
   @property
   def slot_bytes(self) -> int:
     """Of what grows with the context: cached states and their summaries, or keys and values; all sequences."""
-    return cache_lib.nbytes(self.cache.layers.slots)
+    return cache_lib.nbytes(self.cache.slots)
 
   @property
   def other_bytes(self) -> int:
@@ -120,9 +120,11 @@ def _fill(graph, params, position, config, batch):
   def at_position(x):  # the only integers of a layer's own are positions
     return jnp.full_like(x, position) if jnp.issubdtype(x.dtype, jnp.integer) else x
 
-  layers = cache.layers
-  layers = layers._replace(slots=jax.tree.map(_noise, layers.slots), own=jax.tree.map(at_position, layers.own))
-  return Cache(at_position(cache.position), layers)
+  layers = (
+    layers._replace(slots=jax.tree.map(_noise, layers.slots), own=jax.tree.map(at_position, layers.own))
+    for layers in cache.layers
+  )
+  return Cache(at_position(cache.position), tuple(layers))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)

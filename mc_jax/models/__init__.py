@@ -1,4 +1,4 @@
-"""Flax NNX modules: the Memory Caching mixer, a Transformer baseline and the language model."""
+"""Flax NNX modules: the layers (Memory Caching, attention, SwiGLU), blocks of them, and the language model."""
 
 from mc_jax.models.cache import Cache, CacheConfig
 from mc_jax.models.config import MemoryConfig, ModelConfig

@@ -1,16 +1,21 @@
 """What a model keeps of the tokens so far, to go on from them one by one."""
 
+from __future__ import annotations
+
 import dataclasses
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mc_jax.memory import decode, pages
-from mc_jax.models.config import ModelConfig
+from mc_jax.models import layer
 from mc_jax.parallel import axes
 from mc_jax.parallel import mesh as meshes
 from mc_jax.parallel.mesh import MeshConfig
+
+if TYPE_CHECKING:
+  from mc_jax.models.config import ModelConfig
 
 FULL = ("error", "drop_oldest")
 
@@ -27,11 +32,6 @@ class CacheConfig:
   dtype: str | None = None  # of cached states: float32, bfloat16, int8; None: the model's, which changes no number
   memory: str = "device"  # of cached states: device; host, with memory.aggregation="ssc", whose steps fetch few
 
-  def segments(self, model: ModelConfig) -> int:
-    """Segments whose states a layer can keep."""
-    length = model.memory.as_read().segment_length
-    return decode.capacity_for(length, self.tokens) if self.capacity is None else self.capacity
-
   def problems(self, model: ModelConfig, prefix: str = "cache") -> list[str]:
     """Everything that cannot be, each line naming the field and the valid values."""
     found = []
@@ -39,35 +39,22 @@ class CacheConfig:
       found.append(f"{prefix}.full={self.full!r} is not one of {', '.join(FULL)}")
     if self.dtype not in (None, *decode.CACHE_DTYPES):
       found.append(f"{prefix}.dtype={self.dtype!r} is not one of {', '.join(decode.CACHE_DTYPES)}")
-    memory = model.memory.as_read()
     if self.memory not in decode.MEMORIES:
       found.append(f"{prefix}.memory={self.memory!r} is not one of {', '.join(decode.MEMORIES)}")
-    elif self.memory == "host" and (model.mixer != "memory_caching" or memory.aggregation != "ssc"):
+    elif self.memory == "host" and not any(kind.pages(model) for kind in model.mixers):
+      able = [kind for kind in layer.LAYERS.values() if issubclass(kind, layer.Mixer) and kind.host_cache]
+      needed = " or ".join(f"model.pattern with {kind.name} and {kind.host_cache}" for kind in able)
       found.append(
-        f"{prefix}.memory='host' needs model.mixer='memory_caching' and model.memory.aggregation='ssc', whose steps "
-        f"read few states; model.mixer={model.mixer!r} with model.memory.aggregation={memory.aggregation!r} reads all "
-        f"that is cached for every token: use {prefix}.memory='device'"
+        f"{prefix}.memory='host' needs a layer whose steps read few states, {needed}; a model of {model.label} reads "
+        f"all that is cached for every token: use {prefix}.memory='device'"
       )
+    sizes = []
     if self.tokens < 1:
-      found.append(f"{prefix}.tokens={self.tokens} must be at least 1")
+      sizes.append(f"{prefix}.tokens={self.tokens} must be at least 1")
     if self.capacity is not None and self.capacity < 1:
-      found.append(f"{prefix}.capacity={self.capacity} must be at least 1 segment")
-    if model.mixer == "memory_caching" and memory.segmentation != "constant":
-      found.append(
-        f"model.memory.segmentation={memory.segmentation!r} cannot be decoded: where segments are cut depends on the "
-        "length of the sequence; use segmentation='constant'"
-      )
-    elif memory.gate == "token" and not found and decode.capacity_for(memory.segment_length, self.tokens) > model.ages:
-      found.append(
-        f"{prefix}.tokens={self.tokens:,} make more segments than model.max_length={model.max_length}, which "
-        "model.memory.gate='token' has scores for"
-      )
-    elif not found and self.full == "error" and model.mixer == "memory_caching" and memory.aggregation != "none":
-      try:
-        decode.require_room(memory.segment_length, self.segments(model), self.tokens)
-      except decode.CacheFull as error:
-        found.append(f"{prefix}.capacity={self.capacity} is too small: {error}, or {prefix}.full='drop_oldest'")
-    return found
+      sizes.append(f"{prefix}.capacity={self.capacity} must be at least 1 segment")
+    kinds = () if sizes else dict.fromkeys(model.mixers)
+    return [*found, *sizes, *(line for kind in kinds for line in kind.cache_problems(model, self, prefix))]
 
 
 class LayerCache(NamedTuple):
@@ -87,37 +74,45 @@ class LayerCache(NamedTuple):
 class Cache(NamedTuple):
   """All layers' caches.
 
-  The layers' slots lie in one array, which the loop over layers carries along and writes in place: were it cut up and
-  put together again, every token would cost a copy of the whole cache.
+  The slots of layers that are alike lie in one array, which the loop over layers carries along and writes in place:
+  were it cut up and put together again, every token would cost a copy of the whole cache.
 
   Attributes:
     position: [batch] int32, tokens so far.
-    layers: a LayerCache; leaves of slots are [layers * slots, batch, ...], of the rest [layers, ...].
+    layers: a LayerCache for each place in the model's period, of the layers there; leaves of slots are
+      [repeats * slots, batch, ...], of the rest [repeats, ...].
   """
 
   position: jax.Array
-  layers: LayerCache
+  layers: tuple[LayerCache, ...]
+
+  @property
+  def slots(self) -> tuple[Pytree, ...]:
+    """What grows with the sequences."""
+    return tuple(layer.slots for layer in self.layers)
 
 
-def stack(position: jax.Array, layers: LayerCache) -> Cache:
-  """The cache of layers whose leaves, those of slots too, are stacked on a leading axis."""
-  count = len(layers.first)
-  first = jnp.arange(count, dtype=jnp.int32) * jax.tree.leaves(layers.slots)[0].shape[1]
-  slots = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), layers.slots)
-  return Cache(position, LayerCache(slots, first, layers.own))
+def stack(layers: LayerCache) -> LayerCache:
+  """Caches of layers that are alike, all leaves stacked on a leading axis, with their slots joined."""
+  slots = jax.tree.leaves(layers.slots)
+  count, each = len(layers.first), slots[0].shape[1] if slots else 0
+  joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), layers.slots)
+  return LayerCache(joined, jnp.arange(count, dtype=jnp.int32) * each, layers.own)
 
 
 def repeat(cache: Cache, times: int) -> Cache:
   """A cache whose rows are each repeated so many times."""
-  layers = cache.layers
 
   def rows(x):
     if isinstance(x, decode.Paged):
       return decode.Paged(pages.repeat(x.pages, times), jax.tree.map(rows, x.scale))
     return jnp.repeat(x, times, axis=1)
 
-  slots, own = jax.tree.map(rows, (layers.slots, layers.own), is_leaf=lambda x: isinstance(x, decode.Paged))
-  return Cache(jnp.repeat(cache.position, times), LayerCache(slots, layers.first, own))
+  def of_layers(layers):
+    slots, own = jax.tree.map(rows, (layers.slots, layers.own), is_leaf=lambda x: isinstance(x, decode.Paged))
+    return LayerCache(slots, layers.first, own)
+
+  return Cache(jnp.repeat(cache.position, times), tuple(map(of_layers, cache.layers)))
 
 
 def placed(tree: Pytree, mesh: jax.sharding.Mesh | None) -> Pytree:
@@ -146,13 +141,12 @@ def placed(tree: Pytree, mesh: jax.sharding.Mesh | None) -> Pytree:
     return at(x, split(x))
 
   def place(x):
-    if not isinstance(x, Cache):
+    if not isinstance(x, LayerCache):
       return whole(x)
-    slots = jax.tree.map(of_slots, x.layers.slots, is_leaf=lambda x: isinstance(x, decode.Paged))
-    rest = jax.tree.map(whole, x._replace(layers=x.layers._replace(slots=None)))
-    return rest._replace(layers=rest.layers._replace(slots=slots))
+    slots = jax.tree.map(of_slots, x.slots, is_leaf=lambda x: isinstance(x, decode.Paged))
+    return LayerCache(slots, whole(x.first), jax.tree.map(whole, x.own))
 
-  return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, Cache))
+  return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, LayerCache))
 
 
 def nbytes(tree: Pytree) -> int:

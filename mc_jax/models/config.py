@@ -1,168 +1,18 @@
 """What can be turned in a model: every field, its default and its valid values."""
 
+from __future__ import annotations
+
 import dataclasses
+import math
 
-from mc_jax import memory
+from mc_jax.models import layer, swiglu  # noqa: F401  (registers its layer)
+from mc_jax.models import problems as lines
+from mc_jax.models.attention import AttentionConfig
+from mc_jax.models.layer import FeedForward, Layer, Mixer
+from mc_jax.models.memory_caching import MemoryConfig
 
-MIXERS = ("memory_caching", "transformer")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("full", "dots", "none")
-
-# Reading caches without parameters, for models trained without any (arXiv:2602.24281, section 4.3): the average
-# of the states' weights, read once; or grm that looks for what it asks (u = q).
-AFTER_TRAINING = {
-  "moving_average": {"aggregation": "soup", "gate": "uniform"},
-  "grm": {"aggregation": "grm", "gate": "softmax", "shared_query": True},
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryConfig:
-  """One layer's memory and how its cached states are read (arXiv:2602.24281)."""
-
-  rule: str = "titans"  # how the memory writes: linear, swla, dla, titans
-  chunk: int = 64  # tokens written at once; inner gradients are taken at the chunk's start
-  depth: int = 2  # dla, titans: layers of the memory's network
-  expansion: int = 4  # dla, titans: hidden width of that network, in head_dim
-  norm: bool = False  # dla, titans: layer norm on the network's branch
-  retention: bool = True  # dla: the memory decays; False is the paper's unbounded form
-  normalized: bool = True  # dla, titans: steps are shares of a token's error; False: as printed, of its gradient
-  solve: bool | None = None  # titans, normalized: errors see what their chunk wrote; None: if normalized; False: frozen
-  max_grad_norm: float | None = None  # dla, titans: clip inner gradients; None: as the rule, 0: no
-  max_step: float | None = None  # swla, dla, titans: the largest step size; None: as the rule
-  window: int = 2  # swla: tokens written at each step
-
-  aggregation: str = "grm"  # how cached memories are read: none, residual, grm, soup, ssc
-  segmentation: str = "constant"  # constant, or logarithmic (by the powers of two in the length)
-  segment_length: int = 256  # tokens between two cached states (segmentation="constant")
-  carry: str = "checkpoint"  # a segment starts from the last state, or "independent" from M_0
-  top_k: int = 2  # ssc: cached memories that a token reads
-  dense_steps: int | None = None  # ssc: first training steps, which read all caches; None: a third of them, 0: none
-  pool: str = "mean"  # a segment's summary is the mean or the sum of its keys
-  gate: str = (
-    "softmax"  # softmax, sigmoid, constant (1), uniform (equal shares), token (scores that ignore the segments)
-  )
-  gate_scale: float = 1.0  # multiplies the scores before the gate's nonlinearity
-  shared_query: bool = False  # u = q instead of a projection of its own: an ablation
-  after_training: str | None = None  # moving_average, grm: caches put on a model trained with aggregation="none"
-  segment_group: int = 8  # carry="independent": segments that run side by side
-  read_buffer_mib: int = 256  # mesh.context > 1: what a device gathers at a time to read the others' caches, MiB
-  implementation: str | None = None  # None: the best for the platform; or xla, reference
-
-  def problems(self, prefix: str = "memory") -> list[str]:
-    """Everything wrong with these values, each line naming the field and the valid values."""
-    found = [
-      *_choices(
-        prefix,
-        self,
-        rule=memory.RULES,
-        aggregation=memory.AGGREGATIONS,
-        segmentation=memory.segments.NAMES,
-        carry=memory.CARRIES,
-        pool=memory.POOLS,
-        gate=memory.GATES,
-        after_training=(None, *AFTER_TRAINING),
-        implementation=(None, *memory.IMPLEMENTATIONS),
-      ),
-      *_at_least(
-        prefix,
-        self,
-        chunk=1,
-        depth=1,
-        expansion=1,
-        window=2,
-        segment_length=1,
-        top_k=1,
-        dense_steps=0,
-        segment_group=1,
-        read_buffer_mib=1,
-      ),
-      *_positive(prefix, self, "gate_scale", "max_step"),
-      *_at_least(prefix, self, max_grad_norm=0),
-    ]
-    deep = self.rule in ("dla", "titans")
-    if deep and self.solve and not self.normalized:
-      found.append(f"{prefix}.solve=True needs {prefix}.normalized=True, got False")
-    if deep and self.normalized and (self.max_grad_norm or 0) > 0:
-      found.append(
-        f"{prefix}.max_grad_norm={self.max_grad_norm} clips the printed rules: it needs {prefix}.normalized=False, for "
-        "normalized steps are bounded"
-      )
-    if self.after_training in AFTER_TRAINING and self.aggregation != "none":
-      found.append(
-        f"{prefix}.after_training={self.after_training!r} is for models trained with {prefix}.aggregation='none', "
-        f"got {self.aggregation!r}: use after_training=None"
-      )
-    if self.dense_steps and self.aggregation == "ssc" and self.gate in _BLIND:
-      found.append(
-        f"{prefix}.dense_steps={self.dense_steps} has no effect with {prefix}.gate={self.gate!r}, through which scores "
-        f"learn nothing: use 0, or one of {', '.join(gate for gate in memory.GATES if gate not in _BLIND)} as gate"
-      )
-    if self.unread:
-      gated = [name for name in memory.AGGREGATIONS if name not in _UNGATED]
-      found += [
-        f"{prefix}.{field}={value!r} has no effect with {prefix}.aggregation={self.aggregation!r}, which has no gates: "
-        f"use {field}={default!r}, or one of {', '.join(gated)} as {prefix}.aggregation"
-        for field, default in self.unread.items()
-        if (value := getattr(self, field)) != default
-      ]
-    return found
-
-  @property
-  def unread(self) -> dict[str, object]:
-    """Fields that nothing reads, with their defaults: those of gates, where the aggregation has none."""
-    return _GATES_ALONE if self.aggregation in _UNGATED and self.after_training is None else {}
-
-  @property
-  def learns_densely(self) -> bool:
-    """Whether scores choose caches, so that training does well to begin with reading them all: see `dense`."""
-    return self.aggregation == "ssc" and self.gate not in _BLIND
-
-  def dense(self) -> "MemoryConfig":
-    """These values for the first steps of training: every cache is read, weighed by the scores that will choose later.
-
-    What a token does not read teaches its scores nothing, so that ssc alone must first choose right by chance.
-    """
-    return dataclasses.replace(self, aggregation="grm")
-
-  def as_read(self) -> "MemoryConfig":
-    """These values with `after_training` in effect: what a layer does. Itself where there is nothing to do."""
-    if self.after_training is None:
-      return self
-    return dataclasses.replace(self, after_training=None, **AFTER_TRAINING[self.after_training])
-
-  def build_rule(self) -> memory.rules.Rule:
-    """The rule, made with those of its options that it takes."""
-    values = dataclasses.asdict(self)
-    options = {name: values[name] for name in memory.rules.options(self.rule)}
-    if options.get("max_grad_norm") is None:
-      options.pop("max_grad_norm", None)
-    elif options["max_grad_norm"] == 0:
-      options["max_grad_norm"] = None
-    return memory.rules.get(self.rule, **options)
-
-  def build_segmentation(self) -> memory.segments.Segmentation:
-    """Where sequences are cut."""
-    if self.segmentation == "logarithmic":
-      return memory.segments.logarithmic()
-    return memory.segments.constant(self.segment_length)
-
-  def build_options(self, kind: type[memory.Options] = memory.Options, **others) -> memory.Options:
-    """What `memory_caching` is told of it; or decoding, whose kind of options has `others` besides."""
-    names = ("aggregation", "carry", "top_k", "pool", "gate", "gate_scale", "segment_group", "implementation")
-    told = {name: getattr(self, name) for name in names}
-    return kind(self.build_rule(), self.build_segmentation(), **told, **others)
-
-
-_UNGATED = ("none", "residual")
-_BLIND = ("constant", "uniform")  # gates that do not look at the scores
-# What only gates read, with its default. (gate_scale and top_k may stand in a configuration that several aggregations
-# share: they are amounts, and without gates there is nothing to scale or choose.)
-_GATES_ALONE = {
-  field.name: field.default
-  for field in dataclasses.fields(MemoryConfig)
-  if field.name in ("gate", "pool", "shared_query")
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,18 +20,63 @@ class ModelConfig:
   """A language model: an embedding, `layers` pre-norm residual blocks, a norm and a readout."""
 
   vocab_size: int = 256  # tokens; 256 for bytes
-  layers: int = 4  # blocks, each a mixer and a SwiGLU
+  layers: int = 4  # blocks, each a mixer and a feed-forward network
+  pattern: tuple[str, ...] = ("memory",)  # the blocks' mixers, repeated: memory, attention (memory,memory,attention)
+  feed_forward: tuple[str, ...] = ("swiglu",)  # the blocks' feed-forward networks, repeated: swiglu
   d_model: int = 256  # width of the residual stream
   heads: int = 4  # memories (or attention heads) per layer, each of d_model / heads
   mlp_dim: int = 0  # hidden width of the SwiGLU; 0: 8/3 d_model, rounded up to a multiple of 64
-  mixer: str = "memory_caching"  # or transformer, the baseline
   conv_width: int = 4  # tokens that the causal convolution on q, k and v sees; 1: itself only
   max_length: int = 4096  # tokens; only memory.gate="token" depends on it, for its number of ages
   dtype: str = "float32"  # of the computation: float32 or bfloat16; parameters are float32
   remat: str = "full"  # recompute in the backward pass: full (a block), dots (keep products), none
   tied_embeddings: bool = True  # read out with the embedding's table
-  rope_theta: float = 10000.0  # transformer: base of the rotary position embedding
   memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
+  attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
+
+  def __post_init__(self):
+    for field in _LISTS:
+      object.__setattr__(self, field, _listed(getattr(self, field)))
+
+  @property
+  def period(self) -> int:
+    """Blocks after which both patterns begin again; the model repeats them."""
+    return math.lcm(len(self.pattern), len(self.feed_forward))
+
+  @property
+  def repeats(self) -> int:
+    """Times that the model repeats its `period` blocks."""
+    return self.layers // self.period
+
+  @property
+  def mixers(self) -> tuple[type[Mixer], ...]:
+    """The mixers of one period."""
+    return tuple(layer.LAYERS[self.pattern[i % len(self.pattern)]] for i in range(self.period))
+
+  @property
+  def feed_forwards(self) -> tuple[type[FeedForward], ...]:
+    """The feed-forward networks of one period."""
+    return tuple(layer.LAYERS[self.feed_forward[i % len(self.feed_forward)]] for i in range(self.period))
+
+  @property
+  def kinds(self) -> tuple[type[Layer], ...]:
+    """Every kind of layer that the model has, once."""
+    return tuple(dict.fromkeys((*self.mixers, *self.feed_forwards)))
+
+  @property
+  def has_memories(self) -> bool:
+    """Whether a layer has memories, which model.memory describes."""
+    return any(kind.has_memories for kind in self.mixers)
+
+  @property
+  def learns_densely(self) -> bool:
+    """Whether training does well to begin with model.memory.dense."""
+    return any(kind.learns_densely(self) for kind in self.mixers)
+
+  @property
+  def label(self) -> str:
+    """The mixers in words, for logs: "titans + grm / attention"."""
+    return " / ".join(layer.LAYERS[name].label(self) for name in self.pattern)
 
   @property
   def head_dim(self) -> int:
@@ -203,8 +98,8 @@ class ModelConfig:
   def problems(self, prefix: str = "model") -> list[str]:
     """Everything wrong with these values, each line naming the field and the valid values."""
     found = [
-      *_choices(prefix, self, mixer=MIXERS, dtype=DTYPES, remat=REMATS),
-      *_at_least(
+      *lines.choices(prefix, self, dtype=DTYPES, remat=REMATS),
+      *lines.at_least(
         prefix,
         self,
         vocab_size=2,
@@ -215,11 +110,22 @@ class ModelConfig:
         conv_width=1,
         max_length=1,
       ),
-      *_positive(prefix, self, "rope_theta"),
       *self.memory.problems(f"{prefix}.memory"),
+      *self.attention.problems(f"{prefix}.attention"),
     ]
-    if self.memory.after_training and self.mixer == "transformer":
-      found.append(f"{prefix}.memory.after_training={self.memory.after_training!r} needs {prefix}.mixer=memory_caching")
+    unknown = list(self._unknown(prefix))
+    found += unknown
+    if not unknown and self.layers >= 1 and self.layers % self.period:
+      several = ", ".join(str(n * self.period) for n in (1, 2, 3))
+      found.append(
+        f"{prefix}.layers={self.layers} must be a multiple of the lengths of {prefix}.pattern={','.join(self.pattern)} "
+        f"and {prefix}.feed_forward={','.join(self.feed_forward)}: use {several}, ..., or other patterns"
+      )
+    if not unknown and self.memory.after_training and not self.has_memories:
+      found.append(
+        f"{prefix}.memory.after_training={self.memory.after_training!r} needs memories: a {prefix}.pattern with "
+        f"{with_memories()}, got {','.join(self.pattern)}"
+      )
     if self.heads >= 1 and self.d_model >= 1:
       if self.d_model % self.heads:
         divisors = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]
@@ -227,43 +133,79 @@ class ModelConfig:
           f"{prefix}.heads={self.heads} does not divide {prefix}.d_model={self.d_model}: "
           f"use one of {', '.join(map(str, divisors))}, or another d_model"
         )
-      elif self.mixer == "transformer" and self.head_dim % 2:
-        found.append(
-          f"{prefix}.d_model / {prefix}.heads = {self.head_dim} is odd: rotary positions "
-          f"(mixer='transformer') turn pairs, so d_model must be a multiple of 2 heads"
-        )
+      elif not unknown:
+        found += [problem for kind in self.kinds for problem in kind.problems(self, prefix)]
     return found
 
+  def data_problems(self, length: int, documents: bool) -> list[str]:
+    """Why rows of `length` tokens, of several documents or not, cannot be trained on, a line each."""
+    return [problem for kind in self.kinds for problem in kind.data_problems(self, length, documents)]
 
-def _choices(prefix, config, **valid):
-  for field, names in valid.items():
-    value = getattr(config, field)
-    if value not in names:
-      yield f"{prefix}.{field}={value!r} is not one of {', '.join(map(str, names))}"
+  def mesh_problems(self, length: int, sizes: dict[str, int]) -> list[str]:
+    """What a mesh of these sizes, {axis: size}, does not divide in rows of `length` tokens, a line each."""
+    return [
+      *lines.indivisible(self.d_model, f"model.d_model={self.d_model}", sizes, "fsdp", "context"),
+      *dict.fromkeys(problem for kind in self.kinds for problem in kind.mesh_problems(self, length, sizes)),
+      *lines.indivisible(self.vocab_size, f"model.vocab_size={self.vocab_size}", sizes, "model"),
+    ]
+
+  def _unknown(self, prefix: str):
+    for field, kind in {"pattern": Mixer, "feed_forward": FeedForward}.items():
+      value, valid = getattr(self, field), layer.names(kind)
+      if not value or not set(value) <= set(valid):
+        yield f"{prefix}.{field}={','.join(map(str, value))} must be one or more of {', '.join(valid)}"
 
 
-def _at_least(prefix, config, **smallest):
-  for field, least in smallest.items():
-    value = getattr(config, field)
-    if value is not None and value < least:
-      yield f"{prefix}.{field}={value} must be at least {least}"
+def with_memories() -> str:
+  """The entries of a pattern that have memories, for messages."""
+  return " or ".join(name for name in layer.names(Mixer) if layer.LAYERS[name].has_memories)
 
 
-def _positive(prefix, config, *fields):
-  for field in fields:
-    value = getattr(config, field)
-    if value is not None and not 0 < value < float("inf"):
-      yield f"{prefix}.{field}={value} must be a positive number"
+_LISTS = ("pattern", "feed_forward")
+
+
+def _listed(value):
+  """A tuple of names, from a tuple, a list (as in JSON) or a text with commas (as a flag is); others as they are."""
+  if isinstance(value, str):
+    return tuple(name.strip() for name in value.strip("()[] ").split(",") if name.strip())
+  if isinstance(value, (tuple, list)) and all(isinstance(name, str) for name in value):
+    return tuple(name for part in value for name in _listed(part))
+  return tuple(value) if isinstance(value, list) else value
+
+
+# Fields that were once, and what is written now.
+REPLACED = {
+  "mixer": "model.pattern (mixer='transformer' is pattern=attention, mixer='memory_caching' is pattern=memory)",
+  "rope_theta": "model.attention.rope_theta",
+}
+_PATTERN_OF_MIXER = {"memory_caching": "memory", "transformer": "attention"}
 
 
 def completed(tree: dict) -> dict:
-  """A stored model's fields, a nested dict by whatever release it was written, with what it meant by those it lacks.
+  """A stored model's fields, a nested dict by whatever release it was written, as they are called and meant now.
 
-  That is not always their default: memories wrote as printed before there was `normalized`, and ssc never read all
-  caches before there was `dense_steps`.
+  What it lacks is not always what the default is: memories wrote as printed before there was `normalized`, and ssc
+  never read all caches before there was `dense_steps`. Parameters are called as ever where a pattern has one entry, and
+  before there were patterns none had more.
   """
+  tree = dict(tree)
+  if "mixer" in tree:
+    mixer = tree.pop("mixer")
+    tree["pattern"] = (_PATTERN_OF_MIXER.get(mixer, mixer),)
+  if "rope_theta" in tree:
+    tree["attention"] = {"rope_theta": tree.pop("rope_theta")}
   stored = tree.get("memory", {})
   then = {"dense_steps": 0}
   if stored.get("rule", MemoryConfig.rule) in ("dla", "titans"):
     then["normalized"] = False
   return tree | {"memory": then | stored}
+
+
+def from_stored(tree: dict) -> ModelConfig:
+  """The model of a stored tree whose fields exist, by whatever release it was written."""
+  tree = completed(tree)
+  parts = {name: kind(**tree[name]) for name, kind in PARTS.items() if name in tree}
+  return ModelConfig(**(tree | parts))
+
+
+PARTS = {"memory": MemoryConfig, "attention": AttentionConfig}  # groups of a model's fields

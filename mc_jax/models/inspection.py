@@ -1,17 +1,13 @@
 """Looking into a model while it reads: what its memories hold, and which caches its tokens read."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import TypeVar
 
 import jax
-from flax import nnx
+import jax.numpy as jnp
 
-from mc_jax import memory
 from mc_jax.memory import caching
 from mc_jax.models.language_model import LanguageModel, number_documents
-from mc_jax.models.mixer import MemoryCaching
-from mc_jax.parallel import axes
 
 Found = TypeVar("Found")  # a pytree of arrays
 
@@ -19,37 +15,19 @@ Found = TypeVar("Found")  # a pytree of arrays
 def look(
   model: LanguageModel, tokens: jax.Array, segment_ids: jax.Array | None, tell: Callable[[caching.Cached], Found]
 ) -> Found:
-  """What `tell` makes of each layer's memories, every leaf stacked on a leading axis "layers".
+  """What `tell` makes of each layer's memories, every leaf stacked on a leading axis: the layers that have memories.
 
   The layers are run as always, by XLA.
 
   Args:
-    model: whose mixers are memories.
+    model: with memories, see `ModelConfig.has_memories`.
     tokens, segment_ids: as of a call of the model.
-    tell: is traced once.
+    tell: is traced once for each place in the model's period.
   """
   document = None if segment_ids is None else number_documents(segment_ids)
-  graph, layers = nnx.split(model.blocks)
-
-  def block(x, layer):
-    block = nnx.merge(graph, layer)
-    y, cached = _read(block.mixer, block.mixer_norm(x), document)
-    return block.after_mixer(x, y), tell(cached)
-
-  _, found = jax.lax.scan(block, axes.constrain(model.embed(tokens), axes.RESIDUAL), layers)
-  return found
-
-
-def _read(mixer: MemoryCaching, x: jax.Array, document: jax.Array | None) -> tuple[jax.Array, caching.Cached]:
-  """A call of the mixer on x [batch, length, d_model], and what its passes leave behind."""
-  inputs = mixer.project(x, document)
-  y, cached = caching.caching_of_part(
-    *inputs[:4],
-    inputs.gates,
-    mixer.initial_memory(),
-    None if document is None else memory.documents.index(document),
-    inputs.token_scores,
-    dataclasses.replace(mixer.config.memory.build_options(), implementation="xla"),
-    keep=True,
-  )
-  return mixer.read_out(y, inputs, document), cached
+  _, found = model.run(model.embed(tokens), model.context(document=document, observe=tell))
+  found = [each for each in found if each is not None]
+  if len(found) == 1:
+    return found[0]
+  # Layers in their order: the first of each place in the period, then the second.
+  return jax.tree.map(lambda *each: jnp.stack(each, 1).reshape(-1, *each[0].shape[1:]), *found)

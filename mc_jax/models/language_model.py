@@ -1,5 +1,8 @@
 """The language model: tokens to the logits of the next token."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +12,7 @@ from mc_jax.models import cache as cache_lib
 from mc_jax.models.block import Block
 from mc_jax.models.cache import Cache, CacheConfig, LayerCache
 from mc_jax.models.config import ModelConfig
+from mc_jax.models.layer import Context
 from mc_jax.models.linear import Linear, parameter
 from mc_jax.models.norms import RMSNorm
 from mc_jax.parallel import axes
@@ -25,7 +29,8 @@ _EMBEDDING = ("vocab", "embed")
 class LanguageModel(nnx.Module):
   """Embedding, `config.layers` blocks under one `jax.lax.scan`, a norm and a readout.
 
-  Parameters are float32; those of the blocks are stacked on a leading axis "layers". The
+  Parameters are float32. Those of the blocks are stacked on a leading axis "layers": all of them where the model's
+  period is one block; else `blocks` holds {"0": ..., "1": ...}, for each place in the period the blocks there. The
   computation runs in `config.dtype`; norms, gates, memories' states and logits are float32.
 
   Args:
@@ -47,11 +52,15 @@ class LanguageModel(nnx.Module):
       _EMBEDDING,
       rngs,
     )
-    self.blocks = _stacked_blocks(config, rngs)
+    blocks = [_stacked_blocks(config, place, rngs) for place in range(config.period)]
+    self.blocks = blocks[0] if len(blocks) == 1 else nnx.Dict({str(i): block for i, block in enumerate(blocks)})
     self.norm = RMSNorm({"embed": config.d_model}, rngs=rngs)
     if not config.tied_embeddings:
       embed, vocab = {"embed": config.d_model}, {"vocab": config.vocab_size}
       self.readout = Linear(embed, vocab, rngs=rngs)
+    shared = {kind.name: kind.shared(config, rngs=rngs) for kind in config.kinds}
+    if shared := {name: module for name, module in shared.items() if module is not None}:
+      self.shared = nnx.Dict(shared)
 
   def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
     """Logits of the token that follows each.
@@ -64,28 +73,14 @@ class LanguageModel(nnx.Module):
     Returns:
       [batch, length, vocab_size] float32; finite and without meaning at padding.
     """
-    x = axes.constrain(self.embed(tokens), axes.RESIDUAL)
     document = None if segment_ids is None else number_documents(segment_ids)
-    graph, layers = nnx.split(self.blocks)
-
-    def block(x, layer):
-      return nnx.merge(graph, layer)(x, document), None
-
-    if self.config.remat != "none":
-      # Under scan, common subexpressions cannot undo the rematerialisation: no need to forbid them.
-      block = jax.checkpoint(block, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=False)
-    x, _ = jax.lax.scan(block, x, layers)
+    x, _ = self.run(self.embed(tokens), self.context(document=document), remat=self.config.remat)
     return axes.constrain(self.logits(x), (*axes.TOKENS, "vocab"))
 
   def init_cache(self, config: CacheConfig, batch: int) -> Cache:
     """The cache of `batch` sequences that have no token yet."""
-    graph, layers = nnx.split(self.blocks)
-
-    def block(_, layer):
-      return None, nnx.merge(graph, layer).init_cache(config, batch)
-
-    _, layers = jax.lax.scan(block, None, layers)
-    return cache_lib.stack(jnp.zeros(batch, jnp.int32), layers)
+    _, layers = self.scan(lambda block, _x, _cache: (None, block.init_cache(config, batch)), None)
+    return Cache(jnp.zeros(batch, jnp.int32), tuple(map(cache_lib.stack, layers)))
 
   def prefill(
     self, tokens: jax.Array, config: CacheConfig, lengths: jax.Array | None = None
@@ -101,16 +96,10 @@ class LanguageModel(nnx.Module):
       Logits of the token that follows each prompt, [batch, vocab_size] float32, and the cache after the prompts.
     """
     batch, length = tokens.shape
-    x = axes.constrain(self.embed(tokens), axes.RESIDUAL)
-    graph, layers = nnx.split(self.blocks)
-
-    def block(x, layer):
-      return nnx.merge(graph, layer).prefill(x, lengths, config)
-
-    x, layers = jax.lax.scan(block, x, layers)
+    x, layers = self.run(self.embed(tokens), self.context(cache=config, lengths=lengths))
     position = jnp.full(batch, length, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
     last = jnp.take_along_axis(x, position[:, None, None] - 1, axis=1)[:, 0]
-    return self.logits(last), cache_lib.stack(position, layers)
+    return self.logits(last), Cache(position, tuple(map(cache_lib.stack, layers)))
 
   def step(
     self, tokens: jax.Array, cache: Cache, config: CacheConfig, active: jax.Array | None = None
@@ -126,19 +115,76 @@ class LanguageModel(nnx.Module):
     Returns:
       Logits of the token that follows, [batch, vocab_size] float32 (without meaning where not active), and the cache.
     """
-    x = axes.constrain(self.embed(tokens)[:, None], axes.RESIDUAL)
-    graph, layers = nnx.split(self.blocks)
-
-    def block(carry, layer):
-      x, slots = carry
-      parameters, first, own = layer
-      x, after = nnx.merge(graph, parameters).step(x, LayerCache(slots, first, own), active, config)
-      return (x, after.slots), after.own
-
-    before = cache.layers
-    (x, slots), own = jax.lax.scan(block, (x, before.slots), (layers, before.first, before.own))
+    context = self.context(cache=config, active=active)
+    x, layers = self.run(self.embed(tokens)[:, None], context, cache.layers)
     position = cache.position + (1 if active is None else active)
-    return self.logits(x[:, 0]), Cache(position, LayerCache(slots, before.first, own))
+    return self.logits(x[:, 0]), Cache(position, layers)
+
+  def context(self, **fields) -> Context:
+    """What the layers are given, with what they share."""
+    return Context(**fields, shared=dict(self.shared) if hasattr(self, "shared") else {})
+
+  def run(
+    self, x: jax.Array, context: Context, cache: tuple[LayerCache, ...] | None = None, *, remat: str = "none"
+  ) -> tuple[jax.Array, tuple]:
+    """All blocks on x [batch, length, d_model], one after the other; `scan` says what is returned."""
+    x = axes.constrain(x, axes.RESIDUAL)
+    return self.scan(lambda block, x, cache: block(x, context, cache), x, cache, remat=remat)
+
+  def scan(
+    self,
+    function: Callable[[Block, Any, LayerCache | None], tuple[Any, Any]],
+    x: Any,
+    cache: tuple[LayerCache, ...] | None = None,
+    *,
+    remat: str = "none",
+  ) -> tuple[Any, tuple]:
+    """The loop over layers: a `jax.lax.scan` over repeats of the model's period.
+
+    Args:
+      function: (block, x, cache) -> (x, what is left); with a cache the LayerCache after it is left.
+      x: What the first block is given.
+      cache: Of all layers, as Cache.layers; None: there is none.
+      remat: What is computed again in the backward pass, see `ModelConfig.remat`.
+
+    Returns:
+      x of the last block; and for each place in the period what its blocks left, stacked on a leading axis, or the
+      caches after `cache`.
+    """
+    blocks = [self.blocks] if self.config.period == 1 else [self.blocks[str(i)] for i in range(self.config.period)]
+    graphs, parameters = zip(*map(nnx.split, blocks), strict=True)
+
+    def on_block(graph):
+      def run(x, parameters, cache):
+        return function(nnx.merge(graph, parameters), x, cache)
+
+      if remat == "none":
+        return run
+      # Under scan, common subexpressions cannot undo the rematerialisation: no need to forbid them.
+      return jax.checkpoint(run, policy=_REMAT_POLICIES[remat], prevent_cse=False)
+
+    period = list(map(on_block, graphs))
+
+    def without_cache(x, parameters):
+      left = []
+      for run, weights in zip(period, parameters, strict=True):
+        x, after = run(x, weights, None)
+        left.append(after)
+      return x, tuple(left)
+
+    def with_cache(carry, layer):
+      (x, slots), (parameters, rest) = carry, layer
+      after = []
+      for run, weights, before, (first, own) in zip(period, parameters, slots, rest, strict=True):
+        x, cache = run(x, weights, LayerCache(before, first, own))
+        after.append(cache)
+      return (x, tuple(cache.slots for cache in after)), tuple(cache.own for cache in after)
+
+    if cache is None:
+      return jax.lax.scan(without_cache, x, parameters)
+    rest = tuple((layers.first, layers.own) for layers in cache)
+    (x, slots), own = jax.lax.scan(with_cache, (x, tuple(layers.slots for layers in cache)), (parameters, rest))
+    return x, tuple(LayerCache(s, layers.first, o) for s, layers, o in zip(slots, cache, own, strict=True))
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """tokens [...] to [..., d_model] of unit variance, in the computation's dtype."""
@@ -163,12 +209,12 @@ def number_documents(segment_ids: jax.Array) -> jax.Array:
   return jnp.where(documents.valid, documents.number, 0)
 
 
-def _stacked_blocks(config, rngs):
-  """`config.layers` blocks as one, each parameter with a leading axis "layers"."""
+def _stacked_blocks(config: ModelConfig, place: int, rngs: nnx.Rngs) -> Block:
+  """The blocks at a place of the period as one, each parameter with a leading axis "layers"."""
 
-  @nnx.split_rngs(splits=config.layers)
+  @nnx.split_rngs(splits=config.repeats)
   @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
   def stack(rngs):
-    return Block(config, rngs=rngs)
+    return Block(config, place, rngs=rngs)
 
   return stack(rngs)

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import functools
 import json
-import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,8 @@ from mc_jax.data import DataConfig, PartConfig, tokenizers
 from mc_jax.data.config import TEXTS
 from mc_jax.errors import ConfigError
 from mc_jax.models import ModelConfig
-from mc_jax.models.config import completed
+from mc_jax.models.config import REPLACED, completed, with_memories
+from mc_jax.models.problems import indivisible
 from mc_jax.parallel import mesh as meshes
 from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training.optimizer import OptimizerConfig
@@ -103,9 +104,10 @@ class Config:
     if found := _wrong_types(self):
       return found
     data, model, train = self.data, self.model, self.train
+    model_found = model.problems("model")
     found = [
       *data.problems("data"),
-      *model.problems("model"),
+      *model_found,
       *self.optimizer.problems("optimizer"),
       *train.problems("train"),
       *self.mesh.problems("mesh"),
@@ -117,29 +119,23 @@ class Config:
         f"train.microbatches={train.microbatches} does not divide "
         f"data.batch_size={data.batch_size}: use one of {_divisors(data.batch_size)}"
       )
-    if train.probe_every and model.mixer != "memory_caching":
-      found.append(f"train.probe_every={train.probe_every} needs model.mixer=memory_caching, got {model.mixer}")
-    if model.mixer == "memory_caching":
-      memory = model.memory
-      if memory.gate == "token" and data.length > model.max_length:
-        found.append(
-          f"data.length={data.length} is more than model.max_length={model.max_length}, which "
-          "model.memory.gate='token' needs: use a model.max_length of at least data.length"
-        )
-      if memory.segmentation == "logarithmic" and data.segments:
-        found.append(
-          "model.memory.segmentation='logarithmic' does not go together with data.documents=True nor with packed rows: "
-          "use segmentation='constant', or data.packing.method='windows' and data.documents=False"
-        )
+    if model_found:
+      return found  # what its layers would answer is of no use
+    if train.probe_every and not model.has_memories:
+      found.append(
+        f"train.probe_every={train.probe_every} needs memories: a model.pattern with {with_memories()}, "
+        f"got {','.join(model.pattern)}"
+      )
+    found += model.data_problems(data.length, data.segments)
     return found
 
   @property
   def dense_steps(self) -> int:
     """How many steps at the run's beginning read all caches (model.memory.dense_steps); 0 where none are chosen."""
-    memory = self.model.memory
-    if self.model.mixer != "memory_caching" or not memory.learns_densely:
+    if not self.model.learns_densely:
       return 0
-    return (self.optimizer.decay_steps or self.train.steps) // 3 if memory.dense_steps is None else memory.dense_steps
+    steps = self.model.memory.dense_steps
+    return (self.optimizer.decay_steps or self.train.steps) // 3 if steps is None else steps
 
   def dense(self) -> Config:
     """The configuration of the steps that read all caches."""
@@ -185,56 +181,13 @@ class Config:
 
   def _indivisible(self, sizes: dict[str, int]) -> list[str]:
     """What these sizes of the mesh's axes do not divide, one line each."""
-    data, model = self.data, self.model
-    found = []
-
-    def divisors(value: int) -> str:
-      return _divisors(math.gcd(value, math.prod(sizes.values())))
-
-    def require(value: int, field: str, *split_by: str) -> None:
-      divisor = math.prod(sizes[axis] for axis in split_by)
-      if value % divisor:
-        product = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in split_by)
-        product += f" = {divisor}" if len(split_by) > 1 else ""
-        found.append(
-          f"{field} is not divisible by {product}: use a multiple of {divisor}, "
-          f"or a mesh whose {' x '.join(split_by)} is one of {divisors(value)}"
-        )
-
-    parts = self.train.microbatches
+    data, parts = self.data, self.train.microbatches
     rows = data.batch_size // parts
     by_part = f" / train.microbatches={parts} = {rows}" if parts > 1 else ""
-    require(rows, f"data.batch_size={data.batch_size}{by_part}", "data", "fsdp")
-    require(model.d_model, f"model.d_model={model.d_model}", "fsdp", "context")
-    require(model.heads, f"model.heads={model.heads}", "model")
-    width = f"model.mlp_dim={model.mlp_dim}" + ("" if model.mlp_dim else f" (a width of {model.hidden_dim})")
-    require(model.hidden_dim, width, "model")
-    require(model.vocab_size, f"model.vocab_size={model.vocab_size}", "model")
-    memory = model.memory
-    if model.mixer == "memory_caching" and memory.implementation == "reference" and math.prod(sizes.values()) > 1:
-      found.append("model.memory.implementation='reference' runs on one device: use None, xla or pallas on a mesh")
-    if sizes["context"] > 1:
-      if model.mixer != "memory_caching":
-        require(data.length, f"data.length={data.length}", "context")
-      elif memory.segmentation != "constant":
-        found.append(
-          f"mesh.context={sizes['context']} needs model.memory.segmentation='constant', got {memory.segmentation!r}: "
-          "devices hold equally many segments"
-        )
-      elif data.length % (memory.segment_length * sizes["context"]):
-        segments, left = divmod(data.length, memory.segment_length)
-        found.append(
-          f"data.length={data.length} has {segments}{' whole' if left else ''} segments of model.memory.segment_length="
-          f"{memory.segment_length}, which do not divide among mesh.context={sizes['context']}: use a data.length that "
-          f"is a multiple of {memory.segment_length * sizes['context']}, another model.memory.segment_length"
-          + ("" if left else f", or a mesh.context that is one of {divisors(segments)}")
-        )
-      elif memory.rule == "swla" and data.length // sizes["context"] < memory.window:
-        found.append(
-          f"model.memory.window={memory.window} must be at most the tokens of a device, data.length={data.length} / "
-          f"mesh.context={sizes['context']} = {data.length // sizes['context']}"
-        )
-    return found
+    return [
+      *indivisible(rows, f"data.batch_size={data.batch_size}{by_part}", sizes, "data", "fsdp"),
+      *self.model.mesh_problems(data.length, sizes),
+    ]
 
 
 def default() -> ml_collections.ConfigDict:
@@ -292,6 +245,8 @@ def _from_tree(value, kind):
 
 def require_field(name: str) -> None:
   """Raises ConfigError, with the nearest name, if the tree has no field or group `name`."""
+  if name.startswith("model.") and (now := REPLACED.get(name.removeprefix("model."))):
+    raise ConfigError(f"there is no --config.{name} any more; write {now}")
   names = list(fields(Config()))
   if name.startswith("data.sources."):  # names there are the config file's: absl knows them
     names += [f"data.sources.{name.split('.')[2]}.{field}" for field in fields(PartConfig())]
@@ -304,6 +259,13 @@ def require_field(name: str) -> None:
       f"there is no --config.{name}; the nearest field is {nearest}. "
       f"{group or 'The tree'} has {', '.join(sorted(valid))}"
     )
+
+
+def replaced(message: str) -> str | None:
+  """What to write instead of a field of earlier releases, if a config file's error is that it sets one; else None."""
+  found = re.search(r'Key "(\w+)" does not exist', message)
+  now = found and REPLACED.get(found[1])
+  return f"there is no model.{found[1]} any more; write {now}" if now else None
 
 
 def replace(config: Config, fields: Mapping[str, object]) -> Config:

@@ -297,12 +297,11 @@ def _compiled(config: Config, mesh: jax.sharding.Mesh, kind: str) -> _Update:
 def _facts(run: _Run, current: state.TrainState) -> dict[str, str]:
   """What a run is, for people."""
   model = run.config.model
-  memory = model.memory
-  mixer = model.mixer if model.mixer == "transformer" else f"{memory.rule} + {memory.aggregation}"
+  layers = model.label
   if dense := run.config.dense_steps:
-    mixer += f" ({memory.top_k} caches a token; all of them up to step {dense:,})"
+    layers += f" ({model.memory.top_k} caches a token; all of them up to step {dense:,})"
   return {
-    "model": f"{mixer}, {model.layers} layers, {state.parameter_count(current):,} parameters",
+    "model": f"{layers}, {model.layers} layers, {state.parameter_count(current):,} parameters",
     **run.data.facts,
     **{name: f"{value:.3f} bits per byte on validation" for name, value in run.data.references.items()},
     "devices": _devices(run.mesh),

@@ -56,7 +56,7 @@ def table(plan: Plan, steps: str = "") -> str:
 def line(run: Config, plan: Plan) -> str:
   """What distinguishes a plan of a sweep, and how fast it is."""
   mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1)
-  segments = f" segments of {run.model.memory.segment_length}" if run.model.mixer == "memory_caching" else ""
+  segments = f" segments of {run.model.memory.segment_length}" if run.model.has_memories else ""
   what = f"length {run.data.length}{segments}, {mesh or 'one chip'}"
   largest = max(plan.too_large, key=lambda part: sum(part.hbm.values()), default=plan)
   needed = sum(largest.hbm.values())

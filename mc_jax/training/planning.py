@@ -5,6 +5,7 @@ Everything here is arithmetic on a compiled program: the compiler's estimate, by
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -14,11 +15,9 @@ import time
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 
 from mc_jax.errors import ConfigError
-from mc_jax.memory import online
-from mc_jax.memory.rules import Rule
+from mc_jax.models.attention import Attention
 from mc_jax.parallel import attention, chips, hlo_cost, topology
 from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training import state as states
@@ -263,87 +262,46 @@ def _factors(n: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 def _guess(config: Config, sizes: dict[str, int], chip: chips.Chip) -> tuple[float, float]:
   """(seconds, bytes) by the few terms that differ most between meshes; only their order is of use."""
-  model, memory, data = config.model, config.model.memory, config.data
+  model, data, parts = config.model, config.data, config.train.microbatches
   width, layers = model.d_model, model.layers
-  numbers = layers * width * (6 * width + 3 * model.hidden_dim) + model.vocab_size * width
+  work = [kind.work(model, data.length, sizes["context"]) for kind in (*model.mixers, *model.feed_forwards)]
+  parameters, flops, chained, gathers = (model.repeats * sum(numbers) for numbers in zip(*work, strict=True))
+  numbers = parameters + model.vocab_size * width
   sharded = sizes["fsdp"] * sizes["context"]
-  rows = data.batch_size / config.train.microbatches / (sizes["data"] * sizes["fsdp"])
+  rows = data.batch_size / parts / (sizes["data"] * sizes["fsdp"])
   residual = 2 * rows * data.length / sizes["context"] * width
   tokens = data.batch_size * data.length / math.prod(sizes.values())
-  flops, write = 8 * numbers * tokens, 0.0
-  if model.mixer == "memory_caching":
-    caches = len(memory.build_segmentation().lengths(data.length))
-    read = {"none": 0, "ssc": memory.top_k}.get(memory.aggregation, caches / 2)
-    network = 2 * layers * model.heads * _memory_numbers(config) * tokens
-    write = 16 * network
-    flops += 4 * read * network
-  else:
-    flops += 16 * layers * width * tokens * data.length / 2 * (2 - 1 / sizes["context"])  # the last device's
-  # Deep memories that go from segment to segment go from device to device: each waits for those before it.
-  ring = memory.carry == "checkpoint" and model.mixer == "memory_caching" and memory.rule in ("dla", "titans")
-  write *= (sizes["context"] + rows - 1) / rows if ring else 1
+  flops = (8 * numbers + flops + chained * (sizes["context"] + rows - 1) / rows) * tokens
   links = 2 * chip.link
-  seconds = (flops + write) / chip.flops / 0.5
+  seconds = flops / chip.flops / 0.5
   seconds += 8 * numbers / sizes["model"] / (chip.axes * links) * (sharded > 1)
-  seconds += 12 * layers * config.train.microbatches * residual * (sizes["model"] - 1) / sizes["model"] / links
-  if model.mixer == "transformer":  # keys and values are gathered, forward and twice backward, and scattered
-    seconds += 8 * layers * config.train.microbatches * residual * (sizes["context"] - 1) / sizes["model"] / links
+  seconds += 12 * layers * parts * residual * (sizes["model"] - 1) / sizes["model"] / links
+  seconds += gathers * parts * residual * (sizes["context"] - 1) / sizes["model"] / links
   held = 12 * numbers / sharded / sizes["model"] + (layers + 16) * residual
   held += 10 * residual / width * model.vocab_size / sizes["model"] / 2
   return seconds, held + 3 * cached_memories(config, sizes)
 
 
 def cached_memories(config: Config, sizes: dict[str, int]) -> float:
-  """Bytes of the states that a chip keeps of one layer: float32, momentum with them where there is any."""
-  if config.model.mixer != "memory_caching":
-    return 0.0
-  rule, segments = config.model.memory.build_rule(), config.model.memory.build_segmentation()
-  caches = len(segments.lengths(config.data.length)) / sizes["context"]
+  """Bytes of the states that a chip keeps of one layer, the one that has most."""
   rows = config.data.batch_size / config.train.microbatches / (sizes["data"] * sizes["fsdp"])
-  heads = config.model.heads / sizes["model"]
-  return 4 * caches * rows * heads * _state_numbers(rule, config.model.head_dim)
-
-
-def _memory_numbers(config: Config) -> int:
-  """Numbers in one head's memory."""
-  rule = config.model.memory.build_rule()
-  init = functools.partial(rule.init, heads=1, head_dim=config.model.head_dim)
-  return sum(math.prod(w.shape) for w in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
-
-
-def _state_numbers(rule: Rule, head_dim: int) -> int:
-  """Numbers in what one head's memory carries from segment to segment: momentum with it, where there is any."""
-
-  def start(key):
-    fresh = rule.init(key, heads=1, head_dim=head_dim)
-    return online.start_state(rule, fresh, jnp.zeros((1, 1, 1, head_dim)))._replace(tail=None)
-
-  return sum(math.prod(w.shape) for w in jax.tree.leaves(jax.eval_shape(start, jax.random.key(0))))
+  row = max(kind.segment_bytes(config.model, config.data.length) for kind in config.model.mixers)
+  return rows * row / (sizes["context"] * sizes["model"])
 
 
 def cache_bytes(config: Config) -> dict[str, float]:
   """Bytes, all layers, of a sequence's cache in decoding (data.length tokens), and of an equal Transformer's.
 
   Returns:
-    checkpoint: of one cached memory, in the computation's dtype.
-    sequence: of all of them, one a segment; none where aggregation="none".
-    summaries: of the pooled keys beside them, float32.
-    kv_cache: of a Transformer's keys and values, in the computation's dtype; of a Transformer, nothing else.
+    checkpoint: of one cached memory, in the computation's dtype; absent where no layer has memories.
+    sequence: of all that is cached: memories, one a segment, or keys and values.
+    summaries: of the pooled keys beside memories, float32; absent where no layer has memories.
+    kv_cache: of a Transformer's keys and values, in the computation's dtype.
   """
-  model, size = config.model, jnp.dtype(config.model.dtype).itemsize
-  keys_and_values = 2 * model.layers * config.data.length * model.d_model * size
-  if model.mixer != "memory_caching":
-    return {"kv_cache": keys_and_values}
-  memory = model.memory.as_read()
-  caches = 0 if memory.aggregation == "none" else len(memory.build_segmentation().lengths(config.data.length))
-  checkpoint = model.layers * model.heads * _memory_numbers(config) * size
-  summaries = caches * model.layers * model.d_model * 4
-  return {
-    "checkpoint": checkpoint,
-    "sequence": caches * checkpoint,
-    "summaries": summaries,
-    "kv_cache": keys_and_values,
-  }
+  model, length, found = config.model, config.data.length, collections.Counter()
+  for kind in model.mixers:
+    found.update({name: model.repeats * size for name, size in kind.cache_bytes(model, length).items()})
+  return {**found, "kv_cache": model.layers * Attention.cache_bytes(model, length)["sequence"]}
 
 
 def bytes_here(tree) -> float:

@@ -49,7 +49,7 @@ MIXED = [(3, 5), (20, 2), (1, 1), (20, 3), (9, 1), (9, 1), (20, 2), (5, 0), (40,
 
 
 @pytest.mark.parametrize("step", [0, 10_000], ids=["steps", "forward"])
-@pytest.mark.parametrize("fields", [GRM, dict(mixer="transformer")], ids=["grm", "transformer"])
+@pytest.mark.parametrize("fields", [GRM, dict(pattern="attention")], ids=["grm", "transformer"])
 def test_likelihoods_are_those_of_the_plain_forward_pass(untrained, fields, step, monkeypatch):
   monkeypatch.setattr(continuations, "STEP", step)
   subject, pairs, counts = untrained(**fields), _pairs(*MIXED), []

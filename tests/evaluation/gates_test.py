@@ -107,7 +107,7 @@ def test_answers_stand_where_their_tokens_do(oracle):
 @pytest.mark.parametrize(
   ("model", "message"),
   [
-    (dict(mixer="transformer"), "model.mixer=transformer does not have"),
+    (dict(pattern="attention"), "model.pattern=attention does not have"),
     (dict(memory=MemoryConfig(aggregation="none")), "reads with aggregation=none"),
     (dict(memory=MemoryConfig(aggregation="grm", gate="constant")), "aggregation=grm, gate=constant"),
     (dict(memory=MemoryConfig(aggregation="none", after_training="moving_average")), "gate=uniform"),

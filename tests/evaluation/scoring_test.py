@@ -15,7 +15,7 @@ from mc_jax.training import state
 
 
 def test_losses_and_right_answers(tiny, alone):
-  config = tiny(mixer="transformer")
+  config = tiny(pattern="attention")
   graph, params = state.graph(config), state.create(config, alone).params
   (part,) = datasets.load(config.data).validation.values()
   scored = scoring.scorer(graph, config.data, alone)(params, part.batches)
@@ -31,7 +31,7 @@ def test_losses_and_right_answers(tiny, alone):
 
 
 def test_documents_are_kept_apart_where_the_run_does(tiny, alone):
-  plain, apart = tiny(mixer="transformer"), tiny(mixer="transformer", documents=True)
+  plain, apart = tiny(pattern="attention"), tiny(pattern="attention", documents=True)
   params, graph = state.create(plain, alone).params, state.graph(plain)
   (batch,) = datasets.load(apart.data).validation["text"].batches[:1]
   batch = batch | {"segment_ids": np.repeat([[1, 2]], 8, axis=1).repeat(4, axis=0).astype(np.int32)}
@@ -41,7 +41,7 @@ def test_documents_are_kept_apart_where_the_run_does(tiny, alone):
 
 
 def test_a_mesh_scores_the_same(tiny, alone):
-  config = dataclasses.replace(tiny(mixer="transformer"), mesh=MeshConfig(data=2, model=2))
+  config = dataclasses.replace(tiny(pattern="attention"), mesh=MeshConfig(data=2, model=2))
   mesh = config.make_mesh(jax.devices()[:4])
   (part,) = datasets.load(config.data).validation.values()
   first, second = (

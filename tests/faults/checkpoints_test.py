@@ -21,7 +21,7 @@ STEPS = (3, 6)
 
 @pytest.fixture(scope="module")
 def config(tiny):
-  return tiny(mixer="transformer")
+  return tiny(pattern="attention")
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def config(tiny):
   """Makes a configuration of two steps: config(source, paths, **fields)."""
 
   def make(source, paths, method="best_fit", **fields):
-    fields = {"steps": 2, "eval_every": 2, "checkpoint_every": 2, "vocab_size": 320, "mixer": "transformer"} | fields
+    fields = {"steps": 2, "eval_every": 2, "checkpoint_every": 2, "vocab_size": 320, "pattern": "attention"} | fields
     return tiny(source=source, paths=str(paths), packing=PackingConfig(method, window=3), **fields)
 
   return make

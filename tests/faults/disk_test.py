@@ -20,7 +20,7 @@ Usage = collections.namedtuple("Usage", "total used free")
 
 @pytest.fixture(scope="module")
 def config(tiny):
-  return tiny(mixer="transformer", steps=9)
+  return tiny(pattern="attention", steps=9)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def _newest(workdir):
 def test_a_file_that_cannot_be_written_leaves_the_one_before(forks, tiny, tmp_path):
   """The operating system refuses files of more than 100 kB, as a full disk does in the middle of one."""
   # A single array is larger than that: how many arrays go into a file is a matter of timing.
-  large = tiny(mixer="transformer", steps=6, d_model=32, mlp_dim=2048)
+  large = tiny(pattern="attention", steps=6, d_model=32, mlp_dim=2048)
   short = dataclasses.replace(large, train=dataclasses.replace(large.train, steps=3))
   loop.train(short, tmp_path, devices=ONE)
   forks.start(large, tmp_path, largest_file=100_000)

@@ -64,7 +64,7 @@ def test_what_is_slow_says_so(capsys):
 
 
 def test_a_step_that_never_ends_ends_the_run(forks, tiny, tmp_path):
-  config = tiny(mixer="transformer", hang_minutes=4 / 60, eval_every=100)
+  config = tiny(pattern="attention", hang_minutes=4 / 60, eval_every=100)
   forks.start(config, tmp_path, hangs_at=8)
   status, printed = forks.finish()
   assert status == 1
@@ -74,7 +74,7 @@ def test_a_step_that_never_ends_ends_the_run(forks, tiny, tmp_path):
 
 
 def test_a_last_checkpoint_that_is_never_complete_ends_the_run(forks, tiny, tmp_path):
-  config = tiny(mixer="transformer", hang_minutes=4 / 60, eval_every=100, checkpoint_every=100)
+  config = tiny(pattern="attention", hang_minutes=4 / 60, eval_every=100, checkpoint_every=100)
   forks.start(config, tmp_path, never_completes=True)
   status, printed = forks.finish()
   assert status == 1

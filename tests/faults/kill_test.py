@@ -13,7 +13,7 @@ PHASES = ("step", "save", "commit", "digests", "evaluation", "restore")  # see f
 
 @pytest.fixture(scope="module")
 def config(tiny):
-  return tiny(mixer="transformer", steps=48, log_every=1, eval_every=2, checkpoint_every=2, warmup_steps=10)
+  return tiny(pattern="attention", steps=48, log_every=1, eval_every=2, checkpoint_every=2, warmup_steps=10)
 
 
 @pytest.fixture(scope="module")

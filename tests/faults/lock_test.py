@@ -10,7 +10,7 @@ from mc_jax.data import lock
 
 @pytest.fixture(scope="module")
 def config(tiny):
-  return tiny(mixer="transformer", steps=12, eval_every=4, checkpoint_every=4)
+  return tiny(pattern="attention", steps=12, eval_every=4, checkpoint_every=4)
 
 
 @pytest.fixture(scope="module")

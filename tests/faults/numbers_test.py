@@ -46,7 +46,7 @@ def _poisoned(monkeypatch, steps):
 @pytest.fixture(scope="module")
 def setting(tiny, alone):
   """A step, its state and a batch."""
-  config = tiny(mixer="transformer", max_skipped=2)
+  config = tiny(pattern="attention", max_skipped=2)
   return (
     jax.jit(step.train_step(config, alone)),
     state.create(config, alone),
@@ -88,7 +88,7 @@ def test_once_too_many_were_skipped_nothing_changes_any_more(setting):
 
 def test_a_bad_batch_is_told_and_passed_and_no_checkpoint_is_made_of_it(tiny, tmp_path, monkeypatch, capsys):
   _poisoned(monkeypatch, {3})
-  result = _train(tiny(mixer="transformer", keep_every=3, log_every=2), tmp_path)
+  result = _train(tiny(pattern="attention", keep_every=3, log_every=2), tmp_path)
   records = {record["step"]: record for record in metrics.read(tmp_path)}
   assert list(records) == [1, 2, 3, 4, 5, 6]
   assert records[3]["skipped"] == 1
@@ -101,7 +101,7 @@ def test_a_bad_batch_is_told_and_passed_and_no_checkpoint_is_made_of_it(tiny, tm
 
 def test_too_many_bad_batches_end_the_run_with_a_step_to_replay(tiny, tmp_path, monkeypatch):
   """They are seen two steps late; the state is that before the first of them all the same."""
-  config = tiny(mixer="transformer", max_skipped=2, steps=8, log_every=8, eval_every=8, checkpoint_every=4)
+  config = tiny(pattern="attention", max_skipped=2, steps=8, log_every=8, eval_every=8, checkpoint_every=4)
   _poisoned(monkeypatch, {5, 6})
   with pytest.raises(metrics.Diverged) as raised:
     _train(config, tmp_path)
@@ -118,11 +118,11 @@ def test_too_many_bad_batches_end_the_run_with_a_step_to_replay(tiny, tmp_path, 
   with pytest.raises(ConfigError, match=r"--replay=5: .*; there are 6"):
     _replay(config, tmp_path, 5)
   with pytest.raises(ConfigError, match="another model"):
-    _replay(tiny(mixer="transformer", layers=2), tmp_path, 6)
+    _replay(tiny(pattern="attention", layers=2), tmp_path, 6)
 
 
 def test_a_parameter_that_is_not_finite_is_named(tiny, tmp_path, monkeypatch):
-  config, create = tiny(mixer="transformer", max_skipped=2), state.create
+  config, create = tiny(pattern="attention", max_skipped=2), state.create
 
   def broken(*arguments):
     start = create(*arguments)

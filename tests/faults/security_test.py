@@ -55,7 +55,7 @@ def test_unsafe_lines_are_found(line):
 
 
 def test_a_checkpoint_is_written_and_read_without_pickle(tiny, alone, tmp_path, monkeypatch):
-  config = tiny(mixer="transformer")
+  config = tiny(pattern="attention")
   start, data = state.create(config, alone), datasets.load(config.data).batches(alone)
 
   def refuse(*_, **__):

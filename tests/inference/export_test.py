@@ -33,7 +33,7 @@ VARIANTS = {
   "depth": tiny(memory=MemoryConfig(rule="dla", chunk=4, segment_length=8, expansion=2, depth=3, norm=True)),
   "swla": tiny(memory=MemoryConfig(rule="swla", chunk=4, segment_length=8, aggregation="none")),
   "untied": tiny(tied_embeddings=False, memory=MemoryConfig(rule="linear", segment_length=8, gate="token")),
-  "transformer": tiny(mixer="transformer"),
+  "transformer": tiny(pattern="attention"),
 }
 
 

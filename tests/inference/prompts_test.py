@@ -48,7 +48,7 @@ def test_what_is_loaded_goes_on_as_what_was_saved(saved):
 def test_on_another_mesh(saved):
   mesh = meshes.make(MeshConfig(data=1, model=2), jax.devices()[:2])
   loaded = prompts.load(saved[0], decoder(mesh=mesh))
-  for x in jax.tree.leaves(loaded[1].layers.slots):
+  for x in jax.tree.leaves(loaded[1].slots):
     assert x.sharding.shard_shape(x.shape)[2] == x.shape[2] // 2  # heads
   np.testing.assert_array_equal(
     continued(decoder(mesh=mesh), loaded), continued(decoder(), prompts.load(saved[0], decoder()))
@@ -71,7 +71,7 @@ def test_into_host_memory(tmp_path, sizes):
   start = here.prefill([PROMPT])
   prompts.save(tmp_path / "saved", here, *start)
   loaded = prompts.load(tmp_path / "saved", here)
-  assert loaded[1].layers.slots["memories"].pages.sharding.memory_kind == "pinned_host"
+  assert loaded[1].slots[0]["memories"].pages.sharding.memory_kind == "pinned_host"
   np.testing.assert_array_equal(continued(here, loaded), continued(here, start))
 
 

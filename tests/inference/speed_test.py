@@ -23,7 +23,7 @@ from mc_jax.training.config import Config
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-MODELS = ("none", "ssc", "grm", "transformer")
+MODELS = ("none", "ssc", "grm", "attention")
 
 
 def config_of(length, *, batch=1, **options):
@@ -33,8 +33,8 @@ def config_of(length, *, batch=1, **options):
 
 
 def named(length, name):
-  if name == "transformer":
-    return config_of(length, mixer=name)
+  if name == "attention":
+    return config_of(length, pattern=name)
   return config_of(length, memory={"aggregation": name})
 
 
@@ -47,7 +47,8 @@ def slots_of(decoder, batch=1):
   def init(params):
     return nnx.merge(decoder.graph, params).init_cache(decoder.cache, batch)
 
-  return jax.eval_shape(init, decoder.params).layers.slots
+  (slots,) = jax.eval_shape(init, decoder.params).slots
+  return slots
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -77,7 +78,7 @@ def test_cached_memories_are_what_the_planner_counts(memory, dtype, alone):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_keys_and_values_are_what_the_planner_counts(dtype, alone):
   config = config_of(200, dtype=dtype)
-  transformer = dataclasses.replace(config, model=dataclasses.replace(config.model, mixer="transformer"))
+  transformer = dataclasses.replace(config, model=dataclasses.replace(config.model, pattern="attention"))
   size = nbytes(slots_of(abstract_decoder(transformer, alone)))
   assert size == planning.cache_bytes(transformer)["kv_cache"] == planning.cache_bytes(config)["kv_cache"]
   assert size == 2 * 4 * 200 * 32 * jnp.dtype(dtype).itemsize
@@ -99,7 +100,7 @@ def test_steps_are_in_place_and_end_the_context(name, alone):
   decoder = dataclasses.replace(abstract_decoder(config, alone), params=state.create(config, alone).params)
   steps = speed.compile_steps(decoder, 2)
   planned = planning.cache_bytes(config)
-  slots = planned["kv_cache"] if name == "transformer" else planned["sequence"] + planned["summaries"]
+  slots = planned["kv_cache"] if name == "attention" else planned["sequence"] + planned["summaries"]
   assert steps.slot_bytes == 2 * slots
   assert steps.slot_bytes + steps.other_bytes == speed.cache_bytes(decoder, 2)
   if name != "none":
@@ -107,11 +108,11 @@ def test_steps_are_in_place_and_end_the_context(name, alone):
 
   tokens = jnp.zeros((speed.LONGEST, 2), jnp.int32)
   cache = steps.fill(decoder.params, jnp.int32(4090))
-  slot = jax.tree.leaves(cache.layers.slots)[0] if name != "none" else np.arange(2)
+  slot = jax.tree.leaves(cache.slots[0])[0] if name != "none" else np.arange(2)
   assert len(np.unique(slot)) > 0.9 * slot.size
   cache, likeliest = steps.loop(decoder.params, cache, tokens, jnp.int32(6))
   np.testing.assert_array_equal(cache.position, 4096)
-  positions = [x for x in jax.tree.leaves(cache.layers.own) if jnp.issubdtype(x.dtype, jnp.integer)]
+  positions = [x for x in jax.tree.leaves(cache.layers[0].own) if jnp.issubdtype(x.dtype, jnp.integer)]
   assert positions
   for position in positions:
     np.testing.assert_array_equal(position, 4096)
@@ -125,11 +126,11 @@ def test_steps_are_in_place_and_end_the_context(name, alone):
 def test_steps_on_tpus_are_in_place(name):
   pytest.importorskip("libtpu")
   config = config_of(8192, d_model=512, memory={"aggregation": name, "segment_length": 128})
-  if name == "transformer":
-    config = config_of(8192, d_model=512, mixer=name)
+  if name == "attention":
+    config = config_of(8192, d_model=512, pattern=name)
   mesh = config.make_mesh(planning.topology_devices("v5e:2x2", 1)[:1])
   compiled, cache = speed.compile_step(abstract_decoder(config, mesh), 2)
-  memory, size = compiled.memory_analysis(), nbytes(cache.layers.slots)
+  memory, size = compiled.memory_analysis(), nbytes(cache.slots[0])
   assert memory.alias_size_in_bytes >= size > 2**27
   assert memory.temp_size_in_bytes < size / 4
 
@@ -144,12 +145,12 @@ def test_the_door_measures(tmp_path):
   memory = ("--config.model.memory.segment_length=16", "--config.model.memory.chunk=8")
   small = ("--config.model.d_model=16", "--config.model.layers=1", *memory)
   files = (f"--json={tmp_path / 'decode.json'}", f"--plot={tmp_path / 'decode.png'}")
-  flags = ("--contexts=64,512,32", "--models=transformer,ssc", "--between=32,64", "--rounds=2", "--limit_gib=0.00005")
+  flags = ("--contexts=64,512,32", "--models=attention,ssc", "--between=32,64", "--rounds=2", "--limit_gib=0.00005")
   result = door(*small, *files, *flags)
   assert result.returncode == 0, result.stderr
   record = json.loads((tmp_path / "decode.json").read_text())
   assert [(row["model"], row["context"]) for row in record["rows"]] == [
-    *(("transformer", 32), ("transformer", 64)),
+    *(("attention", 32), ("attention", 64)),
     *(("ssc", 32), ("ssc", 64)),
   ]
   assert result.stdout.count("left out at 512") == 2
@@ -158,7 +159,7 @@ def test_the_door_measures(tmp_path):
     assert row["milliseconds"] == min(row["milliseconds_of_rounds"]) == pytest.approx(1e3 / row["tokens_per_second"])
     assert len(row["milliseconds_of_rounds"]) == 2
   slow, fast = record["rows"][1]["milliseconds"], record["rows"][0]["milliseconds"]
-  assert record["growth"]["milliseconds"]["transformer"] == pytest.approx(slow / fast)
+  assert record["growth"]["milliseconds"]["attention"] == pytest.approx(slow / fast)
   assert (tmp_path / "decode.png").stat().st_size > 1000
 
 

@@ -1,4 +1,4 @@
-"""The baseline mixer: rotary positions and attention within a document."""
+"""The attention layer: rotary positions and attention within a document."""
 
 import chex
 import jax
@@ -8,8 +8,9 @@ from flax import nnx
 
 from mc_jax.models import ModelConfig
 from mc_jax.models.attention import Attention, positions, rotate
+from mc_jax.models.layer import Context
 
-CONFIG = ModelConfig(d_model=16, heads=2, mixer="transformer")
+CONFIG = ModelConfig(d_model=16, heads=2, pattern="attention")
 
 
 def test_positions_restart_at_each_document():
@@ -41,17 +42,18 @@ def test_attention_is_the_softmax_written_out():
   @jax.jit
   def written_out(x):
     position = jnp.arange(7)[None]
-    q = rotate(attention.query(x), position, CONFIG.rope_theta)
-    k = rotate(attention.key(x), position, CONFIG.rope_theta)
+    q = rotate(attention.query(x), position, CONFIG.attention.rope_theta)
+    k = rotate(attention.key(x), position, CONFIG.attention.rope_theta)
     scores = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(8)
     scores = jnp.where(np.tril(np.ones((7, 7), bool)), scores, -jnp.inf)
     return attention.output(jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), attention.value(x)))
 
-  chex.assert_trees_all_close(jax.jit(attention.__call__)(x), written_out(x), atol=1e-5)
+  chex.assert_trees_all_close(jax.jit(attention.__call__)(x)[0], written_out(x), atol=1e-5)
 
 
 def test_a_packed_document_is_attended_as_if_alone():
-  attention = jax.jit(Attention(CONFIG, rngs=nnx.Rngs(jax.random.key(0, impl="rbg"))).__call__)
+  layer = Attention(CONFIG, rngs=nnx.Rngs(jax.random.key(0, impl="rbg")))
+  attention = jax.jit(lambda x, document=None: layer(x, Context(document))[0])
   x = jax.random.normal(jax.random.key(1), (1, 14, 16))
   document = jnp.array([[0, 1, 1, 1, 1, 2, 2, 2, 2, 0, 3, 3, 3, 3]])
   y = attention(x, document)

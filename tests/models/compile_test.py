@@ -49,7 +49,7 @@ def programs(name, sizes, dtype):
     tokens = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
     prompt = jax.ShapeDtypeStruct((BATCH, 64), jnp.int32)
     params, tokens, prompt, cache = cache_lib.placed((params, tokens, prompt, cache), mesh)
-  bytes_ = cache_lib.nbytes(cache.layers.slots["memories"].pages) // mesh.size
+  bytes_ = cache_lib.nbytes(cache.slots[0]["memories"].pages) // mesh.size
   return (prefill, (params, prompt)), (steps, (params, tokens, cache)), mesh, bytes_
 
 

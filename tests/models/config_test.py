@@ -21,11 +21,12 @@ def test_the_defaults_have_no_problems():
     ("heads", 0, "at least 1"),
     ("heads", 3, "1, 2, 4, 8"),
     ("mlp_dim", -1, "at least 0"),
-    ("mixer", "mamba", "memory_caching, transformer"),
+    ("pattern", ("mamba",), "attention, memory"),
+    ("feed_forward", ("mamba",), "swiglu"),
     ("conv_width", 0, "at least 1"),
     ("dtype", "float16", "float32, bfloat16"),
     ("remat", "some", "full, dots, none"),
-    ("rope_theta", 0.0, "positive"),
+    ("attention.rope_theta", 0.0, "positive"),
     ("memory.rule", "delta", "linear, swla, dla, titans"),
     ("memory.aggregation", "sum", "none, residual, grm, soup, ssc"),
     ("memory.segmentation", "fenwick", "constant, logarithmic"),
@@ -50,7 +51,8 @@ def test_the_defaults_have_no_problems():
 def test_a_problem_names_its_field_and_what_is_valid(field, value, valid):
   config = _replace(ModelConfig(d_model=64), field, value)
   (problem,) = config.problems()
-  assert problem.startswith((f"model.{field}={value}", f"model.{field}={value!r}"))
+  listed = ",".join(value) if isinstance(value, tuple) else value
+  assert problem.startswith((f"model.{field}={listed}", f"model.{field}={value!r}"))
   assert valid in problem
 
 
@@ -62,9 +64,9 @@ def test_all_problems_are_found_at_once():
 
 
 def test_rotary_positions_need_an_even_head():
-  config = ModelConfig(d_model=12, heads=4, mixer="transformer")
+  config = ModelConfig(d_model=12, heads=4, pattern="attention")
   assert "multiple of 2 heads" in config.problems()[0]
-  assert dataclasses.replace(config, mixer="memory_caching").problems() == []
+  assert dataclasses.replace(config, pattern="memory").problems() == []
 
 
 def test_options_of_writing_that_exclude_each_other_are_refused():
@@ -93,7 +95,10 @@ def test_caches_after_training_may_have_a_gate_of_their_own():
 def test_a_transformer_has_nothing_to_cache_after_training():
   memory = MemoryConfig(aggregation="none", after_training="grm")
   assert ModelConfig(memory=memory).problems() == []
-  assert "needs model.mixer=memory_caching" in ModelConfig(mixer="transformer", memory=memory).problems()[0]
+  assert (
+    "needs memories: a model.pattern with memory, got attention"
+    in ModelConfig(pattern="attention", memory=memory).problems()[0]
+  )
 
 
 def test_a_model_refuses_a_config_with_problems():

@@ -80,10 +80,10 @@ def test_a_model_decodes_what_it_computes(options):
 @pytest.mark.parametrize("tile", [1024, 9, 4])  # one tile, two, and five of which the last lies over the fourth
 def test_the_transformer_decodes_what_it_computes(monkeypatch, tile):
   monkeypatch.setattr(attention, "_TILE", tile)
-  check(tiny(mixer="transformer"))
+  check(tiny(pattern="attention"))
 
 
-@pytest.mark.parametrize("options", [{"mixer": "transformer"}, {"memory": {"aggregation": "ssc"}}], ids=str)
+@pytest.mark.parametrize("options", [{"pattern": "attention"}, {"memory": {"aggregation": "ssc"}}], ids=str)
 def test_decoding_on_a_mesh(options):
   mesh = meshes.make(MeshConfig(data=2, fsdp=2, model=2), jax.devices())
   check(tiny(**options), mesh=mesh)
@@ -94,10 +94,10 @@ def test_decoding_on_a_mesh(options):
 def test_decoding_from_host_memory(sizes):
   mesh = meshes.make(MeshConfig(**sizes), jax.devices()) if sizes else None
   cache = check(tiny(memory={"rule": "linear", "aggregation": "ssc"}), mesh=mesh, memory="host")
-  pages = cache.layers.slots["memories"].pages
+  pages = cache.slots[0]["memories"].pages
   assert pages.sharding.memory_kind == "pinned_host"
   assert pages.sharding.shard_shape(pages.shape)[1:3] == ((1, 1) if sizes else (4, 2))  # rows and heads
-  repeated = cache_lib.repeat(cache, 3).layers.slots["memories"].pages
+  repeated = cache_lib.repeat(cache, 3).slots[0]["memories"].pages
   assert repeated.sharding.memory_kind == "pinned_host"
   np.testing.assert_array_equal(repeated, np.repeat(pages, 3, axis=1))
 
@@ -106,7 +106,7 @@ def test_decoding_from_host_memory(sizes):
   ("options", "expected"),
   [
     ({"memory": {"aggregation": "grm"}}, "model.memory.aggregation='ssc'"),
-    ({"mixer": "transformer"}, "model.mixer='memory_caching'"),
+    ({"pattern": "attention"}, "model.pattern with memory"),
   ],
   ids=str,
 )

@@ -1,4 +1,4 @@
-"""The model as a whole: what holds for both mixers, packed documents included.
+"""The model as a whole: what holds for all of its mixers, packed documents included.
 
 Compiling dominates: each configuration is compiled once (`compiled`), and every property that holds for all of them is
 tested on that one function by changing its data.
@@ -33,20 +33,20 @@ TOKENS = np.random.default_rng(0).integers(0, VOCAB, SEGMENT_IDS.shape)
 EVERYWHERE = np.ones(TOKENS.shape, np.float32)
 
 
-def tiny(mixer="memory_caching", **memory_options) -> ModelConfig:
+def tiny(pattern="memory", **memory_options) -> ModelConfig:
   return ModelConfig(
     vocab_size=VOCAB,
     layers=2,
     d_model=16,
     heads=2,
     mlp_dim=16,
-    mixer=mixer,
+    pattern=(pattern,),
     remat="none",
     memory=MemoryConfig(chunk=4, segment_length=8, expansion=2, **memory_options),
   )
 
 
-TRANSFORMER = tiny("transformer")
+TRANSFORMER = tiny("attention")
 TITANS = tiny()
 SWLA = tiny(rule="swla", aggregation="ssc", carry="independent")
 LINEAR = tiny(rule="linear")
@@ -161,7 +161,7 @@ def test_layers_are_scanned_as_a_loop_would_run_them(config):
   def loop(tokens):
     x = model.embed(tokens)
     for layer in range(config.layers):
-      x = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[layer], layers))(x)
+      x, _ = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[layer], layers))(x)
     return model.logits(x)
 
   chex.assert_trees_all_close(jit(model.__call__)(TOKENS), loop(TOKENS), atol=1e-5)
@@ -243,6 +243,6 @@ def test_layers_start_apart():
 def test_a_block_keeps_shape_and_dtype():
   config = dataclasses.replace(TRANSFORMER, dtype="bfloat16")
   x = jnp.ones((2, 5, 16), jnp.bfloat16)
-  y = jax.eval_shape(Block(config, rngs=nnx.Rngs(0)), x)
+  y, _ = jax.eval_shape(Block(config, rngs=nnx.Rngs(0)), x)
   chex.assert_equal_shape([x, y])
   assert y.dtype == jnp.bfloat16

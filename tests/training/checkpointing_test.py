@@ -22,7 +22,7 @@ def _batches(config, mesh):
 
 
 def test_state_data_and_configuration_come_back(tiny, alone, tmp_path):
-  config = tiny(mixer="transformer")
+  config = tiny(pattern="attention")
   data, start = _batches(config, alone), state.create(config, alone)
   next(data)
   with Checkpoints(tmp_path, keep=1) as checkpoints:
@@ -43,7 +43,7 @@ def test_state_data_and_configuration_come_back(tiny, alone, tmp_path):
 
 
 def test_what_8_devices_wrote_1_2_and_4_read_exactly(tiny, tmp_path):
-  config = dataclasses.replace(tiny(mixer="transformer", batch_size=8), mesh=MeshConfig(data=2, fsdp=2, model=2))
+  config = dataclasses.replace(tiny(pattern="attention", batch_size=8), mesh=MeshConfig(data=2, fsdp=2, model=2))
   mesh = config.make_mesh()
   lies = state.shardings(state.abstract(config, mesh))
   distinct = jax.jit(lambda tree: jax.tree.map(lambda x: x + jnp.arange(x.size).reshape(x.shape).astype(x.dtype), tree))
@@ -72,7 +72,7 @@ def test_what_8_devices_wrote_1_2_and_4_read_exactly(tiny, tmp_path):
 
 
 def test_only_the_newest_are_kept(tiny, alone, tmp_path):
-  config = tiny(mixer="transformer")
+  config = tiny(pattern="attention")
   data, start = _batches(config, alone), state.create(config, alone)
   with Checkpoints(tmp_path, keep=2) as checkpoints:
     for step in (1, 2, 3):
@@ -94,7 +94,7 @@ def test_another_model_is_refused_with_what_differs(tiny):
 
 def test_other_fields_may_change_and_new_ones_have_their_defaults(tiny):
   stored = dataclasses.asdict(tiny())
-  del stored["model"]["rope_theta"]  # as if saved before there was such a field
+  del stored["model"]["attention"]  # as if saved before there was such a field
   assert changed(stored, tiny(steps=7), pathlib.Path("x")) == {"train.steps": (6, 7)}
 
 

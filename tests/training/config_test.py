@@ -79,7 +79,7 @@ def test_parts_that_do_not_go_together(tiny, memory, fields, names):
   options = dataclasses.replace(tiny().model.memory, **memory)
   (problem,) = tiny(memory=options, **fields).problems()
   assert all(name in problem for name in names)
-  assert tiny(memory=options, mixer="transformer", **fields).problems() == []
+  assert tiny(memory=options, pattern="attention", **fields).problems() == []
 
 
 def test_types_within_lists_optional_fields_and_named_sources_are_looked_at(tiny):

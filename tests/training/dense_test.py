@@ -55,7 +55,7 @@ def test_how_many_there_are(tiny):
   assert _config(tiny, dense_steps=5).dense_steps == 5
   for options in ({"aggregation": "grm"}, {"gate": "constant"}, {"gate": "uniform"}):
     assert _config(tiny, **options).dense_steps == 0, options
-  transformer = dataclasses.replace(_config(tiny).model, mixer="transformer")
+  transformer = dataclasses.replace(_config(tiny).model, pattern="attention")
   assert dataclasses.replace(_config(tiny), model=transformer).dense_steps == 0
   with pytest.raises(ConfigError, match=r"model.memory.dense_steps=3 has no effect with model.memory.gate='constant'"):
     _config(tiny, dense_steps=3, gate="constant").check()

@@ -42,8 +42,8 @@ def _kill():
 @pytest.mark.parametrize(
   "fields",
   [
-    {"mixer": "transformer"},
-    {"mixer": "transformer", "microbatches": 2, "log_every": 2},
+    {"pattern": "attention"},
+    {"pattern": "attention", "microbatches": 2, "log_every": 2},
     pytest.param({"microbatches": 2, "documents": True}, marks=pytest.mark.slow),
   ],
   ids=["transformer", "accumulated", "memory_caching"],
@@ -64,7 +64,7 @@ def test_a_killed_run_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, fields):
 
 
 def test_a_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(tiny, tmp_path, monkeypatch):
-  config = tiny(mixer="transformer")
+  config = tiny(pattern="attention")
   whole = _train(config, tmp_path / "whole")
   with monkeypatch.context() as patch:
     _at_report(patch, 1, lambda: signal.raise_signal(signal.SIGTERM))
@@ -76,7 +76,7 @@ def test_a_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(tiny, tmp
 
 
 def test_a_run_leaves_everything_in_its_workdir_and_can_be_prolonged(tiny, tmp_path, capsys):
-  config = tiny(mixer="transformer", sample_length=5)
+  config = tiny(pattern="attention", sample_length=5)
   first = _train(config, tmp_path)
   names = {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "loss.png", "report.txt", "sample.txt"}
   assert {path.name for path in tmp_path.iterdir()} == names
@@ -91,7 +91,7 @@ def test_a_run_leaves_everything_in_its_workdir_and_can_be_prolonged(tiny, tmp_p
 
 
 def test_losses_that_are_not_finite_end_the_run_and_keep_the_checkpoint(tiny, tmp_path):
-  config = tiny(mixer="transformer", steps=3, max_skipped=2)
+  config = tiny(pattern="attention", steps=3, max_skipped=2)
   _train(config, tmp_path)
   optimizer = dataclasses.replace(config.optimizer, learning_rate=1e30, warmup_steps=0)
   train = dataclasses.replace(config.train, steps=9)
@@ -132,14 +132,14 @@ def _data(config, **fields):
 def workdir(tiny, tmp_path_factory):
   """Holds a run of one step."""
   folder = tmp_path_factory.mktemp("run")
-  _train(tiny(mixer="transformer", steps=1), folder)
+  _train(tiny(pattern="attention", steps=1), folder)
   return folder
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named_before_anything_compiles_and_nothing_is_lost(tiny, workdir, case):
   break_it, message = BAD[case]
-  config = break_it(tiny(mixer="transformer", steps=1))
+  config = break_it(tiny(pattern="attention", steps=1))
   before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
   compiled = []
 

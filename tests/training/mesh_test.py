@@ -46,7 +46,7 @@ def _two_steps(config, devices):
 @pytest.fixture(scope="module")
 def config(tiny):
   # With so large an epsilon Adam's updates are as smooth as the gradients: no sign of a tiny one decides.
-  return tiny(mixer="transformer", batch_size=8, warmup_steps=0, epsilon=1e-2)
+  return tiny(pattern="attention", batch_size=8, warmup_steps=0, epsilon=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def _memory(config, **fields):
       "or a mesh.context that is one of 1, 2",
     ),
     (MeshConfig(context=2, data=4), {"length": 20}, "data.length=20 has 2 whole segments"),
-    (MeshConfig(context=8), {"mixer": "transformer", "length": 20}, "data.length=20 is not divisible by mesh.conte"),
+    (MeshConfig(context=8), {"pattern": "attention", "length": 20}, "data.length=20 is not divisible by mesh.conte"),
   ],
 )
 def test_what_a_mesh_does_not_divide_is_named(tiny, mesh, fields, message):

@@ -60,9 +60,9 @@ def test_other_changes_of_the_schedule_are_reported_if_they_change_the_next_rate
   assert optimizer.schedule_changes(config, 10, dataclasses.replace(config, beta2=0.9), 10, done=5) == []
 
 
-@pytest.mark.parametrize("mixer", ["memory_caching", "transformer"])
+@pytest.mark.parametrize("mixer", ["memory", "attention"])
 def test_weight_decay_is_for_the_kernels_of_projections(tiny, mixer):
-  config = tiny(mixer=mixer)
+  config = tiny(pattern=mixer)
   params = state.abstract(config, config.make_mesh(jax.devices()[:1])).params
   decays = {
     jax.tree_util.keystr(path, simple=True, separator="."): flag
@@ -71,7 +71,7 @@ def test_weight_decay_is_for_the_kernels_of_projections(tiny, mixer):
   for name, flag in decays.items():
     spared = any(part in name for part in ("norm", "embedding", "bias", "convolution", "token_gates", "initial"))
     assert flag != spared, name
-  assert decays[f"blocks.mixer.{'query' if mixer == 'transformer' else 'projection'}.kernel"]
+  assert decays[f"blocks.mixer.{'query' if mixer == 'attention' else 'projection'}.kernel"]
   assert not decays["embedding"]
 
 

@@ -86,7 +86,7 @@ class Killed(BaseException):
 def test_a_killed_run_goes_on_with_the_records_in_the_bucket(tiny, bucket, tmp_path, monkeypatch):
   """Orbax has its own way to buckets, so the checkpoints are in a folder here."""
   monkeypatch.setattr(loop, "Checkpoints", lambda _, *kept: Checkpoints(epath.Path(tmp_path), *kept))
-  config, report, send = tiny(mixer="transformer", sample_length=2), Progress.report, outputs.Outputs.send
+  config, report, send = tiny(pattern="attention", sample_length=2), Progress.report, outputs.Outputs.send
 
   def killing(self, record):
     report(self, record)

@@ -11,7 +11,7 @@ from mc_jax.training import sampling, state
 
 @pytest.fixture(scope="module")
 def model(tiny, alone):
-  config = tiny(mixer="transformer")
+  config = tiny(pattern="attention")
   return state.graph(config), state.create(config, alone).params
 
 

@@ -32,7 +32,7 @@ def test_norms_are_those_of_what_was_written_and_equal_gates_have_the_largest_en
     _, k, v, *_ = block.mixer.project(block.mixer_norm(x))
     k, v = np.asarray(k[0], np.float64), np.asarray(v[0], np.float64)
     ends += [np.einsum("lhi,lho->hio", k[:end], v[:end]) for end in (8, 16)]  # the linear rule sums
-    x = block(x)
+    x, _ = block(x)
   norms = np.sqrt(np.square(ends).sum(axis=(-2, -1)))
   assert set(found) == NORMS | {"gate_entropy"}
   assert found["memory_norm"] == pytest.approx(norms.mean(), rel=1e-4)

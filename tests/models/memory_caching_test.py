@@ -1,4 +1,4 @@
-"""The Memory Caching mixer: what it learns, for every rule and aggregation, and what it hands to the memories."""
+"""The Memory Caching layer: what it learns, for every rule and aggregation, and what it hands to the memories."""
 
 import chex
 import jax
@@ -11,8 +11,9 @@ from quick_compile import jit
 from mc_jax import memory
 from mc_jax.models import MemoryConfig, ModelConfig
 from mc_jax.models.config import AFTER_TRAINING
+from mc_jax.models.layer import Context
 from mc_jax.models.linear import Linear
-from mc_jax.models.mixer import MemoryCaching, has_connector
+from mc_jax.models.memory_caching import MemoryCaching, has_connector
 from mc_jax.parallel import context
 
 # Each takes seconds to compile. ("titans", "grm") and ("swla", "ssc") are in language_model_test.py as well.
@@ -46,7 +47,7 @@ def assert_everything_learns(config):
   """Every parameter gets a gradient that is finite and not zero; returns the parameters' paths."""
   graph, parameters = nnx.split(make(config))
   x = tokens(config)
-  gradients = jit(jax.grad(lambda p: jnp.square(nnx.merge(graph, p)(x)).sum()))(parameters)
+  gradients = jit(jax.grad(lambda p: jnp.square(nnx.merge(graph, p)(x)[0]).sum()))(parameters)
   flat = {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(gradients)}
   chex.assert_tree_all_finite(flat)
   projections = flat.pop("projection/kernel")
@@ -108,7 +109,7 @@ def test_after_training_a_model_without_caches_reads_them_by_the_parameters_it_h
     )
     return mixer.read_out(y, inputs)
 
-  y, forgetful = jit(mixer)(x), jit(without)(x)
+  y, forgetful = jit(mixer)(x)[0], jit(without)(x)[0]
   chex.assert_trees_all_close(y, by_hand(x), rtol=1e-4, atol=1e-5)
   chex.assert_trees_all_close(y[:, :4], forgetful[:, :4], rtol=1e-4, atol=1e-5)
   assert not np.allclose(y[:, 4:], forgetful[:, 4:], rtol=1e-2)
@@ -183,7 +184,7 @@ def test_the_parts_make_the_whole():
     y /= jnp.sqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
     return mixer.output(y * jax.nn.silu(inputs.output_gate))
 
-  chex.assert_trees_all_close(jit(mixer.__call__)(x), by_hand(x), atol=1e-5)
+  chex.assert_trees_all_close(jit(mixer.__call__)(x)[0], by_hand(x), atol=1e-5)
 
 
 def test_options_reach_the_memories(monkeypatch):
@@ -206,7 +207,7 @@ def test_options_reach_the_memories(monkeypatch):
   monkeypatch.setattr(context, "memory_caching", memory_caching)
   config = tiny(rule="swla", window=3, segmentation="logarithmic", **options)
   document = jnp.ones((1, 12), jnp.int32)
-  jax.eval_shape(make(config), tokens(config), document)
+  jax.eval_shape(lambda x: make(config)(x, Context(document)), tokens(config))
   assert {name: given[name] for name in options} == options
   assert given["rule"] == memory.rules.get("swla", chunk=2, window=3)
   assert given["segmentation"] == memory.segments.logarithmic()

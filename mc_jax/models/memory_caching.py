@@ -1,0 +1,564 @@
+"""The Memory Caching layer: settings, projections around `memory.memory_caching` (arXiv:2602.24281), answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mc_jax import memory
+from mc_jax.memory import caching, decode, online
+from mc_jax.models import layer, problems
+from mc_jax.models.cache import CacheConfig, LayerCache
+from mc_jax.models.convolution import CausalConvolution
+from mc_jax.models.gates import TokenGates
+from mc_jax.models.layer import PLAIN, Context, Work
+from mc_jax.models.linear import Linear, parameter, residual_scale
+from mc_jax.models.norms import RMSNorm, l2_normalize
+from mc_jax.parallel import axes, decoding
+from mc_jax.parallel import context as on_mesh
+
+if TYPE_CHECKING:
+  from mc_jax.models.config import ModelConfig
+
+# How loud what memories have learned is beside what M_0 answers, when training begins. It is noise to a model that does
+# not yet know what to ask: louder, text is learned more slowly; quieter, recall is (docs/writing.md).
+LEARNED = 0.7
+
+
+# Reading caches without parameters, for models trained without any (arXiv:2602.24281, section 4.3): the average
+# of the states' weights, read once; or grm that looks for what it asks (u = q).
+AFTER_TRAINING = {
+  "moving_average": {"aggregation": "soup", "gate": "uniform"},
+  "grm": {"aggregation": "grm", "gate": "softmax", "shared_query": True},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+  """One layer's memory and how its cached states are read (arXiv:2602.24281)."""
+
+  rule: str = "titans"  # how the memory writes: linear, swla, dla, titans
+  chunk: int = 64  # tokens written at once; inner gradients are taken at the chunk's start
+  depth: int = 2  # dla, titans: layers of the memory's network
+  expansion: int = 4  # dla, titans: hidden width of that network, in head_dim
+  norm: bool = False  # dla, titans: layer norm on the network's branch
+  retention: bool = True  # dla: the memory decays; False is the paper's unbounded form
+  normalized: bool = True  # dla, titans: steps are shares of a token's error; False: as printed, of its gradient
+  solve: bool | None = None  # titans, normalized: errors see what their chunk wrote; None: if normalized; False: frozen
+  max_grad_norm: float | None = None  # dla, titans: clip inner gradients; None: as the rule, 0: no
+  max_step: float | None = None  # swla, dla, titans: the largest step size; None: as the rule
+  window: int = 2  # swla: tokens written at each step
+
+  aggregation: str = "grm"  # how cached memories are read: none, residual, grm, soup, ssc
+  segmentation: str = "constant"  # constant, or logarithmic (by the powers of two in the length)
+  segment_length: int = 256  # tokens between two cached states (segmentation="constant")
+  carry: str = "checkpoint"  # a segment starts from the last state, or "independent" from M_0
+  top_k: int = 2  # ssc: cached memories that a token reads
+  dense_steps: int | None = None  # ssc: first training steps, which read all caches; None: a third of them, 0: none
+  pool: str = "mean"  # a segment's summary is the mean or the sum of its keys
+  gate: str = (
+    "softmax"  # softmax, sigmoid, constant (1), uniform (equal shares), token (scores that ignore the segments)
+  )
+  gate_scale: float = 1.0  # multiplies the scores before the gate's nonlinearity
+  shared_query: bool = False  # u = q instead of a projection of its own: an ablation
+  after_training: str | None = None  # moving_average, grm: caches put on a model trained with aggregation="none"
+  segment_group: int = 8  # carry="independent": segments that run side by side
+  read_buffer_mib: int = 256  # mesh.context > 1: what a device gathers at a time to read the others' caches, MiB
+  implementation: str | None = None  # None: the best for the platform; or xla, reference
+
+  def problems(self, prefix: str = "memory") -> list[str]:
+    """Everything wrong with these values, each line naming the field and the valid values."""
+    found = [
+      *problems.choices(
+        prefix,
+        self,
+        rule=memory.RULES,
+        aggregation=memory.AGGREGATIONS,
+        segmentation=memory.segments.NAMES,
+        carry=memory.CARRIES,
+        pool=memory.POOLS,
+        gate=memory.GATES,
+        after_training=(None, *AFTER_TRAINING),
+        implementation=(None, *memory.IMPLEMENTATIONS),
+      ),
+      *problems.at_least(
+        prefix,
+        self,
+        chunk=1,
+        depth=1,
+        expansion=1,
+        window=2,
+        segment_length=1,
+        top_k=1,
+        dense_steps=0,
+        segment_group=1,
+        read_buffer_mib=1,
+      ),
+      *problems.positive(prefix, self, "gate_scale", "max_step"),
+      *problems.at_least(prefix, self, max_grad_norm=0),
+    ]
+    deep = self.rule in ("dla", "titans")
+    if deep and self.solve and not self.normalized:
+      found.append(f"{prefix}.solve=True needs {prefix}.normalized=True, got False")
+    if deep and self.normalized and (self.max_grad_norm or 0) > 0:
+      found.append(
+        f"{prefix}.max_grad_norm={self.max_grad_norm} clips the printed rules: it needs {prefix}.normalized=False, for "
+        "normalized steps are bounded"
+      )
+    if self.after_training in AFTER_TRAINING and self.aggregation != "none":
+      found.append(
+        f"{prefix}.after_training={self.after_training!r} is for models trained with {prefix}.aggregation='none', "
+        f"got {self.aggregation!r}: use after_training=None"
+      )
+    if self.dense_steps and self.aggregation == "ssc" and self.gate in _BLIND:
+      found.append(
+        f"{prefix}.dense_steps={self.dense_steps} has no effect with {prefix}.gate={self.gate!r}, through which scores "
+        f"learn nothing: use 0, or one of {', '.join(gate for gate in memory.GATES if gate not in _BLIND)} as gate"
+      )
+    if self.unread:
+      gated = [name for name in memory.AGGREGATIONS if name not in _UNGATED]
+      found += [
+        f"{prefix}.{field}={value!r} has no effect with {prefix}.aggregation={self.aggregation!r}, which has no gates: "
+        f"use {field}={default!r}, or one of {', '.join(gated)} as {prefix}.aggregation"
+        for field, default in self.unread.items()
+        if (value := getattr(self, field)) != default
+      ]
+    return found
+
+  @property
+  def unread(self) -> dict[str, object]:
+    """Fields that nothing reads, with their defaults: those of gates, where the aggregation has none."""
+    return _GATES_ALONE if self.aggregation in _UNGATED and self.after_training is None else {}
+
+  @property
+  def learns_densely(self) -> bool:
+    """Whether scores choose caches, so that training does well to begin with reading them all: see `dense`."""
+    return self.aggregation == "ssc" and self.gate not in _BLIND
+
+  def dense(self) -> MemoryConfig:
+    """These values for the first steps of training: every cache is read, weighed by the scores that will choose later.
+
+    What a token does not read teaches its scores nothing, so that ssc alone must first choose right by chance.
+    """
+    return dataclasses.replace(self, aggregation="grm")
+
+  def as_read(self) -> MemoryConfig:
+    """These values with `after_training` in effect: what a layer does. Itself where there is nothing to do."""
+    if self.after_training is None:
+      return self
+    return dataclasses.replace(self, after_training=None, **AFTER_TRAINING[self.after_training])
+
+  def build_rule(self) -> memory.rules.Rule:
+    """The rule, made with those of its options that it takes."""
+    values = dataclasses.asdict(self)
+    options = {name: values[name] for name in memory.rules.options(self.rule)}
+    if options.get("max_grad_norm") is None:
+      options.pop("max_grad_norm", None)
+    elif options["max_grad_norm"] == 0:
+      options["max_grad_norm"] = None
+    return memory.rules.get(self.rule, **options)
+
+  def build_segmentation(self) -> memory.segments.Segmentation:
+    """Where sequences are cut."""
+    if self.segmentation == "logarithmic":
+      return memory.segments.logarithmic()
+    return memory.segments.constant(self.segment_length)
+
+  def build_options(self, kind: type[memory.Options] = memory.Options, **others) -> memory.Options:
+    """What `memory_caching` is told of it; or decoding, whose kind of options has `others` besides."""
+    names = ("aggregation", "carry", "top_k", "pool", "gate", "gate_scale", "segment_group", "implementation")
+    told = {name: getattr(self, name) for name in names}
+    return kind(self.build_rule(), self.build_segmentation(), **told, **others)
+
+
+_UNGATED = ("none", "residual")
+_BLIND = ("constant", "uniform")  # gates that do not look at the scores
+# What only gates read, with its default. (gate_scale and top_k may stand in a configuration that several aggregations
+# share: they are amounts, and without gates there is nothing to scale or choose.)
+_GATES_ALONE = {
+  field.name: field.default
+  for field in dataclasses.fields(MemoryConfig)
+  if field.name in ("gate", "pool", "shared_query")
+}
+
+
+class Inputs(NamedTuple):
+  """What a memory is given for each token, all but the gates in the computation's dtype.
+
+  Attributes:
+    q, k, v, u: [batch, length, heads, head_dim]; query and key of unit length.
+    output_gate: like q, before its SiLU.
+    gates: {name: [batch, length, heads]} float32, the rule's per-token scalars.
+    token_scores: [batch, length, heads, ages] float32 with memory.gate="token", else None.
+    convolved: what the convolutions are given, {"query", "key", "value": like q}.
+  """
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+  u: jax.Array
+  output_gate: jax.Array
+  gates: dict[str, jax.Array]
+  token_scores: jax.Array | None
+  convolved: dict[str, jax.Array]
+
+
+class Own(NamedTuple):
+  """What a layer keeps of a batch of sequences, but for its slots.
+
+  Attributes:
+    tails: what each convolution has yet to see again, {name: [batch, conv_width - 1, heads, head_dim]}.
+    memory: without its memories and summaries, which are the slots.
+  """
+
+  tails: dict[str, jax.Array]
+  memory: decode.Cache
+
+
+@layer.register("memory")
+class MemoryCaching(layer.Mixer):
+  """Projects tokens, lets the memories write and read, norms, gates and projects back.
+
+  q, k and v are linear maps of x, a short convolution and SiLU, then q and k have unit length per
+  head. The connector u_t = x_t W_u is a plain linear map (arXiv:2602.24281, section 3).
+  """
+
+  has_memories = True
+  endless = True
+  host_cache = "model.memory.aggregation='ssc'"
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    config = dataclasses.replace(config, memory=config.memory.as_read())
+    self.config = config
+    self.rule = config.memory.build_rule()
+    embed = {"embed": config.d_model}
+    heads = {"heads": config.heads, "head_dim": config.head_dim}
+    # Queries, keys, values, output gates and connectors by one product, whose gradient in x is added up over the
+    # mesh once and not five times.
+    #
+    # Connectors have unit variance, hence |u| near sqrt(head_dim): pooled keys of different segments lie close
+    # together, and the scores must tell them apart. On text (head_dim 64, segments of 256) they start with a standard
+    # deviation of 0.1 over a token's segments, against 0.01 for u = q of unit length. Larger is not better: a summary
+    # of few keys is longer, so that in a young segment the same factor makes the online gate all or nothing.
+    projections = {"projection": 5 if has_connector(config) else 4, **heads}
+    self.projection = Linear(embed, projections, dtype=config.dtype, rngs=rngs)
+    for name in ("query", "key", "value"):
+      setattr(self, f"{name}_convolution", CausalConvolution(heads, config.conv_width, rngs=rngs))
+    if self.rule.gates:
+      starts = self.rule.gate_init(_longest_segment(config))
+      self.token_gates = TokenGates(starts, config.d_model, config.heads, rngs=rngs)
+    if config.memory.gate == "token":
+      ages = {"heads": config.heads, "age": config.ages}
+      self.age_scores = Linear(embed, ages, rngs=rngs)
+    if self.rule.learned_init:
+      start = self.rule.init(rngs.params(), heads=config.heads, head_dim=config.head_dim)
+      names = ("heads", "memory_in", "memory_out")
+      self.initial = nnx.Dict({name: parameter(lambda *_, w=w: w, w.shape, names, rngs) for name, w in start.items()})
+    if self.rule.normalized:
+      self.initial_norm = RMSNorm(heads, rngs=rngs)
+    self.norm = RMSNorm(heads, LEARNED if self.rule.normalized else 1.0, rngs=rngs)
+    self.output = Linear(heads, embed, dtype=config.dtype, scale=residual_scale(config.layers), rngs=rngs)
+
+  def __call__(self, x: jax.Array, context: Context = PLAIN, cache: LayerCache | None = None) -> tuple[jax.Array, Any]:
+    """See `layer.Mixer`."""
+    inputs = self.project(x, context.document, None if cache is None else cache.own.tails)
+    if cache is not None:
+      y, left = self._step(inputs, cache, context)
+    elif context.cache is not None:
+      y, left = self._prefill(inputs, context)
+    elif context.observe is not None:
+      y, cached = self._observed(inputs, context.document)
+      left = context.observe(cached)
+    else:
+      y, left = self._forward(inputs, context.document), None
+    return self.read_out(y, inputs, context.document), left
+
+  def _forward(self, inputs: Inputs, document: jax.Array | None) -> jax.Array:
+    """The memories' answers to whole rows."""
+    config = self.config.memory
+    return on_mesh.memory_caching(
+      *inputs[:4],
+      inputs.gates,
+      self.initial_memory(),
+      config.build_options(),
+      segment_ids=document,
+      token_scores=inputs.token_scores,
+      read_buffer=config.read_buffer_mib << 20,
+    )
+
+  def _observed(self, inputs: Inputs, document: jax.Array | None) -> tuple[jax.Array, caching.Cached]:
+    """The same by XLA, and what its passes leave behind."""
+    return caching.caching_of_part(
+      *inputs[:4],
+      inputs.gates,
+      self.initial_memory(),
+      None if document is None else memory.documents.index(document),
+      inputs.token_scores,
+      dataclasses.replace(self.config.memory.build_options(), implementation="xla"),
+      keep=True,
+    )
+
+  def init_cache(self, config: CacheConfig, batch: int) -> LayerCache:
+    """The cache of sequences that have no token yet."""
+    heads, head_dim = self.config.heads, self.config.head_dim
+    memory = decoding.init_cache(
+      self.options(config),
+      self.initial_memory(),
+      batch=batch,
+      head_dim=head_dim,
+      dtype=jnp.dtype(self.config.dtype),
+    )
+    tail = jnp.zeros((batch, self.config.conv_width - 1, heads, head_dim), self.config.dtype)
+    return _layer_cache(dict.fromkeys(("query", "key", "value"), tail), memory)
+
+  def _prefill(self, inputs: Inputs, context: Context) -> tuple[jax.Array, LayerCache]:
+    """The memories' answers to whole prompts, and the cache after them."""
+    y, memory = decoding.prefill(
+      self.options(context.cache),
+      *inputs[:4],
+      inputs.gates,
+      self.initial_memory(),
+      lengths=context.lengths,
+      token_scores=inputs.token_scores,
+    )
+    tails = {name: self.query_convolution.tail(x, context.lengths) for name, x in inputs.convolved.items()}
+    return y, _layer_cache(tails, memory)
+
+  def _step(self, inputs: Inputs, cache: LayerCache, context: Context) -> tuple[jax.Array, LayerCache]:
+    """The memories' answers to the next token of the rows that are active, and the cache after it."""
+    active = context.active
+    y, memory = decoding.step(
+      self.options(context.cache),
+      *inputs[:4],
+      inputs.gates,
+      self.initial_memory(),
+      cache.own.memory._replace(**cache.slots, first=cache.first),
+      token_scores=inputs.token_scores,
+      active=active,
+    )
+
+    def moved_on(tail, x):
+      new = jnp.concatenate([tail, x], axis=1)[:, 1:]
+      return new if active is None else jnp.where(active[:, None, None, None], new, tail)
+
+    tails = {name: moved_on(tail, inputs.convolved[name]) for name, tail in cache.own.tails.items()}
+    return y, _layer_cache(tails, memory)
+
+  def options(self, config: CacheConfig) -> decode.Options:
+    """What the layer's memories are, for decoding."""
+    sizes = {"capacity": capacity(self.config, config), "cache_dtype": config.dtype, "memory": config.memory}
+    return self.config.memory.build_options(decode.Options, **sizes)
+
+  def project(
+    self, x: jax.Array, document: jax.Array | None = None, tails: dict[str, jax.Array] | None = None
+  ) -> Inputs:
+    """What the memories are given for the tokens x [batch, length, d_model].
+
+    Args:
+      document: as of a call.
+      tails: of the tokens before x, see `Own`; None: there are none.
+    """
+    projected = axes.constrain(self.projection(x), (*axes.TOKENS, None, "heads", None))
+    query, key, value, output_gate, *connector = (projected[:, :, i] for i in range(projected.shape[2]))
+    convolved = {"query": query, "key": key, "value": value}
+
+    def convolve(name):
+      convolution = getattr(self, f"{name}_convolution")
+      return jax.nn.silu(convolution(convolved[name], document, tails and tails[name]))
+
+    q = l2_normalize(convolve("query"))
+    return Inputs(
+      q=q,
+      k=l2_normalize(convolve("key")),
+      v=convolve("value"),
+      u=connector[0] if connector else q,
+      output_gate=output_gate,
+      gates=self.token_gates(x) if self.rule.gates else {},
+      token_scores=self.age_scores(x) if self.config.memory.gate == "token" else None,
+      convolved=convolved,
+    )
+
+  def initial_memory(self) -> memory.networks.Weights:
+    """M_0: {weight: [heads, in, out]} float32, learned or the rule's constant."""
+    if self.rule.learned_init:
+      return {name: weight[...] for name, weight in self.initial.items()}
+    heads, head_dim = self.config.heads, self.config.head_dim
+    return self.rule.init(jax.random.key(0), heads=heads, head_dim=head_dim)
+
+  def read_out(self, y: jax.Array, inputs: Inputs, document: jax.Array | None = None) -> jax.Array:
+    """(RMSNorm(y) * SiLU(x W_g)) W_o: the memories' answers y, normed by head, back to d_model.
+
+    Of normalized rules what memories have learned, y - M_0(q), and what M_0 answers, the network's own skip in it, are
+    normed each by itself and added: of many caches weighed alike one holds what is asked for, and all hold M_0's
+    answer, beside which a norm of the sum would leave little of the rest.
+    """
+    if self.rule.normalized:
+      untaught = self.untaught(inputs.q, document)
+      read = self.norm(y - untaught) + self.initial_norm(untaught)
+    else:
+      read = self.norm(y)
+    return self.output(read * jax.nn.silu(inputs.output_gate))
+
+  def untaught(self, q: jax.Array, document: jax.Array | None) -> jax.Array:
+    """M_0(q), like q [batch, length, heads, head_dim]; 0 at padding, as memories' answers are."""
+    if document is not None:
+      q = jnp.where((document > 0)[:, :, None, None], q, 0)
+    network, weights = self.rule.network, self.initial_memory()
+    y = network(jnp.moveaxis(q, 2, 1), online.dense(weights, q.dtype))
+    return jnp.moveaxis(y, 1, 2).astype(q.dtype)
+
+  @classmethod
+  def label(cls, config: ModelConfig) -> str:
+    """Rule and aggregation."""
+    return f"{config.memory.rule} + {config.memory.aggregation}"
+
+  @classmethod
+  def learns_densely(cls, config: ModelConfig) -> bool:
+    """Whether scores choose caches."""
+    return config.memory.learns_densely
+
+  @classmethod
+  def data_problems(cls, config: ModelConfig, length: int, documents: bool) -> list[str]:
+    """Age scores are for rows up to max_length, and logarithmic segments for rows of one document."""
+    found, options = [], config.memory
+    if options.gate == "token" and length > config.max_length:
+      found.append(
+        f"data.length={length} is more than model.max_length={config.max_length}, which "
+        "model.memory.gate='token' needs: use a model.max_length of at least data.length"
+      )
+    if options.segmentation == "logarithmic" and documents:
+      found.append(
+        "model.memory.segmentation='logarithmic' does not go together with data.documents=True nor with packed rows: "
+        "use segmentation='constant', or data.packing.method='windows' and data.documents=False"
+      )
+    return found
+
+  @classmethod
+  def mesh_problems(cls, config: ModelConfig, length: int, sizes: dict[str, int]) -> list[str]:
+    """Heads are split, and segments with mesh.context; the reference runs on one device."""
+    options, context = config.memory, sizes["context"]
+    found = problems.indivisible(config.heads, f"model.heads={config.heads}", sizes, "model")
+    if options.implementation == "reference" and math.prod(sizes.values()) > 1:
+      found.append("model.memory.implementation='reference' runs on one device: use None, xla or pallas on a mesh")
+    if context == 1:
+      return found
+    if options.segmentation != "constant":
+      found.append(
+        f"mesh.context={context} needs model.memory.segmentation='constant', got {options.segmentation!r}: "
+        "devices hold equally many segments"
+      )
+    elif length % (options.segment_length * context):
+      segments, left = divmod(length, options.segment_length)
+      found.append(
+        f"data.length={length} has {segments}{' whole' if left else ''} segments of model.memory.segment_length="
+        f"{options.segment_length}, which do not divide among mesh.context={context}: use a data.length that "
+        f"is a multiple of {options.segment_length * context}, another model.memory.segment_length"
+        + ("" if left else f", or a mesh.context that is one of {problems.divisors(segments, sizes)}")
+      )
+    elif options.rule == "swla" and length // context < options.window:
+      found.append(
+        f"model.memory.window={options.window} must be at most the tokens of a device, data.length={length} / "
+        f"mesh.context={context} = {length // context}"
+      )
+    return found
+
+  @classmethod
+  def pages(cls, config: ModelConfig) -> bool:
+    """A step of ssc reads few states."""
+    return config.memory.as_read().aggregation == "ssc"
+
+  @classmethod
+  def cache_problems(cls, config: ModelConfig, cache: CacheConfig, prefix: str) -> list[str]:
+    """Segments must be cut the same whatever is still to come, and there must be room for their states."""
+    options = config.memory.as_read()
+    if options.segmentation != "constant":
+      return [
+        f"model.memory.segmentation={options.segmentation!r} cannot be decoded: where segments are cut depends on the "
+        "length of the sequence; use segmentation='constant'"
+      ]
+    if options.gate == "token" and decode.capacity_for(options.segment_length, cache.tokens) > config.ages:
+      return [
+        f"{prefix}.tokens={cache.tokens:,} make more segments than model.max_length={config.max_length}, which "
+        "model.memory.gate='token' has scores for"
+      ]
+    if cache.full == "error" and options.aggregation != "none":
+      try:
+        decode.require_room(options.segment_length, capacity(config, cache), cache.tokens)
+      except decode.CacheFull as error:
+        return [f"{prefix}.capacity={cache.capacity} is too small: {error}, or {prefix}.full='drop_oldest'"]
+    return []
+
+  @classmethod
+  def work(cls, config: ModelConfig, length: int, context: int) -> Work:
+    """Writes, and reads of the caches that a token has, on the average."""
+    options = config.memory
+    caches = len(options.build_segmentation().lengths(length))
+    read = {"none": 0, "ssc": options.top_k}.get(options.aggregation, caches / 2)
+    network = 2 * config.heads * _memory_numbers(config)
+    # Deep memories that go from segment to segment go from device to device: each waits for those before it.
+    chained = options.carry == "checkpoint" and options.rule in ("dla", "titans")
+    return Work(
+      parameters=6 * config.d_model**2,
+      flops=4 * read * network + (0 if chained else 16 * network),
+      chained_flops=16 * network if chained else 0,
+    )
+
+  @classmethod
+  def cache_bytes(cls, config: ModelConfig, length: int) -> dict[str, float]:
+    """One cached memory, in the computation's dtype; all of them, one a segment; and their pooled keys, float32."""
+    options = config.memory.as_read()
+    caches = 0 if options.aggregation == "none" else len(options.build_segmentation().lengths(length))
+    checkpoint = config.heads * _memory_numbers(config) * jnp.dtype(config.dtype).itemsize
+    return {"checkpoint": checkpoint, "sequence": caches * checkpoint, "summaries": caches * config.d_model * 4}
+
+  @classmethod
+  def segment_bytes(cls, config: ModelConfig, length: int) -> float:
+    """Float32 states, momentum with them where there is any."""
+    rule, caches = config.memory.build_rule(), len(config.memory.build_segmentation().lengths(length))
+    return 4 * caches * config.heads * _state_numbers(rule, config.head_dim)
+
+
+def _layer_cache(tails: dict[str, jax.Array], memory: decode.Cache) -> LayerCache:
+  slots = {"memories": memory.memories, "summaries": memory.summaries}
+  return LayerCache(slots, memory.first, Own(tails, memory._replace(memories=None, summaries=None, first=None)))
+
+
+def has_connector(config: ModelConfig) -> bool:
+  """Whether the layer has a W_u: only where scores come from it (gates, or the choice of ssc)."""
+  options = config.memory
+  own = not options.shared_query and options.gate != "token"
+  return own and memory.gates.scored(options.aggregation, options.gate)
+
+
+def _longest_segment(config):
+  if config.memory.segmentation == "constant":
+    return config.memory.segment_length
+  return max(config.memory.build_segmentation().lengths(config.max_length))
+
+
+def capacity(config: ModelConfig, cache: CacheConfig) -> int:
+  """Segments whose states a layer can keep."""
+  length = config.memory.as_read().segment_length
+  return decode.capacity_for(length, cache.tokens) if cache.capacity is None else cache.capacity
+
+
+def _memory_numbers(config: ModelConfig) -> int:
+  """Numbers in one head's memory."""
+  init = functools.partial(config.memory.build_rule().init, heads=1, head_dim=config.head_dim)
+  return sum(math.prod(w.shape) for w in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
+
+
+def _state_numbers(rule: memory.rules.Rule, head_dim: int) -> int:
+  """Numbers in what one head's memory carries from segment to segment: momentum with it, where there is any."""
+
+  def start(key):
+    fresh = rule.init(key, heads=1, head_dim=head_dim)
+    return online.start_state(rule, fresh, jnp.zeros((1, 1, 1, head_dim)))._replace(tail=None)
+
+  return sum(math.prod(w.shape) for w in jax.tree.leaves(jax.eval_shape(start, jax.random.key(0))))
