@@ -79,7 +79,7 @@ class LanguageModel(nnx.Module):
 
   def init_cache(self, config: CacheConfig, batch: int) -> Cache:
     """The cache of `batch` sequences that have no token yet."""
-    _, layers = self.scan(lambda block, _x, _cache: (None, block.init_cache(config, batch)), None)
+    _, layers = self.scan(lambda block, _x, _cache: (None, block.mixer.init_cache(config, batch)), None)
     return Cache(jnp.zeros(batch, jnp.int32), tuple(map(cache_lib.stack, layers)))
 
   def prefill(
