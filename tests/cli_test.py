@@ -169,6 +169,8 @@ def test_fields_given_are_typed_and_the_others_left_out(tmp_path):
   ("flag", "message"),
   [
     ("--config.model.memory.agregation=ssc", "nearest field is model.memory.aggregation"),
+    ("--config.model.mixer=transformer", "write model.pattern (mixer='transformer' is pattern=attention, "),
+    ("--config.model.rope_theta=500", "write model.attention.rope_theta"),
     ("--config.data.length=two", "config.data.length=two: invalid literal"),
     ("--config=configs/quickstart.py", "the run's own is read from --workdir=RUN"),
     ("--steps=2", "there is no flag --steps; did you mean --config.train.steps?"),
@@ -180,6 +182,45 @@ def test_mistyped_fields_end_with_one_line(tmp_path, flag, message):
   done = _overrides(tmp_path, flag)
   assert done.returncode == 2
   assert message in done.stderr
+  assert "Traceback" not in done.stderr
+
+
+# A program that takes a configuration.
+CONFIGURED = """
+from mc_jax import cli
+from mc_jax.training import config
+CONFIG = cli.config_flag()
+cli.run(lambda _: print(config.from_config_dict(CONFIG.value).model.pattern), CONFIG)
+"""
+
+
+@pytest.mark.parametrize(
+  ("line", "flags", "said"),
+  [
+    (
+      'c.model.mixer = "transformer"',
+      [],
+      "there is no model.mixer any more; write model.pattern (mixer='transformer' is",
+    ),
+    ('c.model.pattern = ["memory", "attention"]', [], "('memory', 'attention')"),
+    ("", ["--config.model.pattern=memory,attention"], "('memory', 'attention')"),
+    ("", ["--config.model.pattern=('memory', 'attention')"], "('memory', 'attention')"),
+  ],
+)
+def test_a_pattern_is_written_in_a_file_or_a_flag_and_a_mixer_is_told_of(tmp_path, line, flags, said):
+  (tmp_path / "door.py").write_text(CONFIGURED)
+  lines = [
+    "from mc_jax.training import config",
+    "def get_config():",
+    "  c = config.default()",
+    f"  {line}",
+    "  return c",
+  ]
+  (tmp_path / "config.py").write_text("\n".join(lines))
+  command = [sys.executable, tmp_path / "door.py", f"--config={tmp_path / 'config.py'}", *flags]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert said in done.stdout + done.stderr
+  assert done.returncode == (2 if "mixer" in line else 0)
   assert "Traceback" not in done.stderr
 
 

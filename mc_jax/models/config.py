@@ -113,7 +113,7 @@ class ModelConfig:
       *self.memory.problems(f"{prefix}.memory"),
       *self.attention.problems(f"{prefix}.attention"),
     ]
-    unknown = list(self._unknown(prefix))
+    unknown = self.unknown_layers(prefix)
     found += unknown
     if not unknown and self.layers >= 1 and self.layers % self.period:
       several = ", ".join(str(n * self.period) for n in (1, 2, 3))
@@ -149,11 +149,14 @@ class ModelConfig:
       *lines.indivisible(self.vocab_size, f"model.vocab_size={self.vocab_size}", sizes, "model"),
     ]
 
-  def _unknown(self, prefix: str):
-    for field, kind in {"pattern": Mixer, "feed_forward": FeedForward}.items():
-      value, valid = getattr(self, field), layer.names(kind)
-      if not value or not set(value) <= set(valid):
-        yield f"{prefix}.{field}={','.join(map(str, value))} must be one or more of {', '.join(valid)}"
+  def unknown_layers(self, prefix: str = "model") -> list[str]:
+    """A line for each pattern that is empty or names a layer that does not exist; then layers cannot be asked."""
+    valid = {"pattern": layer.names(Mixer), "feed_forward": layer.names(FeedForward)}
+    return [
+      f"{prefix}.{field}={','.join(getattr(self, field))} must be one or more of {', '.join(names)}"
+      for field, names in valid.items()
+      if not set() < set(getattr(self, field)) <= set(names)
+    ]
 
 
 def with_memories() -> str:

@@ -104,10 +104,9 @@ class Config:
     if found := _wrong_types(self):
       return found
     data, model, train = self.data, self.model, self.train
-    model_found = model.problems("model")
     found = [
       *data.problems("data"),
-      *model_found,
+      *model.problems("model"),
       *self.optimizer.problems("optimizer"),
       *train.problems("train"),
       *self.mesh.problems("mesh"),
@@ -119,8 +118,8 @@ class Config:
         f"train.microbatches={train.microbatches} does not divide "
         f"data.batch_size={data.batch_size}: use one of {_divisors(data.batch_size)}"
       )
-    if model_found:
-      return found  # what its layers would answer is of no use
+    if model.unknown_layers():
+      return found
     if train.probe_every and not model.has_memories:
       found.append(
         f"train.probe_every={train.probe_every} needs memories: a model.pattern with {with_memories()}, "
