@@ -1,5 +1,8 @@
 """Saved prompts: what is loaded is what was saved, and by the same model."""
 
+import dataclasses
+import types
+
 import chex
 import jax
 import numpy as np
@@ -43,6 +46,23 @@ def test_what_is_loaded_goes_on_as_what_was_saved(saved):
   loaded = prompts.load(folder, decoder())
   chex.assert_trees_all_equal(jax.device_get(loaded), (logits, cache))
   np.testing.assert_array_equal(continued(decoder(), loaded), continued(decoder(), decoder().prefill([PROMPT])))
+
+
+def test_a_prompt_of_a_model_with_a_mixer_is_read(saved, tmp_path, monkeypatch):
+  """As all were saved before models had patterns: the cache of equal layers was in no tuple."""
+
+  def as_it_was(config):
+    tree = dataclasses.asdict(config)
+    if isinstance(config, ModelConfig):
+      del tree["pattern"], tree["feed_forward"]
+      tree |= {"mixer": "memory_caching", **tree.pop("attention")}
+    return tree
+
+  _, logits, cache = saved
+  with monkeypatch.context() as patched:
+    patched.setattr(prompts, "dataclasses", types.SimpleNamespace(asdict=as_it_was))
+    prompts.save(tmp_path / "old", decoder(), logits, cache._replace(layers=cache.layers[0]))
+  chex.assert_trees_all_equal(jax.device_get(prompts.load(tmp_path / "old", decoder())), (logits, cache))
 
 
 def test_on_another_mesh(saved):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import types
 
 import chex
 import jax
@@ -13,8 +14,9 @@ from flax import nnx
 from mc_jax.data import datasets
 from mc_jax.errors import ConfigError
 from mc_jax.models import MemoryConfig
+from mc_jax.models.attention import AttentionConfig
 from mc_jax.parallel.mesh import MeshConfig
-from mc_jax.training import state, trained
+from mc_jax.training import checkpointing, state, trained
 from mc_jax.training.checkpointing import Checkpoints
 
 MEMORY = MemoryConfig(rule="linear", aggregation="none", chunk=4, segment_length=8)
@@ -84,6 +86,26 @@ def test_after_training_a_state_is_made_and_cached_each_training_length(run):
 def test_other_overrides_are_refused_by_name(run, overrides, message):
   with pytest.raises(ConfigError, match=message):
     trained.load(run[0], overrides)
+
+
+def test_a_checkpoint_with_a_mixer_in_its_configuration_is_read(tiny, alone, tmp_path, monkeypatch):
+  """As all had it before models had patterns."""
+
+  def as_it_was(config):
+    tree = dataclasses.asdict(config)
+    del tree["model"]["pattern"], tree["model"]["feed_forward"]
+    tree["model"] |= {"mixer": "transformer", **tree["model"].pop("attention")}
+    return tree
+
+  config = tiny(pattern="attention", attention=AttentionConfig(rope_theta=500.0))
+  current, batches = state.create(config, alone), datasets.load(config.data).batches(alone)
+  monkeypatch.setattr(checkpointing, "dataclasses", types.SimpleNamespace(asdict=as_it_was))
+  with Checkpoints(epath.Path(tmp_path), keep=2) as checkpoints:
+    checkpoints.save(1, current, batches, config)
+    assert checkpoints.config(1)["model"]["mixer"] == "transformer"
+  loaded = trained.load(tmp_path)
+  assert loaded.config == config
+  chex.assert_trees_all_equal(loaded.params, current.params)
 
 
 def test_on_a_mesh(run):
