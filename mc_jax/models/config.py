@@ -55,7 +55,7 @@ class MemoryConfig:
       *_choices(
         prefix,
         self,
-        rule=memory.RULES,
+        rule=memory.rules.names(),
         aggregation=memory.AGGREGATIONS,
         segmentation=memory.segments.NAMES,
         carry=memory.CARRIES,
@@ -80,7 +80,7 @@ class MemoryConfig:
       *_positive(prefix, self, "gate_scale", "max_step"),
       *_at_least(prefix, self, max_grad_norm=0),
     ]
-    deep = self.rule in ("dla", "titans")
+    deep = self.rule in memory.rules.names() and "normalized" in memory.rules.options(self.rule)
     if deep and self.solve and not self.normalized:
       found.append(f"{prefix}.solve=True needs {prefix}.normalized=True, got False")
     if deep and self.normalized and (self.max_grad_norm or 0) > 0:
@@ -264,6 +264,6 @@ def completed(tree: dict) -> dict:
   """
   stored = tree.get("memory", {})
   then = {"dense_steps": 0}
-  if stored.get("rule", MemoryConfig.rule) in ("dla", "titans"):
+  if "normalized" in memory.rules.options(stored.get("rule", MemoryConfig.rule)):
     then["normalized"] = False
   return tree | {"memory": then | stored}

@@ -7,7 +7,6 @@ from typing import TypeVar
 import jax
 from flax import nnx
 
-from mc_jax import memory
 from mc_jax.memory import caching
 from mc_jax.models.language_model import LanguageModel, number_documents
 from mc_jax.models.mixer import MemoryCaching
@@ -43,13 +42,6 @@ def look(
 def _read(mixer: MemoryCaching, x: jax.Array, document: jax.Array | None) -> tuple[jax.Array, caching.Cached]:
   """A call of the mixer on x [batch, length, d_model], and what its passes leave behind."""
   inputs = mixer.project(x, document)
-  y, cached = caching.caching_of_part(
-    *inputs[:4],
-    inputs.gates,
-    mixer.initial_memory(),
-    None if document is None else memory.documents.index(document),
-    inputs.token_scores,
-    dataclasses.replace(mixer.config.memory.build_options(), implementation="xla"),
-    keep=True,
-  )
+  options = dataclasses.replace(mixer.config.memory.build_options(), implementation="xla")
+  y, cached = caching.run_part(inputs.tokens, mixer.initial_memory(), options, keep=True)
   return mixer.read_out(y, inputs, document), cached

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mc_jax import memory
-from mc_jax.memory import decode, online
+from mc_jax.memory import arithmetic, decode
 from mc_jax.models.cache import CacheConfig, LayerCache
 from mc_jax.models.config import ModelConfig
 from mc_jax.models.convolution import CausalConvolution
@@ -23,23 +23,17 @@ LEARNED = 0.7
 
 
 class Inputs(NamedTuple):
-  """What a memory is given for each token, all but the gates in the computation's dtype.
+  """What a layer makes of its tokens.
 
   Attributes:
-    q, k, v, u: [batch, length, heads, head_dim]; query and key of unit length.
+    tokens: what their memories are given: q, k, v, u in the computation's dtype, query and key of unit length; gates
+      and scores float32.
     output_gate: like q, before its SiLU.
-    gates: {name: [batch, length, heads]} float32, the rule's per-token scalars.
-    token_scores: [batch, length, heads, ages] float32 with memory.gate="token", else None.
     convolved: what the convolutions are given, {"query", "key", "value": like q}.
   """
 
-  q: jax.Array
-  k: jax.Array
-  v: jax.Array
-  u: jax.Array
+  tokens: memory.Tokens
   output_gate: jax.Array
-  gates: dict[str, jax.Array]
-  token_scores: jax.Array | None
   convolved: dict[str, jax.Array]
 
 
@@ -80,8 +74,8 @@ class MemoryCaching(nnx.Module):
     for name in ("query", "key", "value"):
       setattr(self, f"{name}_convolution", CausalConvolution(heads, config.conv_width, rngs=rngs))
     if self.rule.gates:
-      starts = self.rule.gate_init(_longest_segment(config))
-      self.token_gates = TokenGates(starts, config.d_model, config.heads, rngs=rngs)
+      sizes = config.d_model, config.heads, config.head_dim
+      self.token_gates = TokenGates(self.rule, _longest_segment(config), *sizes, rngs=rngs)
     if config.memory.gate == "token":
       ages = {"heads": config.heads, "age": config.ages}
       self.age_scores = Linear(embed, ages, rngs=rngs)
@@ -89,9 +83,9 @@ class MemoryCaching(nnx.Module):
       start = self.rule.init(rngs.params(), heads=config.heads, head_dim=config.head_dim)
       names = ("heads", "memory_in", "memory_out")
       self.initial = nnx.Dict({name: parameter(lambda *_, w=w: w, w.shape, names, rngs) for name, w in start.items()})
-    if self.rule.normalized:
+    if self.rule.initial_apart:
       self.initial_norm = RMSNorm(heads, rngs=rngs)
-    self.norm = RMSNorm(heads, LEARNED if self.rule.normalized else 1.0, rngs=rngs)
+    self.norm = RMSNorm(heads, LEARNED if self.rule.initial_apart else 1.0, rngs=rngs)
     self.output = Linear(heads, embed, dtype=config.dtype, scale=residual_scale(config.layers), rngs=rngs)
 
   def __call__(self, x: jax.Array, document: jax.Array | None = None) -> jax.Array:
@@ -103,18 +97,8 @@ class MemoryCaching(nnx.Module):
     """
     config = self.config.memory
     inputs = self.project(x, document)
-    y = context.memory_caching(
-      inputs.q,
-      inputs.k,
-      inputs.v,
-      inputs.u,
-      inputs.gates,
-      self.initial_memory(),
-      config.build_options(),
-      segment_ids=document,
-      token_scores=inputs.token_scores,
-      read_buffer=config.read_buffer_mib << 20,
-    )
+    read_buffer = config.read_buffer_mib << 20
+    y = context.run(inputs.tokens, self.initial_memory(), config.build_options(), read_buffer=read_buffer)
     return self.read_out(y, inputs, document)
 
   def init_cache(self, config: CacheConfig, batch: int) -> LayerCache:
@@ -133,14 +117,8 @@ class MemoryCaching(nnx.Module):
   def prefill(self, x: jax.Array, lengths: jax.Array | None, config: CacheConfig) -> tuple[jax.Array, LayerCache]:
     """A call on whole prompts x [batch, length, d_model] of `lengths` [batch] tokens, and the cache after them."""
     inputs = self.project(x)
-    y, memory = decoding.prefill(
-      self.options(config),
-      *inputs[:4],
-      inputs.gates,
-      self.initial_memory(),
-      lengths=lengths,
-      token_scores=inputs.token_scores,
-    )
+    initial = self.initial_memory()
+    y, memory = decoding.prefill(self.options(config), inputs.tokens, initial, lengths=lengths)
     tails = {name: self.query_convolution.tail(x, lengths) for name, x in inputs.convolved.items()}
     return self.read_out(y, inputs), _layer_cache(tails, memory)
 
@@ -150,15 +128,8 @@ class MemoryCaching(nnx.Module):
     """A call on the next token x [batch, 1, d_model] of the sequences that are active [batch] (None: all are)."""
     tails = cache.own.tails
     inputs = self.project(x, tails=tails)
-    y, memory = decoding.step(
-      self.options(config),
-      *inputs[:4],
-      inputs.gates,
-      self.initial_memory(),
-      cache.own.memory._replace(**cache.slots, first=cache.first),
-      token_scores=inputs.token_scores,
-      active=active,
-    )
+    before = cache.own.memory._replace(**cache.slots, first=cache.first)
+    y, memory = decoding.step(self.options(config), inputs.tokens, self.initial_memory(), before, active=active)
 
     def moved_on(tail, x):
       new = jnp.concatenate([tail, x], axis=1)[:, 1:]
@@ -190,16 +161,16 @@ class MemoryCaching(nnx.Module):
       return jax.nn.silu(convolution(convolved[name], document, tails and tails[name]))
 
     q = l2_normalize(convolve("query"))
-    return Inputs(
+    tokens = memory.Tokens(
       q=q,
       k=l2_normalize(convolve("key")),
       v=convolve("value"),
       u=connector[0] if connector else q,
-      output_gate=output_gate,
       gates=self.token_gates(x) if self.rule.gates else {},
+      documents=None if document is None else memory.documents.index(document),
       token_scores=self.age_scores(x) if self.config.memory.gate == "token" else None,
-      convolved=convolved,
     )
+    return Inputs(tokens, output_gate, convolved)
 
   def initial_memory(self) -> memory.networks.Weights:
     """M_0: {weight: [heads, in, out]} float32, learned or the rule's constant."""
@@ -211,12 +182,12 @@ class MemoryCaching(nnx.Module):
   def read_out(self, y: jax.Array, inputs: Inputs, document: jax.Array | None = None) -> jax.Array:
     """(RMSNorm(y) * SiLU(x W_g)) W_o: the memories' answers y, normed by head, back to d_model.
 
-    Of normalized rules what memories have learned, y - M_0(q), and what M_0 answers, the network's own skip in it, are
-    normed each by itself and added: of many caches weighed alike one holds what is asked for, and all hold M_0's
-    answer, beside which a norm of the sum would leave little of the rest.
+    Where M_0 is as loud as what memories have learned (`Rule.initial_apart`), y - M_0(q) and M_0(q), which has the
+    network's own skip in it, are normed each by itself and added: of many caches weighed alike one holds what is asked
+    for, and all hold M_0's answer, beside which a norm of the sum would leave little of the rest.
     """
-    if self.rule.normalized:
-      untaught = self.untaught(inputs.q, document)
+    if self.rule.initial_apart:
+      untaught = self.untaught(inputs.tokens.q, document)
       read = self.norm(y - untaught) + self.initial_norm(untaught)
     else:
       read = self.norm(y)
@@ -227,7 +198,7 @@ class MemoryCaching(nnx.Module):
     if document is not None:
       q = jnp.where((document > 0)[:, :, None, None], q, 0)
     network, weights = self.rule.network, self.initial_memory()
-    y = network(jnp.moveaxis(q, 2, 1), online.dense(weights, q.dtype))
+    y = network(jnp.moveaxis(q, 2, 1), arithmetic.dense(weights, q.dtype))
     return jnp.moveaxis(y, 1, 2).astype(q.dtype)
 
 

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from mc_jax.errors import ConfigError
-from mc_jax.memory import online
 from mc_jax.memory.rules import Rule
 from mc_jax.parallel import attention, chips, hlo_cost, topology
 from mc_jax.parallel.mesh import MeshConfig
@@ -316,7 +315,7 @@ def _state_numbers(rule: Rule, head_dim: int) -> int:
 
   def start(key):
     fresh = rule.init(key, heads=1, head_dim=head_dim)
-    return online.start_state(rule, fresh, jnp.zeros((1, 1, 1, head_dim)))._replace(tail=None)
+    return rule.start(fresh, jnp.zeros((1, 1, 1, head_dim)))
 
   return sum(math.prod(w.shape) for w in jax.tree.leaves(jax.eval_shape(start, jax.random.key(0))))
 

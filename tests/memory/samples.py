@@ -50,6 +50,11 @@ class Inputs(NamedTuple):
   init: dict[str, chex.Array]
   token_scores: chex.Array | None = None
 
+  def tokens(self, segment_ids=None) -> memory.Tokens:
+    """All but init, as one record."""
+    documents = None if segment_ids is None else memory.documents.index(segment_ids)
+    return memory.Tokens(self.q, self.k, self.v, self.u, self.gates, documents, self.token_scores)
+
 
 def inputs(rule, *, batch=4, length=LENGTH, heads=2, head_dim=4, ages=None, seed=0) -> Inputs:
   """Random inputs, float64 numpy: normalised keys, M_0 never zero, gates that matter."""
