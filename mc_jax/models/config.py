@@ -134,7 +134,7 @@ class MemoryConfig:
   def build_rule(self) -> memory.rules.Rule:
     """The rule, made with those of its options that it takes."""
     values = dataclasses.asdict(self)
-    options = {name: values[name] for name in memory.rules.options(self.rule)}
+    options = {name: values[name] for name in memory.rules.options(self.rule) if name in values}
     if options.get("max_grad_norm") is None:
       options.pop("max_grad_norm", None)
     elif options["max_grad_norm"] == 0:

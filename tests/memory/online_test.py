@@ -147,9 +147,8 @@ def test_decays_over_a_thousand_tokens_are_finite_and_right_in_float32(low):
       expected = (decay, carry, row)
       actual = (c.decay[t], c.carry[t], c.mix[t])
       chex.assert_trees_all_close(actual, jax.tree.map(np.float32, expected), rtol=1e-3, atol=1e-6)
-  chex.assert_trees_all_close(
-    (c.kept[-1], c.momentum), jax.tree.map(np.float32, (kept, momentum)), rtol=1e-3, atol=1e-6
-  )
+  found = c.kept[-1], c.momentum
+  chex.assert_trees_all_close(found, jax.tree.map(np.float32, (kept, momentum)), rtol=1e-3, atol=1e-6)
 
 
 @FLOAT64
