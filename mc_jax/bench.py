@@ -29,7 +29,7 @@ from mc_jax.models.config import MemoryConfig, ModelConfig
 from mc_jax.models.memory_caching import MemoryCaching
 from mc_jax.parallel import axes, hlo_cost, mesh, topology
 
-_RULES = flags.DEFINE_list("rules", list(memory.RULES), "Memory rules.")
+_RULES = flags.DEFINE_list("rules", list(memory.rules.names()), "Memory rules.")
 _AGGREGATIONS = flags.DEFINE_list("aggregations", list(memory.AGGREGATIONS), "Ways to read the cache.")
 _LENGTHS = cli.numbers_flag("lengths", [1024], "Sequence lengths, tokens.", least=1)
 _CARRY = flags.DEFINE_enum("carry", "checkpoint", memory.CARRIES, "What a segment starts from.")

@@ -13,7 +13,8 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import megablox
 
 from mc_jax.kernels import cost, gated_sum, grouped
-from mc_jax.memory import aggregate, fused, networks, online, passes, rules, segments, triangular
+from mc_jax.memory import aggregate, arithmetic, fused, networks, passes, rules, segments
+from mc_jax.memory.tokens import Tokens
 
 BATCH, HEADS, LENGTH, SEGMENT, EXPANSION, TOP_K = 4, 8, 4096, 256, 4, 2
 ROWS, CACHES = BATCH * HEADS, LENGTH // SEGMENT - 1
@@ -28,7 +29,7 @@ def array(*shape, dtype=jnp.float32):
 
 def reading(rule):
   """What a token reads of its online memory."""
-  return lambda memory, x: rule.network(x, lambda name, z: online.read(memory, name, z, jnp.bfloat16))
+  return lambda memory, x: rule.network(x, lambda name, z: memory.read(name, z, jnp.bfloat16))
 
 
 def write(rule, head_dim, *, carries=True):
@@ -42,7 +43,7 @@ def write(rule, head_dim, *, carries=True):
     written = fused.write(rule, fresh, tokens, lengths, read=reading(rule), carries=carries, side_by_side=1)
     return written.y, written.states.memory
 
-  return fn, (fresh, passes.Tokens(vector, vector, vector, None, gates, None))
+  return fn, (fresh, Tokens(vector, vector, vector, None, gates))
 
 
 def write_flops(rule, head_dim):
@@ -50,9 +51,9 @@ def write_flops(rule, head_dim):
   vector = array(1, 1, rule.chunk, head_dim, dtype=jnp.bfloat16)
   gates = {name: array(1, 1, rule.chunk) for name in rule.gates}
   fresh = jax.eval_shape(lambda: rule.init(jax.random.key(0), heads=1, head_dim=head_dim))
-  state = jax.eval_shape(lambda fresh, k: online.start_state(rule, fresh, k), fresh, vector)
-  tokens = passes.Tokens(vector, vector, vector, None, gates, None)
-  step = functools.partial(passes.write_chunk, rule, reading(rule), solve=triangular.solve_in_kernel)
+  state = jax.eval_shape(rule.start, fresh, vector)
+  tokens = Tokens(vector, vector, vector, None, gates)
+  step = functools.partial(passes.write_chunk, rule, reading(rule), solve=arithmetic.solve_in_kernel)
   return cost.work(step, fresh, state, tokens).flops
 
 

@@ -1,12 +1,14 @@
 """Memory Caching as pure functions over arrays and pytrees (arXiv:2602.24281)."""
 
-from mc_jax.memory import decode, documents, gates, networks, rules, segments
+from mc_jax.memory import decode, documents, gates, networks, rules, segments, tokens
 from mc_jax.memory.aggregate import NAMES as AGGREGATIONS
-from mc_jax.memory.caching import memory_caching
+from mc_jax.memory.caching import memory_caching, run
 from mc_jax.memory.gates import NAMES as GATES
 from mc_jax.memory.gates import POOLS
 from mc_jax.memory.options import CARRIES, IMPLEMENTATIONS, Options
-from mc_jax.memory.rules import NAMES as RULES
+from mc_jax.memory.tokens import Tokens
+
+RULES = rules.names()  # those that come with the package
 
 __all__ = [
   "AGGREGATIONS",
@@ -16,11 +18,14 @@ __all__ = [
   "POOLS",
   "RULES",
   "Options",
+  "Tokens",
   "decode",
   "documents",
   "gates",
   "memory_caching",
   "networks",
   "rules",
+  "run",
   "segments",
+  "tokens",
 ]

@@ -1,23 +1,140 @@
 """Reading cached memories (arXiv:2602.24281, section 3): all of them, gated, or the few that were selected.
 
-A read is a plain function of (queries, gates, stacked states), in long query tiles; writing, in short chunks, is
-online.py's. Stacked states are {name: [n, batch, heads, in, out]}.
+A read is a plain function of (queries, gates, stacked states), in long query tiles; writing, in short chunks, is the
+rules'. Stacked states are {name: [n, batch, heads, in, out]}.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mc_jax.memory.networks import Network, Weights
-from mc_jax.memory.online import dense, product, state_dtype
+from mc_jax.memory import gates as gating
+from mc_jax.memory.arithmetic import dense, product, state_dtype
+from mc_jax.memory.networks import Linear, Network, Weights
 
 NAMES = ("none", "residual", "grm", "soup", "ssc")
 
-Contribution = Callable[[jax.Array, Weights], jax.Array]
+
+class Contribution(Protocol):
+  """What a memory contributes to a read. Static under jit."""
+
+  def through(self, linear: Linear, x: jax.Array) -> jax.Array:
+    """Of memories whose layers `linear` reads: x [b, h, T, in] to [b, h, T, out]."""
+
+  def weights(self, memory: Weights) -> Weights:
+    """Those of a memory's weights that it reads."""
+
+  def __call__(self, x: jax.Array, memory: Weights) -> jax.Array:
+    """Of a state {name: [b, h, in, out]}; at least float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class whole:
+  """M(x): what a cached memory contributes to residual and grm (Eq. 7, 9), its hidden layers included."""
+
+  network: Network
+
+  def through(self, linear: Linear, x: jax.Array) -> jax.Array:
+    return self.network(x, linear)
+
+  def weights(self, memory: Weights) -> Weights:
+    return memory
+
+  def __call__(self, x: jax.Array, memory: Weights) -> jax.Array:
+    return self.network(x, dense(memory, x.dtype)).astype(state_dtype(x.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class layer:
+  """x W: what a cached memory contributes to one layer of a soup (Eq. 14-15)."""
+
+  name: str
+
+  def through(self, linear: Linear, x: jax.Array) -> jax.Array:
+    return linear(self.name, x)
+
+  def weights(self, memory: Weights) -> Weights:
+    return {self.name: memory[self.name]}
+
+  def __call__(self, x: jax.Array, memory: Weights) -> jax.Array:
+    return product(x, memory[self.name], x.dtype)
+
+
+class Memories(Protocol):
+  """The memories of some tokens, however they are at hand: x [b, h, T, in] to [b, h, T, out], at least float32."""
+
+  def online(self, contribution: Contribution, x: jax.Array) -> jax.Array:
+    """Every token's read of its online memory; asked for first."""
+
+  def cached(self, contribution: Contribution, x: jax.Array, gamma: jax.Array) -> jax.Array:
+    """Every token's gated read of the n caches, gamma [b, h, T, n]."""
+
+  def selected(self, network: Network, x: jax.Array, index: jax.Array, gamma: jax.Array) -> jax.Array:
+    """Every token's gated read of the k caches that it chose, index and gamma [b, h, T, k]."""
+
+
+class Reads(NamedTuple):
+  """Which caches tokens read.
+
+  Attributes:
+    visible: to a token, [b or 1, 1, length, n] bool.
+    online, cached: gamma of the online memory [b, h, length] and of the caches [b, h, length, n], under ssc of the k
+      selected ones.
+    index: under ssc the selected ones, [b, h, length, k] int32; else None.
+    kept: under ssc which of these are visible at all; else None.
+  """
+
+  visible: jax.Array
+  online: jax.Array
+  cached: jax.Array
+  index: jax.Array | None = None
+  kept: jax.Array | None = None
+
+
+def aggregate(
+  options, q: jax.Array, scores: tuple[jax.Array, jax.Array], visible: jax.Array, memories: Memories
+) -> tuple[jax.Array, Reads | None]:
+  """y_t = Agg({M^(i)}, M_t; q_t) (Eq. 5), whether a sequence is written or a token decoded.
+
+  Args:
+    options: of the memories, `Options`.
+    q: [b, h, T, d].
+    scores: of the online memory [b, h, T] and of the caches [b, h, T, n].
+    visible: bool, which caches a token may read, broadcasts against their scores.
+    memories: the online one and the caches.
+
+  Returns:
+    [b, h, T, d], at least float32; which caches tokens read, None if none.
+  """
+  network = options.rule.network
+  if options.aggregation == "none":
+    return memories.online(whole(network), q), None
+  if options.aggregation == "ssc":  # Eq. 16-17
+    index, kept_scores, kept = gating.select(scores[1], visible, options.top_k)
+    gamma_online, gamma = gating.weigh(options.gate, options.gate_scale, scores[0], kept_scores, kept)
+    y = gamma_online[..., None] * memories.online(whole(network), q)
+    if index.shape[-1]:  # a single segment has no caches
+      y += memories.selected(network, q, index, gamma)
+    return y, Reads(visible, gamma_online, gamma, index, kept)
+
+  gate = "constant" if options.aggregation == "residual" else options.gate
+  gamma_online, gamma = gating.weigh(gate, options.gate_scale, *scores, visible)
+
+  def read(contribution, x):
+    return gamma_online[..., None] * memories.online(contribution, x) + memories.cached(contribution, x, gamma)
+
+  if options.aggregation == "soup":
+    # The network runs once, over weights that are a mixture: each layer writes the online memory for its own read of it
+    # and makes one gated read over all memories. The mixture is never built.
+    y = network(q, lambda name, x: read(layer(name), x.astype(q.dtype)))
+  else:
+    y = read(whole(network), q)
+  return y, Reads(visible, gamma_online, gamma)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -86,16 +203,6 @@ def _at(states: Weights, i: jax.Array) -> Weights:
   return {name: lax.dynamic_index_in_dim(w, i, 0, keepdims=False) for name, w in states.items()}
 
 
-def whole(network: Network) -> Contribution:
-  """M(x): what a cached memory contributes to residual and grm (Eq. 7, 9), its hidden layers included."""
-  return functools.partial(_read_block, network)
-
-
-def layer(name: str) -> Contribution:
-  """x W: what a cached memory contributes to one layer of a soup (Eq. 14-15)."""
-  return functools.partial(_read_layer, name)
-
-
 def read_selected(network: Network, q: jax.Array, index: jax.Array, gates: jax.Array, states: Weights) -> jax.Array:
   """sum over a token's selected memories of gamma M(q) (Eq. 17): a mixture of experts whose experts are the caches.
 
@@ -132,7 +239,7 @@ def read_few(
   y = 0.0
   for slot in range(index.shape[-1]):
     gate = gates[..., slot, None]
-    y += jnp.where(gate == 0, 0.0, gate * _read_block(network, q, fetch(index[:, :, 0, slot])))
+    y += jnp.where(gate == 0, 0.0, gate * whole(network)(q, fetch(index[:, :, 0, slot])))
   return y
 
 
@@ -278,7 +385,7 @@ def _read_blocks(network: Network, x: jax.Array, owner: jax.Array, states: Weigh
   """M^(owner)(x): x [steps, b, h, g, block, d], owner [steps, b, h, g], states {name: [b, h, n, in, out]}."""
 
   def read(_, xs):
-    return None, _read_block(network, xs[0], _gather(states, xs[1]))
+    return None, whole(network)(xs[0], _gather(states, xs[1]))
 
   return lax.scan(read, None, (x, owner))[1]
 
@@ -295,7 +402,7 @@ def _read_blocks_backward(network, residuals, cotangent):
 
   def read(totals, xs):
     x, owner, cotangent = xs
-    _, pull = jax.vjp(functools.partial(_read_block, network), x, _gather(states, owner))
+    _, pull = jax.vjp(whole(network), x, _gather(states, owner))
     x_part, state_part = pull(cotangent)
     # In place: through the transpose of the gather every step would add up n states.
     return jax.tree.map(lambda total, part: total.at[batch, heads, owner].add(part), totals, state_part), x_part
@@ -305,14 +412,6 @@ def _read_blocks_backward(network, residuals, cotangent):
 
 
 _read_blocks.defvjp(_read_blocks_forward, _read_blocks_backward)
-
-
-def _read_block(network: Network, x: jax.Array, memory: Weights) -> jax.Array:
-  return network(x, dense(memory, x.dtype)).astype(state_dtype(x.dtype))
-
-
-def _read_layer(name: str, x: jax.Array, memory: Weights) -> jax.Array:
-  return product(x, memory[name], x.dtype)
 
 
 def _gather(states: Weights, owner: jax.Array) -> Weights:

@@ -1,8 +1,8 @@
 """Decoding: a prompt at once, then token by token, with the numbers of the whole sequence's forward pass.
 
-A token in the middle of a chunk is a chunk of one token, whose inner gradient is taken where those of its chunk are
-(`online.Chunk`): what `online.write` does for a chunk it does here for a token, and all scores, gates and reads are
-training's own.
+A token in the middle of a chunk is a chunk of one token, whose inner gradient is taken where those of its chunk are:
+what a rule's `write` does for a chunk it does here for a token, told what came before it in its chunk. Scores, gates
+and reads are training's own.
 
 The finished segments' states lie in slots. A segment's state goes into its slot when the next segment's first token
 comes: until then nobody reads it. When no slot is left it takes the oldest one's place; who wants an error instead asks
@@ -11,17 +11,21 @@ comes: until then nobody reads it. When no slot is left it takes the oldest one'
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mc_jax.memory import aggregate, arguments, caching, networks, online, pages, passes, segments
+from mc_jax.memory import aggregate, caching, pages, passes, segments
 from mc_jax.memory import documents as documents_lib
 from mc_jax.memory import gates as gating
-from mc_jax.memory.networks import Weights
-from mc_jax.memory.online import state_dtype
+from mc_jax.memory import options as options_lib
+from mc_jax.memory import tokens as tokens_lib
+from mc_jax.memory.arithmetic import solve, state_dtype
+from mc_jax.memory.networks import Network, Weights
+from mc_jax.memory.rules import State
+from mc_jax.memory.tokens import Tokens
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
 MEMORIES = ("device", "host")
@@ -32,7 +36,7 @@ class CacheFull(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(caching.Options):
+class Options(options_lib.Options):
   """What a layer's memories are, and its cache. Static under jit.
 
   Attributes:
@@ -55,9 +59,9 @@ class Options(caching.Options):
     super().__post_init__()
     if not isinstance(self.segmentation, segments.Constant):
       raise ValueError(f"only constant segments can be decoded, got {self.segmentation}")
-    arguments.at_least_one("capacity", self.capacity)
-    arguments.one_of("cache_dtype", self.cache_dtype, (None, *CACHE_DTYPES))
-    arguments.one_of("memory", self.memory, MEMORIES)
+    options_lib.at_least_one("capacity", self.capacity)
+    options_lib.one_of("cache_dtype", self.cache_dtype, (None, *CACHE_DTYPES))
+    options_lib.one_of("memory", self.memory, MEMORIES)
     if self.memory == "host" and self.aggregation != "ssc":
       raise ValueError(
         f"memory='host' needs aggregation='ssc', which reads few states; {self.aggregation!r} would fetch all of them "
@@ -73,11 +77,6 @@ class Options(caching.Options):
   def slots(self) -> int:
     """Slots of a layer: none where nothing is read from them."""
     return 0 if self.aggregation == "none" else self.capacity
-
-  @property
-  def chunked(self) -> bool:
-    """Whether inner gradients depend on the state, so that where a chunk began must be kept."""
-    return not self.rule.affine
 
   @property
   def chunk(self) -> int:
@@ -113,7 +112,7 @@ class Cache(NamedTuple):
   Attributes:
     position: [b] int32, tokens so far.
     state: what the memory carries, leaves [b, h, ...], at least float32.
-    chunk: what inner gradients in the current chunk depend on; None where they do not depend on the state.
+    chunk: what came in the current chunk before the next token, as the rule has it; None if it is not `frozen`.
     keys: [b, h, d], the sum of the current segment's keys.
     memories: the cached states, {name: [slots, b, h, in, out]} or Quantized; Paged in host memory.
     summaries: of the cached segments, [slots, b, h, d].
@@ -121,8 +120,8 @@ class Cache(NamedTuple):
   """
 
   position: jax.Array
-  state: online.State
-  chunk: online.Chunk | None
+  state: State
+  chunk: Any
   keys: jax.Array
   memories: Memories
   summaries: jax.Array
@@ -155,12 +154,12 @@ def init_cache(options: Options, init: Weights, *, batch: int, head_dim: int, dt
   """
   heads, wide = len(next(iter(init.values()))), state_dtype(dtype)
   fresh = {name: w.astype(wide) for name, w in init.items()}
-  state = online.start_state(options.rule, fresh, jnp.zeros((batch, heads, 1, head_dim), dtype))
+  state = options.rule.start(fresh, jnp.zeros((batch, heads, 1, head_dim), dtype))
   empty = {name: jnp.zeros((options.slots, *w.shape), wide) for name, w in state.memory.items()}
   return Cache(
     position=jnp.zeros(batch, jnp.int32),
     state=state,
-    chunk=_new_chunk(options, state, dtype) if options.chunked else None,
+    chunk=options.rule.begin(state, options.chunk, dtype) if options.rule.frozen else None,
     keys=jnp.zeros((batch, heads, head_dim), wide),
     memories=_to_memory(_store(options, empty, dtype)),
     summaries=jnp.zeros((options.slots, batch, heads, head_dim), wide),
@@ -169,22 +168,14 @@ def init_cache(options: Options, init: Weights, *, batch: int, head_dim: int, dt
 
 
 def prefill(
-  options: Options,
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  u: jax.Array,
-  gates: dict[str, jax.Array],
-  init: Weights,
-  *,
-  lengths: jax.Array | None = None,
-  token_scores: jax.Array | None = None,
+  options: Options, tokens: Tokens, init: Weights, *, lengths: jax.Array | None = None
 ) -> tuple[jax.Array, Cache]:
   """`memory_caching` of whole prompts, and the cache from which they go on.
 
   Args:
     options: of the layer.
-    q, k, v, u, gates, init, token_scores: as of `memory_caching`.
+    tokens: prompts, without documents.
+    init: M_0, {name: [heads, in, out]}.
     lengths: [batch] int32, tokens of each prompt, at least 1; what follows them is padding. None: all of them.
 
   Returns:
@@ -194,34 +185,29 @@ def prefill(
     ValueError: shapes that do not fit, as `memory_caching`.
   """
   rule, size = options.rule, options.segment_length
-  tokens = dict(q=q, k=k, v=v, u=u)
-  arguments.check_arrays(tokens, gates, init, rule, options.segmentation, options.gate, None, token_scores)
-  batch, length = q.shape[:2]
-  documents = None
+  tokens_lib.check(tokens, init, options)
+  (batch, length, heads, head_dim), dtype = tokens.q.shape, tokens.q.dtype
   if lengths is not None:
     documents = documents_lib.index((jnp.arange(length) < lengths[:, None]).astype(jnp.int32))
-  passes_by = "xla" if options.implementation == "reference" else options.implementation
-  y, cached = caching.caching_of_part(
-    *(q, k, v, u, gates, init, documents, token_scores),
-    dataclasses.replace(options, implementation=passes_by),
-    keep=True,
-  )
+    tokens = tokens._replace(documents=documents)
+  backend = "xla" if options.implementation == "reference" else options.implementation
+  y, cached = caching.run_part(tokens, init, dataclasses.replace(options, implementation=backend), keep=True)
   position = jnp.full(batch, length, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
   segment = _segment(options, position - 1)  # of the last token
   start = segment * size
-  tokens = caching.heads_first(q, k, v, u, gates, documents)._replace(q=None, u=None, documents=None)
+  tokens = tokens_lib.heads_first(tokens)._replace(q=None, u=None, documents=None, token_scores=None)
 
   # The last segment's tokens once more: what a cache needs of its middle, the pass over the sequence does not keep.
   place = jnp.minimum(start[:, None] + jnp.arange(size), length - 1)
   tokens = jax.tree.map(lambda x: _take(x, place), tokens)
   into = position - start  # tokens in the last segment
-  wide = state_dtype(q.dtype)
+  wide = state_dtype(dtype)
   inside = jnp.arange(size) < into[:, None]
   keys = jnp.where(inside[:, None, :, None], tokens.k.astype(wide), 0).sum(2)
   chunk = None
-  if options.chunked:
+  if rule.frozen:
     fresh = {name: w.astype(wide) for name, w in init.items()}
-    first = online.start_state(rule, fresh, tokens.k)
+    first = rule.start(fresh, tokens.k)
     if options.carries:
       before = _of_rows(cached.states, jnp.maximum(segment - 1, 0))
       first = _where(segment > 0, before, first)
@@ -230,44 +216,31 @@ def prefill(
       *(rule, fresh, _valid(tokens, jnp.arange(size) < whole[:, None])._replace(q=tokens.k[..., :0]), (size,)),
       **dict(read=lambda _, x: x, carries=True, side_by_side=1, start=first),
     ).end
-    chunk = online.Chunk(first.memory, None)
-    if rule.solve:
-      place = whole[:, None] + jnp.arange(options.chunk)
-      begun = jax.tree.map(lambda x: _take(x, jnp.minimum(place, size - 1)), tokens)
-      begun = _valid(begun, place < into[:, None])
-      _, memory = online.write(rule, first, fresh, begun.k, begun.v, begun.gates, begun.documents)
-      chunk = online.chunk_of(rule, memory)
+    place = whole[:, None] + jnp.arange(options.chunk)
+    begun = jax.tree.map(lambda x: _take(x, jnp.minimum(place, size - 1)), tokens)
+    begun = _valid(begun, place < into[:, None])
+    _, online = rule.write(first, fresh, begun.k, begun.v, begun.gates, begun.documents, solve=solve)
+    chunk = rule.within(online)
 
   held = jnp.maximum(_held(segment, options.slots), 0)
 
   def slots(x):  # [segments, b, ...] to [capacity, b, ...]
     return x[held.T, jnp.arange(batch)]
 
-  heads, head_dim = q.shape[2:]
   summaries = jnp.zeros((held.shape[1], batch, heads, head_dim), wide)
   return y, Cache(
     position=position,
     state=_of_rows(cached.states, segment),
     chunk=chunk,
     keys=keys,
-    memories=_to_memory(_store(options, {name: slots(w) for name, w in cached.states.memory.items()}, q.dtype)),
+    memories=_to_memory(_store(options, {name: slots(w) for name, w in cached.states.memory.items()}, dtype)),
     summaries=summaries if cached.summaries is None else slots(cached.summaries),
     first=jnp.zeros((), jnp.int32),
   )
 
 
 def step(
-  options: Options,
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  u: jax.Array,
-  gates: dict[str, jax.Array],
-  init: Weights,
-  cache: Cache,
-  *,
-  token_scores: jax.Array | None = None,
-  active: jax.Array | None = None,
+  options: Options, tokens: Tokens, init: Weights, cache: Cache, *, active: jax.Array | None = None
 ) -> tuple[jax.Array, Cache]:
   """The next token of every sequence, wherever in its chunk and segment it is.
 
@@ -275,9 +248,9 @@ def step(
 
   Args:
     options: of the layer.
-    q, k, v, u: [batch, 1, heads, head_dim]; gates {name: [batch, 1, heads]}; init {name: [heads, in, out]}.
+    tokens: one a sequence, q [batch, 1, heads, head_dim] and all else, without documents.
+    init: M_0, {name: [heads, in, out]}.
     cache: of the tokens before.
-    token_scores: [batch, 1, heads, ages], for gate="token".
     active: [batch] bool; what the others bring is not written. None: all are.
 
   Returns:
@@ -286,20 +259,20 @@ def step(
   Raises:
     ValueError: shapes that do not fit, each other or the cache.
   """
-  rule, dtype, before = options.rule, q.dtype, cache
-  tokens = dict(q=q, k=k, v=v, u=u)
-  arguments.check_arrays(tokens, gates, init, rule, options.segmentation, options.gate, None, token_scores)
-  if q.shape != (shape := (cache.keys.shape[0], 1, *cache.keys.shape[1:])):
-    raise ValueError(f"q must be [batch, 1, heads, head_dim] = {shape}, as the cache has it; got {q.shape}")
+  rule, dtype, before = options.rule, tokens.q.dtype, cache
+  tokens_lib.check(tokens, init, options)
+  shape = cache.keys.shape[0], 1, *cache.keys.shape[1:]
+  if tokens.q.shape != shape:
+    raise ValueError(f"q must be [batch, 1, heads, head_dim] = {shape}, as the cache has it; got {tokens.q.shape}")
   fresh = {name: w.astype(state_dtype(dtype)) for name, w in init.items()}
-  x = caching.heads_first(q, k, v, u, gates, None)
+  x = tokens_lib.heads_first(tokens)
   cache = _enter(options, fresh, cache, x.k, active)
-  state, memory = online.write(rule, cache.state, fresh, x.k, x.v, x.gates, None, chunk=cache.chunk)
+  state, online = rule.write(cache.state, fresh, x.k, x.v, x.gates, None, solve=solve, chunk=cache.chunk)
   cache = cache._replace(state=state, keys=cache.keys + x.k[:, :, 0].astype(cache.keys.dtype))
-  if rule.solve:
+  if rule.frozen:
     place = cache.position % options.segment_length % options.chunk
-    cache = cache._replace(chunk=online.advance(rule, cache.chunk, place, memory, x.gates))
-  y = _read(options, x, token_scores, cache)
+    cache = cache._replace(chunk=rule.advance(cache.chunk, place, online, x.gates))
+  y = _read(options, x, cache)
   cache = cache._replace(position=cache.position + 1)
   if active is not None:  # what is in slots was written by the active rows alone
 
@@ -319,28 +292,12 @@ def _enter(options: Options, fresh: Weights, cache: Cache, k: jax.Array, active:
     cache = _append(options, cache, finished, k.dtype)
   state = cache.state
   if not options.carries:
-    state = _where(begins, online.start_state(options.rule, fresh, k), state)
+    state = _where(begins, options.rule.start(fresh, k), state)
   chunk = cache.chunk
-  if options.chunked:
-    chunk = _where(inside % options.chunk == 0, _new_chunk(options, state, k.dtype), chunk)
+  if options.rule.frozen:
+    chunk = _where(inside % options.chunk == 0, options.rule.begin(state, options.chunk, k.dtype), chunk)
   keys = jnp.where(_rows(begins, cache.keys.ndim), 0, cache.keys)
   return cache._replace(state=state, chunk=chunk, keys=keys)
-
-
-def _new_chunk(options: Options, state: online.State, dtype: jnp.dtype) -> online.Chunk:
-  """A chunk that begins at a state and has no token yet."""
-  if not options.rule.solve:
-    return online.Chunk(state.memory, None)
-
-  def empty(*width):
-    return jnp.zeros((*state.memory[last].shape[:-2], options.chunk, *width), state_dtype(dtype))
-
-  last = networks.last(options.rule.network, state.memory)
-  momentum = state.momentum[last] if options.rule.momentum else None
-  accumulated = empty() if options.rule.momentum else None
-  features, answer = state.memory[last].shape[-2:]
-  solving = online.Solving(momentum, empty(features), empty(answer), empty(), accumulated)
-  return online.Chunk(state.memory, solving)
 
 
 def _append(options: Options, cache: Cache, finished: jax.Array, dtype: jnp.dtype) -> Cache:
@@ -364,61 +321,60 @@ def _append(options: Options, cache: Cache, finished: jax.Array, dtype: jnp.dtyp
   return cache._replace(summaries=put(cache.summaries, gating.summary(pool, options.pool)), memories=memories)
 
 
-def _read(options: Options, x: passes.Tokens, token_scores: jax.Array | None, cache: Cache) -> jax.Array:
+def _read(options: Options, x: Tokens, cache: Cache) -> jax.Array:
   """y [b, h, 1, d], at least float32: the online memory, and the cached ones as the aggregation has it."""
-  network, dtype = options.rule.network, x.q.dtype
-  linear = online.dense(cache.state.memory, dtype)
-  if not options.slots:
-    return network(x.q, linear)
   segment = _segment(options, cache.position)
   held = _held(segment, options.slots)
-  visible = (held >= 0)[:, None, None]
-  count = jnp.minimum(segment.max(), options.slots)
-
-  wide = cache.keys.dtype
-  if options.gate == "token" and gating.scored(options.aggregation, options.gate):
-    by_age = jnp.moveaxis(token_scores, 2, 1).astype(wide)
-    ages = jnp.clip(segment[:, None] - held, 0, by_age.shape[-1] - 1)[:, None, None]
-    scores = by_age[..., 0], jnp.take_along_axis(by_age, ages, axis=-1)
-  elif gating.scored(options.aggregation, options.gate):
+  wide, shape = cache.keys.dtype, x.q.shape[:3]
+  scored = options.slots and gating.scored(options.aggregation, options.gate)
+  if scored and options.gate == "token":
+    ages = (segment[:, None] - held)[:, None, None]
+    scores = gating.scores_by_age(x.token_scores.astype(wide), ages)
+  elif scored:
     tokens = (cache.position % options.segment_length + 1).astype(wide)
     own = gating.summary(gating.Pool(cache.keys, _rows(tokens, cache.keys.ndim)), options.pool)
     summaries = jax.lax.dynamic_slice_in_dim(cache.summaries, cache.first, options.slots)
     scores = gating.online_scores(x.u, own[:, :, None]), gating.cached_scores(x.u, summaries)
   else:
-    shape = x.q.shape[:3]
     scores = jnp.zeros(shape, wide), jnp.zeros((*shape, options.slots), wide)
+  count = jnp.minimum(segment.max(), options.slots)
+  memories = _Memories(cache, count, x.q.dtype)
+  return aggregate.aggregate(options, x.q, scores, (held >= 0)[:, None, None], memories)[0]
 
-  def fetch(i, name=None):
-    memories = cache.memories if name is None else {name: cache.memories[name]}
-    slot = jax.tree.map(
-      functools.partial(jax.lax.dynamic_index_in_dim, index=cache.first + i, keepdims=False), memories
-    )
-    return _load(slot, dtype)
 
-  if options.aggregation == "ssc":
-    index, kept_scores, kept = gating.select(scores[1], visible, options.top_k)
-    gamma_online, gamma = gating.weigh(options.gate, options.gate_scale, scores[0], kept_scores, kept)
+class _Memories(NamedTuple):
+  """The memories of single tokens, as `aggregate.aggregate` reads them.
 
-    def fetch_selected(index):
-      return _load(_selected(cache.memories, cache.state.memory, cache.first + index), dtype)
+  Attributes:
+    cache: of these tokens too.
+    count: of slots that are filled, at most.
+    dtype: in which cached states are multiplied.
+  """
 
-    own = gamma_online[..., None] * network(x.q, linear)
-    return own + aggregate.read_few(network, x.q, index, gamma, fetch_selected)
+  cache: Cache
+  count: jax.Array
+  dtype: jnp.dtype
 
-  gate = "constant" if options.aggregation == "residual" else options.gate
-  gamma_online, gamma = gating.weigh(gate, options.gate_scale, *scores, visible)
-  gamma_online, gamma = gamma_online[..., None], jnp.moveaxis(gamma, -1, 0)
-  if options.aggregation == "soup":
+  def online(self, contribution: aggregate.Contribution, x: jax.Array) -> jax.Array:
+    return contribution(x, self.cache.state.memory)
 
-    def mixed(name, z):
-      z = z.astype(dtype)
-      cached = aggregate.sum_of_reads(aggregate.layer(name), z, gamma, functools.partial(fetch, name=name), count)
-      return gamma_online * linear(name, z) + cached
+  def cached(self, contribution: aggregate.Contribution, x: jax.Array, gamma: jax.Array) -> jax.Array:
+    memories = self.cache.memories
+    if not isinstance(memories, Paged):
+      memories = contribution.weights(memories)
 
-    return network(x.q, mixed)
-  own = gamma_online * network(x.q, linear)
-  return own + aggregate.sum_of_reads(aggregate.whole(network), x.q, gamma, fetch, count)
+    def fetch(i):
+      slot = functools.partial(jax.lax.dynamic_index_in_dim, index=self.cache.first + i, keepdims=False)
+      return _load(jax.tree.map(slot, memories), self.dtype)
+
+    return aggregate.sum_of_reads(contribution, x, jnp.moveaxis(gamma, -1, 0), fetch, self.count)
+
+  def selected(self, network: Network, x: jax.Array, index: jax.Array, gamma: jax.Array) -> jax.Array:
+    def fetch(index):
+      cache = self.cache
+      return _load(_selected(cache.memories, cache.state.memory, cache.first + index), self.dtype)
+
+    return aggregate.read_few(network, x, index, gamma, fetch)
 
 
 def _segment(options: Options, position: jax.Array) -> jax.Array:
@@ -478,7 +434,7 @@ def _take(x: jax.Array, place: jax.Array) -> jax.Array:
   return jnp.take_along_axis(x, place.reshape(len(place), 1, -1, *[1] * (x.ndim - 3)), axis=2)
 
 
-def _valid(tokens: passes.Tokens, valid: jax.Array) -> passes.Tokens:
+def _valid(tokens: Tokens, valid: jax.Array) -> Tokens:
   """The tokens of one document, those that are not valid [b, length] as padding."""
   one = jnp.ones((len(valid), 1, valid.shape[1]), jnp.int32)
   gates = {name: jnp.where(valid[:, None], gate, 1) for name, gate in tokens.gates.items()}

@@ -25,7 +25,13 @@ class Documents(NamedTuple):
 
 
 def index(segment_ids: jax.Array) -> Documents:
-  """Numbers the documents of each row. segment_ids [batch, length] int; the result's arrays have the same shape."""
+  """Numbers the documents of each row. segment_ids [batch, length] int; the result's arrays have the same shape.
+
+  Raises:
+    ValueError: they are no integers.
+  """
+  if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+    raise ValueError(f"segment_ids must be integers [batch, length]; got {segment_ids.dtype} {segment_ids.shape}")
   valid = segment_ids != 0
   starts = valid & (segment_ids != _shift(segment_ids))
   number = jnp.cumsum(starts, axis=-1, dtype=jnp.int32)

@@ -9,10 +9,11 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from mc_jax.kernels import gated_sum, grouped, recurrence, vmem
-from mc_jax.memory import aggregate, networks, online, passes, triangular
+from mc_jax.memory import aggregate, arithmetic, passes
 from mc_jax.memory import documents as documents_lib
 from mc_jax.memory.networks import Network, Weights
-from mc_jax.memory.rules import Rule
+from mc_jax.memory.rules import Rule, State
+from mc_jax.memory.tokens import Tokens
 
 
 def unsupported(rule: Rule, lengths: tuple[int, ...], q: jax.Array, init: Weights) -> str | None:
@@ -51,12 +52,13 @@ def _vmem(rule: Rule, chunk: int, chunks: int, head_dim: int, init: Weights) -> 
   def padded(width):
     return -(-width // 128) * 128
 
-  layers = {name: 4 * w.shape[1] * padded(w.shape[2]) for name, w in init.items()}
-  memory = sum(layers.values())
-  momentum = memory * rule.momentum
-  if rule.normalized and rule.momentum:  # of the last layer alone
-    momentum = layers[networks.last(rule.network, init)]
-  state = memory + momentum + 2 * 4 * 8 * padded(head_dim) * (rule.window > 1)
+  def tiled(w):  # bytes of [1, rows, columns] float32 in tiles of 8 x 128
+    return 4 * -(-w.shape[-2] // 8) * 8 * padded(w.shape[-1])
+
+  memory = sum(map(tiled, init.values()))
+  fresh = {name: jax.ShapeDtypeStruct((1, *w.shape[1:]), jnp.float32) for name, w in init.items()}
+  key = jax.ShapeDtypeStruct((1, 1, chunk, head_dim), jnp.float32)
+  state = sum(map(tiled, jax.tree.leaves(jax.eval_shape(rule.start, fresh, key))))
   widest = padded(max(chunk, *(max(w.shape[1:]) for w in init.values())))
   blocks = (3 + chunks) * state + 4 * memory + 2 * 2 * 4 * 4 * chunk * padded(head_dim)
   return blocks + 13 * len(init) * 4 * chunk * widest
@@ -72,13 +74,13 @@ def log_fallback(reason: str) -> None:
 def write(
   rule: Rule,
   fresh: Weights,
-  tokens: passes.Tokens,
+  tokens: Tokens,
   lengths: tuple[int, ...],
   *,
   read: passes.Read,
   carries: bool,
   side_by_side: int,
-  start: online.State | None = None,
+  start: State | None = None,
   interpret: bool = False,
 ) -> passes.Written:
   """`passes.write` as one kernel: the state stays in VMEM from the first token to the last. Reads are in k's dtype."""
@@ -88,18 +90,18 @@ def write(
   chunk = min(rule.chunk, -(-lengths[0] // rows) * rows)
   segment = -(-lengths[0] // chunk) * chunk
   tokens = _pad(tokens, len(lengths) * segment - length)
-  gates = {name: gate.astype(online.state_dtype(tokens.k.dtype)) for name, gate in tokens.gates.items()}
-  tokens = tokens._replace(u=None, gates=gates)
+  gates = {name: gate.astype(arithmetic.state_dtype(tokens.k.dtype)) for name, gate in tokens.gates.items()}
+  tokens = tokens._replace(u=None, gates=gates, token_scores=None)
   marks = None if tokens.documents is None else jax.tree.map(jnp.int32, tokens.documents)
 
   def step(fresh, state, x, marks):
     if marks is not None:
       x = x._replace(documents=marks._replace(valid=marks.valid != 0))
-    state, y = passes.write_chunk(rule, read, fresh, state, x, solve=triangular.solve_in_kernel)
+    state, y = passes.write_chunk(rule, read, fresh, state, x, solve=arithmetic.solve_in_kernel)
     return state, y.astype(x.k.dtype)  # half the way to HBM and back for bfloat16, for one more rounding
 
   if start is None:
-    start = online.start_state(rule, fresh, tokens.k)
+    start = rule.start(fresh, tokens.k)
 
   def restart(fresh):
     empty = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[2:]), x.dtype), start)
@@ -149,7 +151,7 @@ def read_selected(
   network: Network, q: jax.Array, index: jax.Array, gates: jax.Array, states: Weights, *, interpret: bool = False
 ) -> jax.Array:
   """`aggregate.read_selected`, every block of pairs read by one kernel that runs the whole network."""
-  rows = _rows(states, online.state_dtype(q.dtype))  # each is fetched once: rounding it first would save nothing
+  rows = _rows(states, arithmetic.state_dtype(q.dtype))  # each is fetched once: rounding it first would save nothing
   block = grouped.block_size(rows)
   if block is None:
     return aggregate.read_selected(network, q, index, gates, states)
@@ -173,7 +175,7 @@ def _rows(states: Weights, dtype: jnp.dtype) -> Weights:
   return {name: w.reshape(len(w), -1, *w.shape[-2:]).astype(dtype) for name, w in states.items()}
 
 
-def _pad(tokens: passes.Tokens, padding: int) -> passes.Tokens:
+def _pad(tokens: Tokens, padding: int) -> Tokens:
   """Tokens followed by padding, which changes no state."""
   if not padding:
     return tokens
@@ -189,4 +191,4 @@ def _pad(tokens: passes.Tokens, padding: int) -> passes.Tokens:
   )
   gates = {name: pad(gate, constant_values=1) for name, gate in tokens.gates.items()}
   q, k, v, u = (pad(x) for x in tokens[:4])
-  return passes.Tokens(q, k, v, u, gates, documents)
+  return Tokens(q, k, v, u, gates, documents)

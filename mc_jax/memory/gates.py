@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mc_jax.memory.arithmetic import product, state_dtype
 from mc_jax.memory.documents import Visible
-from mc_jax.memory.online import product, state_dtype
 
 POOLS = ("mean", "sum")
 NAMES = ("softmax", "sigmoid", "constant", "uniform", "token")
@@ -64,19 +64,19 @@ def cached_scores(u: jax.Array, summaries: jax.Array) -> jax.Array:
   return jnp.einsum("bhld,nbhd->bhln", u.astype(summaries.dtype), summaries, precision=jax.lax.Precision.HIGHEST)
 
 
-def token_scores(scores: jax.Array, segment: jax.Array, caches: int) -> tuple[jax.Array, jax.Array]:
+def scores_by_age(scores: jax.Array, ages: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Scores that ignore what the segments hold (gate="token"), looked up by a memory's age in segments.
 
   Args:
     scores: [b, h, length, ages], age 0 the online memory.
-    segment: [length] int, each token's segment.
-    caches: n.
+    ages: int, broadcasts to [b, h, length, n]: of each cache, to each token. (Whatever the last age says where a cache
+      is older or not yet there.)
 
   Returns:
-    Online scores [b, h, length] and cached ones [b, h, length, n] (whatever the last age says where not yet cached).
+    Online scores [b, h, length] and cached ones [b, h, length, n].
   """
-  ages = jnp.clip(segment[:, None] - jnp.arange(caches), 0, scores.shape[-1] - 1)
-  return scores[..., 0], jnp.take_along_axis(scores, ages[None, None], axis=-1)
+  ages = jnp.clip(ages, 0, scores.shape[-1] - 1)
+  return scores[..., 0], jnp.take_along_axis(scores, ages.reshape((1,) * (4 - ages.ndim) + ages.shape), axis=-1)
 
 
 def weigh(

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from mc_jax.memory import aggregate, arguments, gates, segments
+from mc_jax.memory import aggregate, gates, segments
 from mc_jax.memory.rules import Rule
 
 CARRIES = ("checkpoint", "independent")
@@ -11,7 +11,22 @@ IMPLEMENTATIONS = ("xla", "pallas", "reference")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Fields as `memory_caching` documents them. Static under jit.
+  """How the memories of a layer write, are cached and read. Static under jit.
+
+  Attributes:
+    rule: how a memory writes, from rules.get.
+    segmentation: where memories are cached, segments.constant(length) or segments.logarithmic().
+    aggregation: how caches are read: "none" (not at all), "residual" (Eq. 7), "grm" (Eq. 9), "soup" (Eq. 14), "ssc"
+      (Eq. 17).
+    carry: "checkpoint": a segment starts from the last one's state; "independent": from M_0.
+    top_k: caches that a token reads under ssc, at most.
+    pool: how keys make a segment's summary, "mean" (Eq. 10) or "sum" (Eq. 16).
+    gate: "softmax", "sigmoid", "constant" (1), "uniform" (equal shares of what is visible) or "token" (by token_scores,
+      blind to what the segments hold).
+    gate_scale: multiplies the scores.
+    segment_group: independent segments that run side by side; more is faster and takes more memory.
+    implementation: None (the best for the platform: kernels where it is compiled for TPUs and they support it), "xla",
+      "pallas" (the kernels or an error; off TPU interpreted, for tests), or "reference" (token by token, slow).
 
   Raises:
     ValueError: an unknown name, a size that is not positive, a rule or a segmentation that is none.
@@ -30,18 +45,18 @@ class Options:
 
   def __post_init__(self):
     if not isinstance(self.rule, Rule):
-      raise ValueError(f"rule must come from rules.get, got {self.rule!r}")
+      raise ValueError(f"rule must be a rules.Rule, from rules.get, got {self.rule!r}")
     if not isinstance(self.segmentation, segments.Segmentation):
       raise ValueError(
         f"segmentation must be segments.constant(length) or segments.logarithmic(), got {self.segmentation!r}"
       )
-    arguments.one_of("aggregation", self.aggregation, aggregate.NAMES)
-    arguments.one_of("carry", self.carry, CARRIES)
-    arguments.one_of("pool", self.pool, gates.POOLS)
-    arguments.one_of("gate", self.gate, gates.NAMES)
-    arguments.one_of("implementation", self.implementation, (None, *IMPLEMENTATIONS))
-    arguments.at_least_one("top_k", self.top_k)
-    arguments.at_least_one("segment_group", self.segment_group)
+    one_of("aggregation", self.aggregation, aggregate.NAMES)
+    one_of("carry", self.carry, CARRIES)
+    one_of("pool", self.pool, gates.POOLS)
+    one_of("gate", self.gate, gates.NAMES)
+    one_of("implementation", self.implementation, (None, *IMPLEMENTATIONS))
+    at_least_one("top_k", self.top_k)
+    at_least_one("segment_group", self.segment_group)
     if not 0 < self.gate_scale < float("inf"):
       raise ValueError(f"gate_scale must be positive, got {self.gate_scale}")
 
@@ -49,3 +64,15 @@ class Options:
   def carries(self) -> bool:
     """Whether a segment starts from the last one's state; if not, from M_0."""
     return self.carry == "checkpoint"
+
+
+def one_of(name: str, value: object, valid: tuple) -> None:
+  """Raises ValueError, listing the valid values, unless value is one of them."""
+  if value not in valid:
+    raise ValueError(f"{name} must be one of {', '.join(map(str, valid))}; got {value!r}")
+
+
+def at_least_one(name: str, value: int) -> None:
+  """Raises ValueError unless value >= 1."""
+  if not isinstance(value, int) or value < 1:
+    raise ValueError(f"{name} must be at least 1, got {value!r}")

@@ -15,34 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mc_jax.memory import aggregate, online, pieces, segments
+from mc_jax.memory import aggregate, arithmetic, pieces, segments
 from mc_jax.memory import gates as gating
-from mc_jax.memory.documents import Documents, visible
+from mc_jax.memory.arithmetic import Solve
+from mc_jax.memory.documents import visible
 from mc_jax.memory.networks import Weights
-from mc_jax.memory.rules import Rule
+from mc_jax.memory.rules import Online, Rule, State
+from mc_jax.memory.tokens import Tokens
 
 # Queries that read a cached memory together, at least: each state that is fetched should serve many.
 QUERY_TILE = 128
 
-Read = Callable[[online.Online, jax.Array], jax.Array]
-
-
-class Tokens(NamedTuple):
-  """What the tokens bring; every array [batch, heads or 1, length, ...].
-
-  Attributes:
-    q: [b, h, length, in], what reads: in is d but inside a soup's layers.
-    k, v, u: [b, h, length, d].
-    gates: the rule's, {name: [b, h, length]}.
-    documents: arrays [b, 1, length]; None for one document a row.
-  """
-
-  q: jax.Array
-  k: jax.Array
-  v: jax.Array
-  u: jax.Array
-  gates: dict[str, jax.Array]
-  documents: Documents | None
+Read = Callable[[Online, jax.Array], jax.Array]
 
 
 class Written(NamedTuple):
@@ -56,19 +40,19 @@ class Written(NamedTuple):
   """
 
   y: jax.Array
-  states: online.State
-  end: online.State | None
+  states: State
+  end: State | None
 
 
 def write_chunk(
-  rule: Rule, read: Read, fresh: Weights, state: online.State, x: Tokens, **solve
-) -> tuple[online.State, jax.Array]:
+  rule: Rule, read: Read, fresh: Weights, state: State, x: Tokens, solve: Solve = arithmetic.solve
+) -> tuple[State, jax.Array]:
   """One chunk of the write pass: a state and the chunk's tokens to the state after them and their online reads.
 
   This is what `jax.lax.scan` runs, and what the kernels run, with a `solve` of their own.
   """
-  state, memory = online.write(rule, state, fresh, x.k, x.v, x.gates, x.documents, **solve)
-  return state, read(memory, x.q)
+  state, online = rule.write(state, fresh, x.k, x.v, x.gates, x.documents, solve=solve)
+  return state, read(online, x.q)
 
 
 def write(
@@ -80,7 +64,7 @@ def write(
   read: Read,
   carries: bool,
   side_by_side: int,
-  start: online.State | None = None,
+  start: State | None = None,
 ) -> Written:
   """The write pass: every token's online read, every segment's final state.
 
@@ -99,12 +83,12 @@ def write(
     return *write_chunk(rule, read, fresh, state, x), ()
 
   def write_segment(state, x, _, __):
-    first = state if carries else online.start_state(rule, fresh, x.k)
+    first = state if carries else rule.start(fresh, x.k)
     end, y, _ = pieces.scan(step, first, x, _chunks(rule, x.k), unroll=2)
     return end if carries else None, y, end
 
   if start is None and carries:
-    start = online.start_state(rule, fresh, tokens.k)
+    start = rule.start(fresh, tokens.k)
   end, y, states = pieces.scan(write_segment, start, tokens, lengths, together=side_by_side, remat=True)
   return Written(y, states, end)
 
@@ -134,7 +118,7 @@ def summarize(
     keys, scores, _ = pieces.scan(step, gating.empty_pool(x.k), x, _chunks(rule, x.k))
     return None, scores, gating.summary(keys, kind)
 
-  tokens = tokens._replace(q=None, v=None, gates={})
+  tokens = tokens._replace(q=None, v=None, gates={}, token_scores=None)
   return pieces.scan(pool_segment, None, tokens, lengths, together=side_by_side, remat=True)[1:]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from mc_jax.memory import rules
 from mc_jax.models import layer, swiglu  # noqa: F401  (registers its layer)
 from mc_jax.models import problems as lines
 from mc_jax.models.attention import AttentionConfig
@@ -199,7 +200,7 @@ def completed(tree: dict) -> dict:
     tree["attention"] = {"rope_theta": tree.pop("rope_theta")}
   stored = tree.get("memory", {})
   then = {"dense_steps": 0}
-  if stored.get("rule", MemoryConfig.rule) in ("dla", "titans"):
+  if "normalized" in rules.options(stored.get("rule", MemoryConfig.rule)):
     then["normalized"] = False
   return tree | {"memory": then | stored}
 

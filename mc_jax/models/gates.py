@@ -1,39 +1,56 @@
-"""The per-token scalars of a memory rule: retention, momentum, step sizes."""
+"""The gates of a memory rule, from tokens: retention, momentum, step sizes."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mc_jax.memory.rules import GateInit
+from mc_jax.memory.rules import Rule
 from mc_jax.models.linear import Linear, parameter
 from mc_jax.parallel import axes
 
 # Of the logits around their bias when training begins. The starting values are a matter of life
-# and death for a memory (see memory/rules.py), so that tokens may differ but little at first.
+# and death for a memory (see memory/rules/gradient.py), so that tokens may differ but little at first.
 SPREAD = 0.1
 
 
 class TokenGates(nnx.Module):
-  """value = maximum * sigmoid(<x_t, w> + bias) for every gate and head, in float32.
+  """value = maximum * sigmoid(<x_t, w> + bias), in float32: of every gate and head, or of every channel of the head.
 
   Args:
-    starts: bias and maximum of each gate, from `rule.gate_init`.
+    rule: whose gates they are.
+    segment_length: in tokens; the gates' starting values depend on it.
+    d_model, heads, head_dim: the layer's widths.
   """
 
-  def __init__(self, starts: dict[str, GateInit], d_model: int, heads: int, *, rngs: nnx.Rngs):
+  def __init__(self, rule: Rule, segment_length: int, d_model: int, heads: int, head_dim: int, *, rngs: nnx.Rngs):
+    starts = rule.gate_init(segment_length)
     self.maximums = tuple((name, start.maximum) for name, start in starts.items())
-    self.linear = Linear({"embed": d_model}, {"gate": len(starts), "gate_heads": heads}, scale=SPREAD, rngs=rngs)
-    biases = jnp.asarray([start.bias for start in starts.values()], jnp.float32)
-    self.bias = parameter(
-      lambda key, shape, dtype: jnp.broadcast_to(biases[:, None], shape).astype(dtype),
-      (len(starts), heads),
-      ("gate", "gate_heads"),
-      rngs,
-    )
+    self.per_head = tuple(name for name in starts if not rule.gates[name].per_channel)
+    self.per_channel = tuple(name for name in starts if rule.gates[name].per_channel)
+    if self.per_head:
+      outputs = {"gate": len(self.per_head), "gate_heads": heads}
+      self.linear = Linear({"embed": d_model}, outputs, scale=SPREAD, rngs=rngs)
+      self.bias = _biases([starts[name].bias for name in self.per_head], outputs, rngs)
+    if self.per_channel:
+      outputs = {"gate": len(self.per_channel), "gate_heads": heads, "head_dim": head_dim}
+      self.channel_linear = Linear({"embed": d_model}, outputs, scale=SPREAD, rngs=rngs)
+      self.channel_bias = _biases([starts[name].bias for name in self.per_channel], outputs, rngs)
 
   def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
-    """x [batch, length, d_model] to {gate: [batch, length, heads]} float32, activated."""
+    """x [batch, length, d_model] to {gate: [batch, length, heads] or [..., head_dim]} float32, activated."""
     # Of all heads everywhere: they are few, and their gradient in x then needs no sum over the mesh.
-    logits = axes.constrain(self.linear(x), (*axes.TOKENS, None, None))
-    values = jax.nn.sigmoid(logits + self.bias[...])
-    return {name: most * values[:, :, i] for i, (name, most) in enumerate(self.maximums)}
+    values = {}
+    if self.per_head:
+      logits = axes.constrain(self.linear(x), (*axes.TOKENS, None, None)) + self.bias[...]
+      values |= {name: logits[:, :, i] for i, name in enumerate(self.per_head)}
+    if self.per_channel:
+      logits = axes.constrain(self.channel_linear(x), (*axes.TOKENS, None, None, None)) + self.channel_bias[...]
+      values |= {name: logits[:, :, i] for i, name in enumerate(self.per_channel)}
+    return {name: most * jax.nn.sigmoid(values[name]) for name, most in self.maximums}
+
+
+def _biases(starts: list[float], outputs: dict[str, int], rngs: nnx.Rngs) -> nnx.Param:
+  """Every gate's bias, the same for all heads and channels when training begins."""
+  biases = jnp.asarray(starts, jnp.float32).reshape(-1, *[1] * (len(outputs) - 1))
+  shape = tuple(outputs.values())
+  return parameter(lambda key, shape, dtype: jnp.broadcast_to(biases, shape).astype(dtype), shape, tuple(outputs), rngs)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mc_jax import memory
-from mc_jax.memory import caching, decode, online
+from mc_jax.memory import arithmetic, caching, decode
 from mc_jax.models import layer, problems
 from mc_jax.models.cache import CacheConfig, LayerCache
 from mc_jax.models.convolution import CausalConvolution
@@ -78,7 +78,7 @@ class MemoryConfig:
       *problems.choices(
         prefix,
         self,
-        rule=memory.RULES,
+        rule=memory.rules.names(),
         aggregation=memory.AGGREGATIONS,
         segmentation=memory.segments.NAMES,
         carry=memory.CARRIES,
@@ -103,7 +103,7 @@ class MemoryConfig:
       *problems.positive(prefix, self, "gate_scale", "max_step"),
       *problems.at_least(prefix, self, max_grad_norm=0),
     ]
-    deep = self.rule in ("dla", "titans")
+    deep = self.rule in memory.rules.names() and "normalized" in memory.rules.options(self.rule)
     if deep and self.solve and not self.normalized:
       found.append(f"{prefix}.solve=True needs {prefix}.normalized=True, got False")
     if deep and self.normalized and (self.max_grad_norm or 0) > 0:
@@ -157,7 +157,7 @@ class MemoryConfig:
   def build_rule(self) -> memory.rules.Rule:
     """The rule, made with those of its options that it takes."""
     values = dataclasses.asdict(self)
-    options = {name: values[name] for name in memory.rules.options(self.rule)}
+    options = {name: values[name] for name in memory.rules.options(self.rule) if name in values}
     if options.get("max_grad_norm") is None:
       options.pop("max_grad_norm", None)
     elif options["max_grad_norm"] == 0:
@@ -189,23 +189,17 @@ _GATES_ALONE = {
 
 
 class Inputs(NamedTuple):
-  """What a memory is given for each token, all but the gates in the computation's dtype.
+  """What a layer makes of its tokens.
 
   Attributes:
-    q, k, v, u: [batch, length, heads, head_dim]; query and key of unit length.
+    tokens: what their memories are given: q, k, v, u in the computation's dtype, query and key of unit length; gates
+      and scores float32.
     output_gate: like q, before its SiLU.
-    gates: {name: [batch, length, heads]} float32, the rule's per-token scalars.
-    token_scores: [batch, length, heads, ages] float32 with memory.gate="token", else None.
     convolved: what the convolutions are given, {"query", "key", "value": like q}.
   """
 
-  q: jax.Array
-  k: jax.Array
-  v: jax.Array
-  u: jax.Array
+  tokens: memory.Tokens
   output_gate: jax.Array
-  gates: dict[str, jax.Array]
-  token_scores: jax.Array | None
   convolved: dict[str, jax.Array]
 
 
@@ -251,8 +245,8 @@ class MemoryCaching(layer.Mixer):
     for name in ("query", "key", "value"):
       setattr(self, f"{name}_convolution", CausalConvolution(heads, config.conv_width, rngs=rngs))
     if self.rule.gates:
-      starts = self.rule.gate_init(_longest_segment(config))
-      self.token_gates = TokenGates(starts, config.d_model, config.heads, rngs=rngs)
+      sizes = config.d_model, config.heads, config.head_dim
+      self.token_gates = TokenGates(self.rule, _longest_segment(config), *sizes, rngs=rngs)
     if config.memory.gate == "token":
       ages = {"heads": config.heads, "age": config.ages}
       self.age_scores = Linear(embed, ages, rngs=rngs)
@@ -260,9 +254,9 @@ class MemoryCaching(layer.Mixer):
       start = self.rule.init(rngs.params(), heads=config.heads, head_dim=config.head_dim)
       names = ("heads", "memory_in", "memory_out")
       self.initial = nnx.Dict({name: parameter(lambda *_, w=w: w, w.shape, names, rngs) for name, w in start.items()})
-    if self.rule.normalized:
+    if self.rule.initial_apart:
       self.initial_norm = RMSNorm(heads, rngs=rngs)
-    self.norm = RMSNorm(heads, LEARNED if self.rule.normalized else 1.0, rngs=rngs)
+    self.norm = RMSNorm(heads, LEARNED if self.rule.initial_apart else 1.0, rngs=rngs)
     self.output = Linear(heads, embed, dtype=config.dtype, scale=residual_scale(config.layers), rngs=rngs)
 
   def __call__(self, x: jax.Array, context: Context = PLAIN, cache: LayerCache | None = None) -> tuple[jax.Array, Any]:
@@ -273,36 +267,17 @@ class MemoryCaching(layer.Mixer):
     elif context.cache is not None:
       y, left = self._prefill(inputs, context)
     elif context.observe is not None:
-      y, cached = self._observed(inputs, context.document)
+      y, cached = self._observed(inputs)
       left = context.observe(cached)
     else:
-      y, left = self._forward(inputs, context.document), None
+      options, buffer = self.config.memory.build_options(), self.config.memory.read_buffer_mib << 20
+      y, left = on_mesh.run(inputs.tokens, self.initial_memory(), options, read_buffer=buffer), None
     return self.read_out(y, inputs, context.document), left
 
-  def _forward(self, inputs: Inputs, document: jax.Array | None) -> jax.Array:
-    """The memories' answers to whole rows."""
-    config = self.config.memory
-    return on_mesh.memory_caching(
-      *inputs[:4],
-      inputs.gates,
-      self.initial_memory(),
-      config.build_options(),
-      segment_ids=document,
-      token_scores=inputs.token_scores,
-      read_buffer=config.read_buffer_mib << 20,
-    )
-
-  def _observed(self, inputs: Inputs, document: jax.Array | None) -> tuple[jax.Array, caching.Cached]:
-    """The same by XLA, and what its passes leave behind."""
-    return caching.caching_of_part(
-      *inputs[:4],
-      inputs.gates,
-      self.initial_memory(),
-      None if document is None else memory.documents.index(document),
-      inputs.token_scores,
-      dataclasses.replace(self.config.memory.build_options(), implementation="xla"),
-      keep=True,
-    )
+  def _observed(self, inputs: Inputs) -> tuple[jax.Array, caching.Cached]:
+    """The memories' answers to whole rows, by XLA, and what its passes leave behind."""
+    options = dataclasses.replace(self.config.memory.build_options(), implementation="xla")
+    return caching.run_part(inputs.tokens, self.initial_memory(), options, keep=True)
 
   def init_cache(self, config: CacheConfig, batch: int) -> LayerCache:
     """The cache of sequences that have no token yet."""
@@ -319,29 +294,16 @@ class MemoryCaching(layer.Mixer):
 
   def _prefill(self, inputs: Inputs, context: Context) -> tuple[jax.Array, LayerCache]:
     """The memories' answers to whole prompts, and the cache after them."""
-    y, memory = decoding.prefill(
-      self.options(context.cache),
-      *inputs[:4],
-      inputs.gates,
-      self.initial_memory(),
-      lengths=context.lengths,
-      token_scores=inputs.token_scores,
-    )
+    initial = self.initial_memory()
+    y, memory = decoding.prefill(self.options(context.cache), inputs.tokens, initial, lengths=context.lengths)
     tails = {name: self.query_convolution.tail(x, context.lengths) for name, x in inputs.convolved.items()}
     return y, _layer_cache(tails, memory)
 
   def _step(self, inputs: Inputs, cache: LayerCache, context: Context) -> tuple[jax.Array, LayerCache]:
     """The memories' answers to the next token of the rows that are active, and the cache after it."""
     active = context.active
-    y, memory = decoding.step(
-      self.options(context.cache),
-      *inputs[:4],
-      inputs.gates,
-      self.initial_memory(),
-      cache.own.memory._replace(**cache.slots, first=cache.first),
-      token_scores=inputs.token_scores,
-      active=active,
-    )
+    before = cache.own.memory._replace(**cache.slots, first=cache.first)
+    y, memory = decoding.step(self.options(context.cache), inputs.tokens, self.initial_memory(), before, active=active)
 
     def moved_on(tail, x):
       new = jnp.concatenate([tail, x], axis=1)[:, 1:]
@@ -373,16 +335,16 @@ class MemoryCaching(layer.Mixer):
       return jax.nn.silu(convolution(convolved[name], document, tails and tails[name]))
 
     q = l2_normalize(convolve("query"))
-    return Inputs(
+    tokens = memory.Tokens(
       q=q,
       k=l2_normalize(convolve("key")),
       v=convolve("value"),
       u=connector[0] if connector else q,
-      output_gate=output_gate,
       gates=self.token_gates(x) if self.rule.gates else {},
+      documents=None if document is None else memory.documents.index(document),
       token_scores=self.age_scores(x) if self.config.memory.gate == "token" else None,
-      convolved=convolved,
     )
+    return Inputs(tokens, output_gate, convolved)
 
   def initial_memory(self) -> memory.networks.Weights:
     """M_0: {weight: [heads, in, out]} float32, learned or the rule's constant."""
@@ -394,12 +356,12 @@ class MemoryCaching(layer.Mixer):
   def read_out(self, y: jax.Array, inputs: Inputs, document: jax.Array | None = None) -> jax.Array:
     """(RMSNorm(y) * SiLU(x W_g)) W_o: the memories' answers y, normed by head, back to d_model.
 
-    Of normalized rules what memories have learned, y - M_0(q), and what M_0 answers, the network's own skip in it, are
-    normed each by itself and added: of many caches weighed alike one holds what is asked for, and all hold M_0's
-    answer, beside which a norm of the sum would leave little of the rest.
+    Where M_0 is as loud as what memories have learned (`Rule.initial_apart`), y - M_0(q) and M_0(q), which has the
+    network's own skip in it, are normed each by itself and added: of many caches weighed alike one holds what is asked
+    for, and all hold M_0's answer, beside which a norm of the sum would leave little of the rest.
     """
-    if self.rule.normalized:
-      untaught = self.untaught(inputs.q, document)
+    if self.rule.initial_apart:
+      untaught = self.untaught(inputs.tokens.q, document)
       read = self.norm(y - untaught) + self.initial_norm(untaught)
     else:
       read = self.norm(y)
@@ -410,7 +372,7 @@ class MemoryCaching(layer.Mixer):
     if document is not None:
       q = jnp.where((document > 0)[:, :, None, None], q, 0)
     network, weights = self.rule.network, self.initial_memory()
-    y = network(jnp.moveaxis(q, 2, 1), online.dense(weights, q.dtype))
+    y = network(jnp.moveaxis(q, 2, 1), arithmetic.dense(weights, q.dtype))
     return jnp.moveaxis(y, 1, 2).astype(q.dtype)
 
   @classmethod
@@ -461,7 +423,7 @@ class MemoryCaching(layer.Mixer):
         f"is a multiple of {options.segment_length * context}, another model.memory.segment_length"
         + ("" if left else f", or a mesh.context that is one of {problems.divisors(segments, sizes)}")
       )
-    elif options.rule == "swla" and length // context < options.window:
+    elif length // context <= options.build_rule().lookback:
       found.append(
         f"model.memory.window={options.window} must be at most the tokens of a device, data.length={length} / "
         f"mesh.context={context} = {length // context}"
@@ -502,7 +464,7 @@ class MemoryCaching(layer.Mixer):
     read = {"none": 0, "ssc": options.top_k}.get(options.aggregation, caches / 2)
     network = 2 * config.heads * _memory_numbers(config)
     # Deep memories that go from segment to segment go from device to device: each waits for those before it.
-    chained = options.carry == "checkpoint" and options.rule in ("dla", "titans")
+    chained = options.carry == "checkpoint" and options.build_rule().transition is None
     return Work(
       parameters=6 * config.d_model**2,
       flops=4 * read * network + (0 if chained else 16 * network),
@@ -559,6 +521,6 @@ def _state_numbers(rule: memory.rules.Rule, head_dim: int) -> int:
 
   def start(key):
     fresh = rule.init(key, heads=1, head_dim=head_dim)
-    return online.start_state(rule, fresh, jnp.zeros((1, 1, 1, head_dim)))._replace(tail=None)
+    return rule.start(fresh, jnp.zeros((1, 1, 1, head_dim)))
 
   return sum(math.prod(w.shape) for w in jax.tree.leaves(jax.eval_shape(start, jax.random.key(0))))

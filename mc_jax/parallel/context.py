@@ -11,8 +11,7 @@ import functools
 import jax
 
 from mc_jax import memory
-from mc_jax.memory import arguments, caching
-from mc_jax.memory import documents as documents_lib
+from mc_jax.memory import caching
 from mc_jax.parallel import axes, mesh, reading, selecting, writing
 from mc_jax.parallel import parts as parts_lib
 
@@ -20,72 +19,51 @@ from mc_jax.parallel import parts as parts_lib
 class Parts(parts_lib.Parts):
   """The parts of a sequence, and the passes over all of it."""
 
-  def passes(self, local: caching.Passes) -> caching.Passes:
+  def backend(self, local: caching.Backend) -> caching.Backend:
     """The passes over the whole sequence, by passes over what is here."""
-    return caching.Passes(
+    return caching.Backend(
       functools.partial(writing.write, self, local.write),
       functools.partial(reading.read_caches, self, local.read_caches),
       functools.partial(selecting.read_selected, self, local.read_selected),
     )
 
 
-def memory_caching(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  u: jax.Array,
-  gates: dict[str, jax.Array],
+def run(
+  tokens: memory.Tokens,
   init: memory.networks.Weights,
   options: memory.Options,
   *,
-  segment_ids: jax.Array | None = None,
-  token_scores: jax.Array | None = None,
   read_buffer: int = 256 << 20,
 ) -> jax.Array:
-  """`memory.memory_caching` on the mesh that is set (`jax.set_mesh`); the same numbers as without one.
+  """`memory.run` on the mesh that is set (`jax.set_mesh`); the same numbers as without one.
 
   Its arguments, and:
     read_buffer: bytes that a device gathers from others at a time, to read their caches; at least a state of each.
 
   Raises:
-    ValueError: as `memory.memory_caching`, or sizes that the mesh does not divide.
+    ValueError: as `memory.run`, or sizes that the mesh does not divide.
   """
   sizes = mesh.sizes_in_context()
   if all(size == 1 for size in sizes.values()):
-    return caching.with_options(q, k, v, u, gates, init, options, segment_ids=segment_ids, token_scores=token_scores)
-  rule, segmentation = options.rule, options.segmentation
-  tokens = dict(q=q, k=k, v=v, u=u)
-  arguments.check_arrays(tokens, gates, init, rule, segmentation, options.gate, segment_ids, token_scores)
-  check(q.shape, sizes, rule, segmentation, options.implementation)
-
-  def spec(*names):
-    return axes.spec(names, sizes)
-
-  heads = spec("batch", "length", "heads", None)
-  tokens = spec("batch", "length")
-  documents = None if segment_ids is None else documents_lib.index(segment_ids)
-  arrays = {
-    **dict.fromkeys("qkvu", heads),
-    "gates": spec("batch", "length", "heads"),
-    "init": spec("heads", None, None),
-    "documents": tokens,
-    "token_scores": heads,
-  }
+    return caching.run(tokens, init, options)
+  memory.tokens.check(tokens, init, options)
+  check(tokens.q.shape, sizes, options)
   parts = caching.Whole()
   if sizes["context"] > 1:
     parts = Parts(sizes["context"], "context", read_buffer)
-  run = functools.partial(caching.caching_of_part, options=options, parts=parts)
-  sharded = jax.shard_map(run, in_specs=tuple(arrays.values()), out_specs=heads, check_vma=False)
-  return sharded(q, k, v, u, gates, init, documents, token_scores)
+  local = functools.partial(caching.run_part, options=options, parts=parts)
+  heads = axes.spec(axes.HEADS, sizes)
+  in_specs = token_specs(tokens, sizes), jax.tree.map(lambda _: axes.spec(("heads", None, None), sizes), init)
+  return jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)(tokens, init)
 
 
-def check(
-  shape: tuple[int, ...],
-  sizes: dict[str, int],
-  rule: memory.rules.Rule,
-  segmentation: memory.segments.Segmentation,
-  implementation: str | None,
-) -> None:
+def token_specs(tokens: memory.Tokens, sizes: dict[str, int]) -> memory.Tokens:
+  """Where tokens lie: the PartitionSpec of each array."""
+  names = {2: axes.TOKENS, 3: axes.HEADS[:3], 4: axes.HEADS}
+  return jax.tree.map(lambda x: axes.spec(names[x.ndim], sizes), tokens)
+
+
+def check(shape: tuple[int, ...], sizes: dict[str, int], options: memory.Options) -> None:
   """Raises ValueError where q's shape [batch, length, heads, head_dim] and a mesh of these sizes do not go together."""
   batch, length, heads, _ = shape
   rows, context = sizes["data"] * sizes["fsdp"], sizes["context"]
@@ -93,16 +71,18 @@ def check(
     raise ValueError(f"batch={batch} must be a multiple of the mesh's data x fsdp = {rows}")
   if heads % sizes["model"]:
     raise ValueError(f"heads={heads} must be a multiple of the mesh's model={sizes['model']}")
-  if implementation == "reference":
+  if options.implementation == "reference":
     raise ValueError("implementation='reference' runs on one device; use 'xla' on a mesh")
   if context == 1:
     return
-  lengths = segmentation.lengths(length)
+  lengths = options.segmentation.lengths(length)
   if len(set(lengths)) > 1 or len(lengths) % context:
     raise ValueError(
       f"length={length} is cut into {len(lengths)} segments, the first of {lengths[0]} tokens, the last of "
       f"{lengths[-1]}: the mesh's "
       f"context={context} needs segments of one length, and a multiple of {context} of them"
     )
-  if length // context < rule.window:
-    raise ValueError(f"length={length} on context={context} devices must leave each a window of {rule.window} tokens")
+  if length // context <= options.rule.lookback:
+    raise ValueError(
+      f"length={length} on context={context} devices must leave each a window of {options.rule.lookback + 1} tokens"
+    )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mc_jax.memory.online import state_dtype
+from mc_jax.memory.arithmetic import state_dtype
 
 
 class Parts(NamedTuple):

@@ -15,8 +15,8 @@ import numpy as np
 from jax import lax
 
 from mc_jax.memory.aggregate import Contribution
+from mc_jax.memory.arithmetic import state_dtype
 from mc_jax.memory.networks import Weights
-from mc_jax.memory.online import state_dtype
 from mc_jax.parallel.parts import Parts, gather_rounded, largest_divisor, nbytes
 
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from mc_jax.memory import aggregate
+from mc_jax.memory.arithmetic import state_dtype
 from mc_jax.memory.networks import Network, Weights
-from mc_jax.memory.online import state_dtype
 from mc_jax.parallel import mesh
 from mc_jax.parallel.parts import Parts
 

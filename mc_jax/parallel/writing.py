@@ -3,9 +3,8 @@
 Independent segments need nothing from each other. Under carry="checkpoint" a segment starts from the state of the one
 before it, which may be on another device:
 
-* Where a state is a multiple of an earlier one plus what was written since (matrix memories with the dot loss), each
-  device sums up its own segments first, an associative scan over the devices adds these sums up, and then all write at
-  the same time.
+* Where a state is a multiple of an earlier one plus what was written since (`rule.transition`), each device sums up its
+  own segments first, an associative scan over the devices adds these sums up, and then all write at the same time.
 * Elsewhere (deep memories) a device must wait for the state to arrive. The batch's rows and heads go through the
   devices in groups, as in a pipeline: with G groups on P devices a device idles for P - 1 of G + P - 1 turns.
 """
@@ -18,10 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mc_jax.memory import online, passes
+from mc_jax.memory import passes
+from mc_jax.memory.arithmetic import state_dtype
 from mc_jax.memory.networks import Weights
-from mc_jax.memory.passes import Tokens, Written
-from mc_jax.memory.rules import Rule
+from mc_jax.memory.passes import Written
+from mc_jax.memory.rules import Rule, State
+from mc_jax.memory.tokens import Tokens
 from mc_jax.parallel.parts import Parts, largest_divisor
 
 Pytree = Any
@@ -43,38 +44,36 @@ def write(
   side_by_side: int,
 ) -> Written:
   """`passes.write` of the segments here; `local` does it where the state that comes in is known."""
-  tokens = tokens._replace(u=None)
+  tokens = tokens._replace(u=None, token_scores=None)
   run = functools.partial(local, rule, lengths=lengths, read=read, carries=carries, side_by_side=side_by_side)
   if not carries:
     return run(fresh, tokens)
-  if rule.affine:
-    return run(fresh, tokens, start=_affine_start(parts, rule, fresh, tokens, lengths))
+  if rule.transition is not None:
+    return run(fresh, tokens, start=_composed_start(parts, rule, fresh, tokens, lengths))
   marks = tokens.documents
   return _pipeline(run, rule, parts, _groups(parts, tokens), fresh, tokens._replace(documents=None), marks)
 
 
-def _affine_start(parts: Parts, rule: Rule, fresh: Weights, tokens: Tokens, lengths: tuple[int, ...]) -> online.State:
+def _composed_start(parts: Parts, rule: Rule, fresh: Weights, tokens: Tokens, lengths: tuple[int, ...]) -> State:
   """The state that comes in, of M_end = decay M_start + written: an associative scan of (decay, written)."""
   first = parts.index() == 0
-  start = online.start_state(rule, fresh, tokens.k)
-  tail = None
-  if rule.window > 1:
-    tail = tuple(parts.ahead(x[..., 1 - rule.window :, :]) for x in (tokens.k, tokens.v))
+  start = rule.start(fresh, tokens.k)
+  own = start._replace(memory=jax.tree.map(lambda w: jnp.where(first, w, 0.0), start.memory))
+  if rule.lookback:
+    tail = tuple(parts.ahead(x[..., -rule.lookback :, :]) for x in (tokens.k, tokens.v))
     if tokens.documents is not None:  # the window's tokens of the document that goes on here
       number, before, valid = tokens.documents
-      owner = parts.ahead(jnp.where(valid, number, -1)[..., 1 - rule.window :])
+      owner = parts.ahead(jnp.where(valid, number, -1)[..., -rule.lookback :])
       tail = tuple(jnp.where((owner == before[..., :1])[..., None], x, 0) for x in tail)
-  own = start._replace(memory=jax.tree.map(lambda w: jnp.where(first, w, 0.0), start.memory), tail=tail)
+    start, own = start._replace(tail=tail), own._replace(tail=tail)
   ends = passes.write(
     rule, fresh, tokens, lengths, read=_read_nothing, carries=True, side_by_side=1, start=own
   ).states.memory
   written = {name: w[-1] for name, w in ends.items()}
-  decay = jnp.ones(tokens.k.shape[:2], online.state_dtype(tokens.k.dtype))
-  if rule.retention:
-    alpha = tokens.gates["alpha"].astype(decay.dtype)
-    decay = jnp.exp(jnp.log(jnp.maximum(alpha, jnp.finfo(decay.dtype).tiny)).sum(-1))
+  decay = rule.decay(tokens.gates, state_dtype(tokens.k.dtype))
   if tokens.documents is not None:
-    decay = jnp.where(tokens.documents.number[..., -1] == tokens.documents.before[..., 0], decay, 0.0)
+    goes_on = tokens.documents.number[..., -1] == tokens.documents.before[..., 0]
+    decay = jnp.where(goes_on[..., None, None], decay, 0.0)
 
   step = 1
   while step < parts.count:
@@ -82,12 +81,12 @@ def _affine_start(parts: Parts, rule: Rule, fresh: Weights, tokens: Tokens, leng
     decay, written = _after(earlier, (decay, written))  # zeros come to those that have nobody so far ahead of them
     step *= 2
   memory = {name: jnp.where(first, m, parts.ahead(written[name])) for name, m in start.memory.items()}
-  return start._replace(memory=memory, tail=tail)
+  return start._replace(memory=memory)
 
 
 def _after(earlier: tuple[jax.Array, Weights], later: tuple[jax.Array, Weights]) -> tuple[jax.Array, Weights]:
   """(decay, written) of two stretches in a row. Selected, not multiplied by 0: what broke off may have overflowed."""
-  kept = later[0][..., None, None]
+  kept = later[0]
   written = {
     name: w + jnp.where(kept == 0, 0.0, kept * jnp.where(kept == 0, 0.0, earlier[1][name]))
     for name, w in later[1].items()
@@ -118,16 +117,17 @@ def _pipeline(run, rule, parts, groups, fresh, tokens, marks):
 
 
 def _from_arrived(run, rule, first, fresh, arrived, tokens, marks) -> Written:
-  start = online.start_state(rule, fresh, tokens.k)
+  start = rule.start(fresh, tokens.k)
   start = jax.tree.map(lambda new, old: jnp.where(first, new, old), start, arrived)
   written = run(fresh, tokens._replace(documents=marks), start=start)
-  return written._replace(states=written.states._replace(momentum=None, tail=None))  # what is cached is M alone
+  nothing = dict.fromkeys(written.states._fields)
+  return written._replace(states=type(written.states)(**nothing | {"memory": written.states.memory}))  # M is cached
 
 
 def _pipeline_forward(run, rule, parts, groups, fresh, tokens, marks):
   part, count = parts.index(), groups[0] * groups[1]
   local = functools.partial(_from_arrived, run, rule, part == 0)
-  state = online.start_state(rule, fresh, tokens.k)
+  state = rule.start(fresh, tokens.k)
   arrived = jax.tree.map(jnp.zeros_like, state)
   shapes = jax.eval_shape(local, fresh, state, tokens, marks)._replace(end=None)
   written = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

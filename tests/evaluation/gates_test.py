@@ -37,7 +37,7 @@ def _by_hand(subject, top_k):
   model = nnx.merge(subject.graph, subject.params)
   blocks, layers = nnx.split(model.blocks)
   block = nnx.merge(blocks, jax.tree.map(lambda x: x[0], layers))
-  project = jax.jit(lambda tokens: block.mixer.project(block.mixer_norm(model.embed(tokens)))[1:4:2])
+  project = jax.jit(lambda tokens: block.mixer.project(block.mixer_norm(model.embed(tokens))).tokens[1:4:2])
   found = {}
   (setting,) = recall.mqar(subject, Options(rows=ROWS))
   for batch in setting.batches:

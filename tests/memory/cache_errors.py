@@ -35,11 +35,11 @@ def errors(name: str) -> dict[str, dict[str, float]]:
   @samples.jit
   def run(prompt, token):
     # The states are the same however they are read; ssc has summaries, too.
-    _, cache = decode.prefill(options("ssc"), *prompt[:6])
+    _, cache = decode.prefill(options("ssc"), prompt.tokens(), prompt.init)
 
     def answer(aggregation, dtype):
       stored = cache._replace(memories=decode._store(options("ssc", dtype), cache.memories, np.float32))
-      return decode.step(options(aggregation, dtype), *token[:6], stored)[0]
+      return decode.step(options(aggregation, dtype), token.tokens(), token.init, stored)[0]
 
     return {name: {dtype: answer(name, dtype) for dtype in ("float32", *DTYPES)} for name in AGGREGATIONS}
 

@@ -50,13 +50,13 @@ def tokens_at(x, position):
 def continued(options, x, lengths):
   """Prompts of `lengths` [b], then steps to the end: the answers of all tokens, and the cache."""
   length = x.q.shape[1]
-  y, cache = decode.prefill(options, *x[:6], lengths=lengths, token_scores=x.token_scores)
+  y, cache = decode.prefill(options, x.tokens(), x.init, lengths=lengths)
 
   def body(_, carry):
     y, cache = carry
     token, active = tokens_at(x, cache.position), cache.position < length
     at = jnp.where(active, cache.position, length)
-    answer, cache = decode.step(options, *token[:6], cache, token_scores=token.token_scores, active=active)
+    answer, cache = decode.step(options, token.tokens(), x.init, cache, active=active)
     return y.at[jnp.arange(len(y)), at].set(answer[:, 0], mode="drop"), cache
 
   return jax.lax.fori_loop(0, length - lengths.min(), body, (y, cache))
@@ -187,10 +187,10 @@ def test_rows_that_are_not_active_stay_as_they_are():
   x = samples.inputs(options.rule, batch=2)
   x = jax.tree.map(lambda a: a.astype(np.float32), x)
   prompt = samples.map_tokens(lambda a: a[:, :6], x)  # at a segment's end: an active row caches its state
-  _, before = samples.jit(lambda p: decode.prefill(options, *p[:6]))(prompt)
+  _, before = samples.jit(lambda p: decode.prefill(options, p.tokens(), p.init))(prompt)
   before = before._replace(memories=jax.tree.map(jnp.zeros_like, before.memories))  # nobody looks into them yet
   token = samples.map_tokens(lambda a: a[:, 6:7], x)
-  step = samples.jit(lambda t, cache, active: decode.step(options, *t[:6], cache, active=active))
+  step = samples.jit(lambda t, cache, active: decode.step(options, t.tokens(), t.init, cache, active=active))
   _, after = step(token, before, np.array([False, True]))
   for name in ("position", "state", "chunk", "keys"):
     old, new = (jax.tree.leaves(getattr(cache, name)) for cache in (before, after))
@@ -229,10 +229,10 @@ def test_options_that_cannot_be_are_named(changes, message):
 def test_a_token_that_does_not_fit_the_cache(change, message):
   options = options_of("titans", "grm", "checkpoint")
   x = samples.inputs(options.rule, batch=2)
-  _, cache = jax.eval_shape(lambda x: decode.prefill(options, *x[:6]), x)
+  _, cache = jax.eval_shape(lambda x: decode.prefill(options, x.tokens(), x.init), x)
   token = change(samples.map_tokens(lambda a: a[:, :1], x))
   with pytest.raises(ValueError, match=message):
-    jax.eval_shape(lambda token, cache: decode.step(options, *token[:6], cache), token, cache)
+    jax.eval_shape(lambda token, cache: decode.step(options, token.tokens(), token.init, cache), token, cache)
 
 
 def test_a_cache_that_is_too_small_is_refused_before():

@@ -17,7 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 from mc_jax import memory
 from mc_jax.kernels import vmem
 from mc_jax.memory import documents as memory_documents
-from mc_jax.memory import fused, online, passes, rules, segments
+from mc_jax.memory import fused, passes, rules, segments
+from mc_jax.memory.tokens import Tokens
 from mc_jax.parallel import topology
 
 LENGTH, SEGMENT, CHUNK = 51, 16, 8
@@ -213,11 +214,11 @@ def test_a_ragged_end_leaves_the_states_as_they_are(rule, documents):
   if documents:
     x = samples.select(SEGMENT_IDS[:, :length] > 0, x, 0)
     index = memory_documents.Documents(*(w[:, None] for w in memory_documents.index(SEGMENT_IDS[:, :length])))
-  tokens = passes.Tokens(*jax.tree.map(lambda w: jnp.moveaxis(w, 2, 1), x[:5]), index)
+  tokens = Tokens(*jax.tree.map(lambda w: jnp.moveaxis(w, 2, 1), x[:5]), index)
   lengths = segments.constant(SEGMENT).lengths(length)
 
   def read(memory, q):
-    return rule.network(q, lambda name, z: online.read(memory, name, z, q.dtype))
+    return rule.network(q, lambda name, z: memory.read(name, z, q.dtype))
 
   def states(write):
     run = functools.partial(write, rule, lengths=lengths, read=read, carries=True, side_by_side=1)

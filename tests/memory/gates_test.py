@@ -132,7 +132,7 @@ def test_an_open_pool_goes_on():
 def test_scores_of_tokens_are_looked_up_by_age():
   scores = np.random.default_rng(4).normal(size=(2, 3, 7, 5)).astype(np.float32)
   segment = segments.index((3, 3, 1))
-  online, cached = samples.numpy(samples.jit(gates.token_scores, static_argnums=2))(scores, segment, 2)
+  online, cached = samples.numpy(samples.jit(gates.scores_by_age))(scores, segment[:, None] - np.arange(2))
   chex.assert_trees_all_equal(online, scores[..., 0])
   for t in range(7):
     for i in range(segment[t]):

@@ -124,7 +124,7 @@ class Vector:
 
 def test_segments_of_one_token_with_a_vector_for_a_memory_are_gated_attention():
   """Identity 6 (Eq. 18-20): y_t = sum_i softmax_i(<u_t, k_i>) (b + k_i) * q_t."""
-  rule = rules.Rule("vector", Vector(), rules.dot_loss, chunk=2, step=False)
+  rule = rules.GradientRule("vector", Vector(), rules.dot_loss, chunk=2, step=False)
   x = inputs(rule, heads=2)
   cotangent = samples.like(x.q)
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import samples
 
-from mc_jax.memory import documents, networks, online, rules, segments
+from mc_jax.memory import arithmetic, chunk, documents, networks, rules, segments
+from mc_jax.memory.rules import gradient
 
 FLOAT64 = pytest.mark.usefixtures("float64")
 # Rows of documents in which a window reaches over several chunks, padding and starts.
@@ -18,7 +19,7 @@ LENGTH = 12
 SEGMENT_IDS = np.array([[1] * 6 + [0] + [2] * 5, [3] * 2 + [4] * 10, [0] * 3 + [5] + [6] * 8])
 
 
-DELTA = rules.Rule("delta", networks.Matrix(), rules.squared_loss, chunk=4, normalized=True, solve=True)
+DELTA = rules.GradientRule("delta", networks.Matrix(), rules.squared_loss, chunk=4, normalized=True, solve=True)
 
 
 def slow(*values):
@@ -54,7 +55,7 @@ def slow(*values):
     (DELTA, "ssc", "checkpoint"),
     # A rule of one's own: everything at once, and momentum without retention or step sizes.
     (
-      rules.Rule(
+      rules.GradientRule(
         "windowed titans",
         networks.MLP(2, 2, norm=True),
         rules.squared_loss,
@@ -68,7 +69,7 @@ def slow(*values):
       "checkpoint",
     ),
     (
-      rules.Rule("momentum", networks.Matrix(), rules.squared_loss, chunk=2, momentum=True, step=False),
+      rules.GradientRule("momentum", networks.Matrix(), rules.squared_loss, chunk=2, momentum=True, step=False),
       "soup",
       "independent",
     ),
@@ -86,7 +87,7 @@ def last_state(rule, x, segment_ids):
   """The state after rows x of one chunk."""
   marks = documents.Documents(*(w[:, None] for w in documents.index(segment_ids)))
   k, v, gates = (jax.tree.map(lambda w: jnp.moveaxis(w, 2, 1), w) for w in (x.k, x.v, x.gates))
-  return online.write(rule, online.start_state(rule, x.init, k), x.init, k, v, gates, marks)[0]
+  return rule.write(rule.start(x.init, k), x.init, k, v, gates, marks, solve=arithmetic.solve)[0]
 
 
 @FLOAT64
@@ -122,17 +123,17 @@ def test_decays_over_a_thousand_tokens_are_finite_and_right_in_float32(low):
   """Ratios of products, or a mask after the exponential, give inf and NaN here."""
   rng = np.random.default_rng(0)
   length = 1000
-  rule = rules.Rule("decays", networks.Matrix(), rules.dot_loss, retention=True, momentum=True)
   gates = {name: rng.uniform(low, low**0.9, length).astype(np.float32) for name in ("alpha", "beta")}
   gates["eta"] = np.ones(length, np.float32)
   alpha, beta = (gates[name].astype(np.float64) for name in ("alpha", "beta"))
 
   def read(gates):
-    c, _ = online.coefficients(rule, gates, documents.visible(None, length), jnp.float32)
-    return (c.decay.sum() + c.carry.sum() + c.mix.sum() + c.momentum.sum() + c.kept), c
+    seen = documents.visible(None, length)
+    c = chunk.coefficients(gates["alpha"], gates["beta"], (gates["eta"],), seen, jnp.float32)
+    return (c.decay.sum() + c.carry.sum() + c.mix.sum() + c.momentum.sum() + c.kept[-1]), c
 
-  (_, c), gradient = jax.jit(jax.value_and_grad(read, has_aux=True))(gates)
-  chex.assert_tree_all_finite((c, gradient))
+  (_, c), slopes = jax.jit(jax.value_and_grad(read, has_aux=True))(gates)
+  chex.assert_tree_all_finite((c, slopes))
   decay, carry, row = 1.0, 0.0, np.zeros(length)
   momentum, kept = np.zeros(length), 1.0
   for t in range(length):  # one more token: the recurrence of the coefficients themselves
@@ -146,7 +147,8 @@ def test_decays_over_a_thousand_tokens_are_finite_and_right_in_float32(low):
       expected = (decay, carry, row)
       actual = (c.decay[t], c.carry[t], c.mix[t])
       chex.assert_trees_all_close(actual, jax.tree.map(np.float32, expected), rtol=1e-3, atol=1e-6)
-  chex.assert_trees_all_close((c.kept, c.momentum), jax.tree.map(np.float32, (kept, momentum)), rtol=1e-3, atol=1e-6)
+  found = c.kept[-1], c.momentum
+  chex.assert_trees_all_close(found, jax.tree.map(np.float32, (kept, momentum)), rtol=1e-3, atol=1e-6)
 
 
 @FLOAT64
@@ -170,8 +172,8 @@ def test_inner_gradients_are_cut_to_their_norm_all_layers_together():
   @functools.partial(samples.jit, static_argnums=0)
   def norms(max_grad_norm):
     bounded = dataclasses.replace(rule, max_grad_norm=max_grad_norm)
-    memory = online.start_state(rule, x.init, k).memory
-    keys = online.key_gradients(bounded, k, v, online.dense(memory, k.dtype), x.init)
+    memory = rule.start(x.init, k).memory
+    keys = gradient.key_gradients(bounded, k, v, arithmetic.dense(memory, k.dtype), x.init)
     z, delta = keys.pull(keys.answers)
     outer = [jnp.einsum("...i,...o->...io", z[name], delta[name]) for name in delta]
     return jnp.sqrt(sum(jnp.square(g).sum((-2, -1)) for g in outer))
@@ -191,7 +193,7 @@ def test_inner_gradients_are_cut_to_their_norm_all_layers_together():
 def test_gradients_are_finite_where_nothing_is_written(rule, dtype):
   """At padding, whose keys are zero, and at tokens whose values memories answer already: shares are 0 / 0."""
   x = samples.inputs(rule, batch=3, length=LENGTH)
-  own = rule.network(jnp.moveaxis(x.k, 2, 1), online.dense(jax.tree.map(jnp.asarray, x.init), jnp.dtype("float32")))
+  own = rule.network(jnp.moveaxis(x.k, 2, 1), arithmetic.dense(jax.tree.map(jnp.asarray, x.init), jnp.dtype("float32")))
   x = x._replace(v=np.where((np.arange(LENGTH) % 2 == 0)[:, None, None], np.moveaxis(own, 1, 2), x.v))
   x = jax.tree.map(lambda a: a.astype("float32"), x)
   x = x._replace(**{name: jnp.asarray(getattr(x, name), dtype) for name in "qkvu"})
@@ -202,8 +204,8 @@ def test_gradients_are_finite_where_nothing_is_written(rule, dtype):
     return jax.grad(lambda x: samples.call(x, **options).astype("float32").sum())(x)
 
   for name, leaf in zip(x._fields, gradients(x), strict=True):
-    for gradient in jax.tree.leaves(leaf):
-      assert np.isfinite(gradient).all(), name
+    for slope in jax.tree.leaves(leaf):
+      assert np.isfinite(slope).all(), name
 
 
 def test_a_state_names_its_layers_in_their_order():
@@ -212,12 +214,12 @@ def test_a_state_names_its_layers_in_their_order():
   x = samples.inputs(rule, batch=1, length=4)
   k, v = (jnp.moveaxis(w, 2, 1) for w in (x.k, x.v))
   gates = {name: jnp.moveaxis(g, 2, 1) for name, g in x.gates.items()}
-  start = online.start_state(rule, x.init, k)
-  end, _ = online.write(rule, start, x.init, k, v, gates, None)
+  start = rule.start(x.init, k)
+  end, _ = rule.write(start, x.init, k, v, gates, None, solve=arithmetic.solve)
   assert list(end.memory) == list(start.memory) == list(x.init)
   assert networks.last(rule.network, end.memory) == "w2"
 
 
 def test_a_network_for_normalized_steps_says_where_features_have_died():
   with pytest.raises(ValueError, match="least_features"):
-    rules.Rule("own", lambda x, linear: linear("w", x), rules.squared_loss, normalized=True)
+    rules.GradientRule("own", lambda x, linear: linear("w", x), rules.squared_loss, normalized=True)

@@ -16,7 +16,8 @@ import pytest
 import quick_compile
 import samples
 
-from mc_jax.memory import fused, online, passes, rules, segments
+from mc_jax.memory import arithmetic, fused, passes, rules, segments
+from mc_jax.memory.tokens import Tokens
 
 HEAD_DIM, CHUNK, SEGMENT = 32, 64, 256
 jit = functools.partial(jax.jit, compiler_options=quick_compile.options() | {"xla_allow_excess_precision": False})
@@ -73,11 +74,11 @@ def in_float64(function, x):
 
 def last_state(rule, write, x):
   """The state after the last token, each segment going on from the one before."""
-  tokens = passes.Tokens(*jax.tree.map(lambda w: jnp.moveaxis(w, 2, 1), x[:5]), None)
+  tokens = Tokens(*jax.tree.map(lambda w: jnp.moveaxis(w, 2, 1), x[:5]), None)
   lengths = segments.constant(SEGMENT).lengths(x.q.shape[1])
 
   def read(memory, q):
-    return rule.network(q, lambda name, z: online.read(memory, name, z, q.dtype))
+    return rule.network(q, lambda name, z: memory.read(name, z, q.dtype))
 
   @jit
   def run(init, tokens):
@@ -136,9 +137,9 @@ def test_states_kept_in_bfloat16_would_not(name, forgetful, monkeypatch):
 @pytest.mark.parametrize(("name", "forgetful"), [("titans", False), FORGETFUL])
 def test_states_by_cumulative_logs_in_bfloat16_would_not(name, forgetful, monkeypatch):
   def sums(x, mask):
-    return jax.lax.reduce_precision(online.product(x[..., None, :], mask, jnp.bfloat16)[..., 0, :], 8, 7)
+    return jax.lax.reduce_precision(arithmetic.product(x[..., None, :], mask, jnp.bfloat16)[..., 0, :], 8, 7)
 
-  broken = functools.partial(patched, monkeypatch, online, "_exact_product", sums)
+  broken = functools.partial(patched, monkeypatch, arithmetic, "_exact_product", sums)
   assert max(state_errors(name, forgetful, broken)) > 2 * STATE_BOUNDS[name]
 
 
@@ -203,11 +204,11 @@ def test_outputs_and_gradients_are_near_the_exact_ones(name, aggregation, implem
 def test_states_scores_and_summaries_are_float32(carry):
   rule = printed("titans", chunk=8)
   x = stream(rule, 64)
-  tokens = passes.Tokens(*jax.tree.map(lambda w: jnp.moveaxis(w, 2, 1), x[:5]), None)
+  tokens = Tokens(*jax.tree.map(lambda w: jnp.moveaxis(w, 2, 1), x[:5]), None)
   lengths = segments.constant(16).lengths(64)
 
   def read(memory, q):
-    return rule.network(q, lambda name, z: online.read(memory, name, z, q.dtype))
+    return rule.network(q, lambda name, z: memory.read(name, z, q.dtype))
 
   write = functools.partial(passes.write, rule, lengths=lengths, read=read, carries=carry, side_by_side=1)
   written = jax.eval_shape(write, x.init, tokens)

@@ -9,21 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mc_jax.memory import reference, rules, segments
+from mc_jax import memory
+from mc_jax.memory import rules, segments
 
 HEAD_DIM = 3
 LENGTH = 9  # and the same options where it does not matter: tests then share what was compiled
 CHUNKS = [[2], [2], [2], [2], [1]]
-DEFAULTS = dict(
-  aggregation="none",
-  segmentation=segments.constant(2),
-  carry="checkpoint",
-  top_k=1,
-  pool="mean",
-  gate="softmax",
-  gate_scale=1.0,
-)
-caching = jax.jit(reference.memory_caching, static_argnames=("rule", *DEFAULTS))
+DEFAULTS = dict(aggregation="none", segmentation=segments.constant(2), top_k=1, implementation="reference")
+NAMES = "rule", *DEFAULTS, "carry", "pool", "gate", "gate_scale"
+caching = jax.jit(memory.memory_caching, static_argnames=NAMES)
 
 TITANS = rules.get("titans", chunk=2, expansion=2, max_grad_norm=None, normalized=False)
 SWLA = rules.get("swla", chunk=2, window=3)
@@ -319,13 +313,12 @@ def test_other_documents_may_as_well_be_padding(rule, options):
   @jax.jit
   def outputs_and_gradients(tokens, init, ids, own):
     def loss(tokens, init):
-      y = reference.memory_caching(
+      y = memory.memory_caching(
         *tokens,
         init,
         rule=rule,
         **DEFAULTS | options | {"segmentation": segments.constant(4)},
         segment_ids=ids,
-        token_scores=None,
       )
       return jnp.sum(jnp.where(own[None, :, None, None], jnp.sin(y), 0)), y
 

@@ -50,6 +50,11 @@ class Inputs(NamedTuple):
   init: dict[str, chex.Array]
   token_scores: chex.Array | None = None
 
+  def tokens(self, segment_ids=None) -> memory.Tokens:
+    """All but init, as one record."""
+    documents = None if segment_ids is None else memory.documents.index(segment_ids)
+    return memory.Tokens(self.q, self.k, self.v, self.u, self.gates, documents, self.token_scores)
+
 
 def inputs(rule, *, batch=4, length=LENGTH, heads=2, head_dim=4, ages=None, seed=0) -> Inputs:
   """Random inputs, float64 numpy: normalised keys, M_0 never zero, gates that matter."""
@@ -57,7 +62,11 @@ def inputs(rule, *, batch=4, length=LENGTH, heads=2, head_dim=4, ages=None, seed
   q, k, v, u = rng.normal(size=(4, batch, length, heads, head_dim))
   k /= np.linalg.norm(k, axis=-1, keepdims=True)
   low, high = {"alpha": (0.6, 1.0), "beta": (0.3, 0.9)}, (0.02, 0.2)
-  gates = {name: rng.uniform(*low.get(name, high), (batch, length, heads)) for name in rule.gates}
+  shape = batch, length, heads
+  gates = {
+    name: rng.uniform(*low.get(name, high), (*shape, head_dim) if gate.per_channel else shape)
+    for name, gate in rule.gates.items()
+  }
   shapes = jax.eval_shape(functools.partial(rule.init, heads=heads, head_dim=head_dim), jax.random.key(0))
   init = {name: rng.normal(size=w.shape) * 0.6 for name, w in shapes.items()}
   scores = None if ages is None else rng.normal(size=(batch, length, heads, ages))

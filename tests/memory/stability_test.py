@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mc_jax.memory import documents, online, passes, rules, segments
+from mc_jax.memory import documents, passes, rules, segments
+from mc_jax.memory.arithmetic import solve
+from mc_jax.memory.tokens import Tokens
 
 LENGTH, SEGMENT, WIDTH = 32_768, 256, 16
 DEEP = {
@@ -40,10 +42,10 @@ def write(rule, k, v, gates):
   init = rule.init(jax.random.key(1), heads=1, head_dim=WIDTH)
   k, v = k[None, None], v[None, None]
   gates = {name: jnp.full(k.shape[:-1], value) for name, value in gates.items()}
-  tokens = passes.Tokens(k, k, v, k, gates, None)
+  tokens = Tokens(k, k, v, k, gates)
 
   def read(memory, x):
-    return rule.network(x, lambda name, z: online.read(memory, name, z, x.dtype))
+    return rule.network(x, lambda name, z: memory.read(name, z, x.dtype))
 
   @jax.jit
   def run(tokens):
@@ -109,13 +111,13 @@ def test_documents_that_start_in_a_chunk_do_not_revive_old_momentum(normalized, 
   init = rule.init(jax.random.key(0), heads=1, head_dim=4)
   k = jax.random.normal(jax.random.key(1), (1, 1, 8, 4))
   gates = {name: jnp.full((1, 1, 8), value) for name, value in rule.starting_gates(SEGMENT).items()}
-  new = online.start_state(rule, init, k)
+  new = rule.start(init, k)
   start = new._replace(momentum=jax.tree.map(lambda s: s + old, new.momentum))
   index = documents.index(jnp.array([[1, 1, 1, 2, 2, 2, 2, 2]]))
   index = documents.Documents(*(x[:, None] for x in index))
 
   def ends(start):
-    end, memory = online.write(rule, start, init, k, k, gates, index)
-    return end, rule.network(k, lambda layer, x: online.read(memory, layer, x, k.dtype))[:, :, 3:]
+    end, memory = rule.write(start, init, k, k, gates, index, solve=solve)
+    return end, rule.network(k, lambda layer, x: memory.read(layer, x, k.dtype))[:, :, 3:]
 
   chex.assert_trees_all_equal(ends(start), ends(new))

@@ -8,7 +8,7 @@ import pytest
 import samples
 import stored_pairs
 
-from mc_jax.memory import networks, rules, segments, triangular
+from mc_jax.memory import arithmetic, networks, rules, segments
 
 
 @pytest.mark.parametrize(("head_dim", "chunk", "segment"), stored_pairs.SIZES)
@@ -39,7 +39,7 @@ def test_frozen_errors_of_the_same_size_overshoot():
 def test_a_matrix_that_solves_is_the_delta_rule_at_every_chunk_length(float64, chunk):
   """W_t = a W_{t-1} + S_t, S_t = b S_{t-1} - (1 - b) eta k (x) (k W_{t-1} - v) / |k|^2, token by token."""
   options = dict(retention=True, momentum=True, normalized=True, solve=True, learned_init=False)
-  rule = rules.Rule("delta", networks.Matrix(), rules.squared_loss, chunk=chunk, **options)
+  rule = rules.GradientRule("delta", networks.Matrix(), rules.squared_loss, chunk=chunk, **options)
   x = samples.inputs(rule, batch=1, length=17, heads=1)
   gates = x.gates | {"eta": 6 * x.gates["eta"]}
   q, k, v = (w[0, :, 0] for w in (x.q, 2 * x.k, x.v))
@@ -62,7 +62,7 @@ def lower(length, dtype, repeated):
   return np.tril(1.5 * k @ np.swapaxes(k, -1, -2), -1).astype(dtype)
 
 
-@pytest.mark.parametrize("solve", [triangular.solve, triangular.solve_in_kernel])
+@pytest.mark.parametrize("solve", [arithmetic.solve, arithmetic.solve_in_kernel])
 @pytest.mark.parametrize("repeated", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 65, 200])
 def test_the_solve_and_its_gradient_are_those_of_the_triangular_system(float64, length, repeated, solve):
@@ -81,7 +81,7 @@ def test_the_solve_and_its_gradient_are_those_of_the_triangular_system(float64, 
   chex.assert_trees_all_close((jnp.tril(gn, -1), gr), (en, er), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("solve", [triangular.solve, triangular.solve_in_kernel])
+@pytest.mark.parametrize("solve", [arithmetic.solve, arithmetic.solve_in_kernel])
 @pytest.mark.parametrize("repeated", [False, True])
 def test_the_solve_in_float32_leaves_an_error_of_a_thousandth_at_most(repeated, solve):
   n, r = lower(256, np.float32, repeated), np.random.default_rng(2).normal(size=(2, 256, 5)).astype(np.float32)

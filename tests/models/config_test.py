@@ -115,7 +115,7 @@ def test_the_rule_gets_the_options_that_it_takes(rule):
 def test_options_reach_the_rule():
   assert MemoryConfig(rule="swla", window=3).build_rule().window == 3
   assert MemoryConfig(rule="titans", depth=4, expansion=2).build_rule().network.depth == 4
-  assert MemoryConfig(rule="dla", retention=False).build_rule().gates == ("eta",)
+  assert tuple(MemoryConfig(rule="dla", retention=False).build_rule().gates) == ("eta",)
   assert MemoryConfig(rule="titans", max_step=0.5).build_rule().max_step == 0.5
 
 

@@ -14,9 +14,9 @@ from mc_jax.models.gates import TokenGates
 def test_gates_start_near_the_rules_values_for_every_token(name):
   rule = memory.rules.get(name)
   starts = rule.gate_init(256)
-  gates = TokenGates(starts, d_model=64, heads=2, rngs=nnx.Rngs(0))
+  gates = TokenGates(rule, 256, d_model=64, heads=2, head_dim=8, rngs=nnx.Rngs(0))
   values = gates(jax.random.normal(jax.random.key(0), (4, 50, 64)))
-  assert tuple(values) == rule.gates
+  assert tuple(values) == tuple(rule.gates)
   for gate, start in starts.items():
     chex.assert_shape(values[gate], (4, 50, 2))
     logits = jax.scipy.special.logit(values[gate] / start.maximum)
@@ -25,8 +25,9 @@ def test_gates_start_near_the_rules_values_for_every_token(name):
 
 
 def test_gates_stay_between_zero_and_their_maximum_in_float32():
-  starts = memory.rules.get("titans", max_step=0.5).gate_init(256)
-  gates = TokenGates(starts, d_model=64, heads=2, rngs=nnx.Rngs(0))
+  rule = memory.rules.get("titans", max_step=0.5)
+  starts = rule.gate_init(256)
+  gates = TokenGates(rule, 256, d_model=64, heads=2, head_dim=8, rngs=nnx.Rngs(0))
   x = 1e3 * jax.random.normal(jax.random.key(0), (4, 50, 64), jnp.bfloat16)
   values = gates(x)
   chex.assert_type(list(values.values()), jnp.float32)

@@ -100,9 +100,10 @@ def test_after_training_a_model_without_caches_reads_them_by_the_parameters_it_h
   @jit
   def by_hand(x):
     inputs = mixer.project(x)
-    u = 0 * inputs.q if kind == "moving_average" else inputs.q  # equal scores are equal shares; for matrices soup = grm
+    q, k, v = inputs.tokens[:3]
+    u = 0 * q if kind == "moving_average" else q  # equal scores are equal shares; for matrices soup = grm
     y = memory.memory_caching(
-      *(inputs.q, inputs.k, inputs.v, u, {}, mixer.initial_memory()),
+      *(q, k, v, u, {}, mixer.initial_memory()),
       rule=mixer.rule,
       aggregation="grm",
       segmentation=memory.segments.constant(4),
@@ -118,7 +119,7 @@ def test_after_training_a_model_without_caches_reads_them_by_the_parameters_it_h
 def test_the_memories_get_keys_and_queries_of_unit_length_and_gates_in_their_range():
   config = tiny()
   mixer = make(config)
-  inputs = jit(mixer.project)(tokens(config))
+  inputs = jit(mixer.project)(tokens(config)).tokens
   for x in (inputs.q, inputs.k):
     chex.assert_trees_all_close(jnp.linalg.norm(x, axis=-1), jnp.ones((1, 12, 2)), rtol=1e-3)
   chex.assert_equal_shape([inputs.q, inputs.k, inputs.v, inputs.u])
@@ -131,8 +132,8 @@ def test_the_connector_is_a_plain_linear_map_and_shared_on_request():
   mixer = make(config)
   x = tokens(config)
   project = jit(mixer.project)
-  chex.assert_trees_all_close(project(2 * x).u, 2 * project(x).u, rtol=1e-5)
-  shared = jit(make(tiny(shared_query=True)).project)(x)
+  chex.assert_trees_all_close(project(2 * x).tokens.u, 2 * project(x).tokens.u, rtol=1e-5)
+  shared = jit(make(tiny(shared_query=True)).project)(x).tokens
   chex.assert_trees_all_equal(shared.u, shared.q)
 
 
@@ -144,11 +145,11 @@ def test_a_deep_memory_that_has_written_nothing_says_nothing():
     mixer = make(config)
     if config.memory.normalized:
       mixer.initial_norm.scale[...] = jnp.zeros_like(mixer.initial_norm.scale[...])
-    inputs = jit(mixer.project)(tokens(config))
     document = jnp.array([[1] * 8 + [0] * 4])
-    idle = inputs._replace(v=jnp.zeros_like(inputs.v), gates=inputs.gates | {"eta": 1e-9 * inputs.gates["eta"]})
-    options = config.memory.build_options()
-    y = memory.caching.with_options(*idle[:4], idle.gates, mixer.initial_memory(), options, segment_ids=document)
+    inputs = jit(mixer.project)(tokens(config), document)
+    idle = inputs.tokens._replace(v=jnp.zeros_like(inputs.tokens.v))
+    idle = idle._replace(gates=idle.gates | {"eta": 1e-9 * idle.gates["eta"]})
+    y = memory.run(idle, mixer.initial_memory(), config.memory.build_options())
     return jnp.abs(mixer.read_out(y, inputs, document)).max(-1)[0]
 
   for rule in ("titans", "dla"):
@@ -174,8 +175,7 @@ def test_the_parts_make_the_whole():
   def by_hand(x):
     inputs = mixer.project(x)
     y = memory.memory_caching(
-      *inputs[:4],
-      inputs.gates,
+      *inputs.tokens[:5],
       mixer.initial_memory(),
       rule=mixer.rule,
       aggregation="grm",

@@ -38,10 +38,11 @@ def on(axes):
   return mesh.make(mesh.MeshConfig(**axes), jax.devices()[:count])
 
 
-def on_mesh(*arrays, segment_ids=None, token_scores=None, read_buffer=256 << 20, **options):
-  """`context.memory_caching`, told as `memory.memory_caching` is."""
-  others = dict(segment_ids=segment_ids, token_scores=token_scores, read_buffer=read_buffer)
-  return context.memory_caching(*arrays, memory.Options(**options), **others)
+def on_mesh(q, k, v, u, gates, init, *, segment_ids=None, token_scores=None, read_buffer=256 << 20, **options):
+  """`context.run` with the arguments of `memory.memory_caching`."""
+  documents = None if segment_ids is None else memory.documents.index(segment_ids)
+  tokens = memory.Tokens(q, k, v, u, gates, documents, token_scores)
+  return context.run(tokens, init, memory.Options(**options), read_buffer=read_buffer)
 
 
 def run(x, rule, axes=None, *, segment=SEGMENT, **options):

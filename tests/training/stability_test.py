@@ -29,7 +29,7 @@ def test_norms_are_those_of_what_was_written_and_equal_gates_have_the_largest_en
   x, ends = model.embed(batch["tokens"][:1]), []
   for layer in range(2):
     block = nnx.merge(blocks, jax.tree.map(lambda x, layer=layer: x[layer], layers))
-    _, k, v, *_ = block.mixer.project(block.mixer_norm(x))
+    _, k, v, *_ = block.mixer.project(block.mixer_norm(x)).tokens
     k, v = np.asarray(k[0], np.float64), np.asarray(v[0], np.float64)
     ends += [np.einsum("lhi,lho->hio", k[:end], v[:end]) for end in (8, 16)]  # the linear rule sums
     x, _ = block(x)

@@ -1,0 +1,165 @@
+"""What a memory-update rule says of itself, and everybody else reads.
+
+A rule fills in a chunk: from the state before it and its tokens, `write` makes the state after it and the online memory
+of every token. The scan over segments, the kernels and their gradients, packed documents, decoding, sharding and every
+aggregation follow from that.
+"""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from mc_jax.memory.arithmetic import Solve
+from mc_jax.memory.documents import Documents
+from mc_jax.memory.networks import Network, Weights
+
+
+class Gate(NamedTuple):
+  """A positive number that a rule takes from every token: [batch, length, heads], or [batch, length, heads, head_dim].
+
+  At padding it is 1.
+
+  Attributes:
+    per_channel: one for each key channel instead of one for each head.
+  """
+
+  per_channel: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class GateInit:
+  """Where a gate starts: value = maximum * sigmoid(logit), logit = <x_t, w> + bias."""
+
+  bias: float
+  maximum: float = 1.0
+
+
+class State(Protocol):
+  """What a memory carries from token to token: a NamedTuple of arrays [batch, heads, ...], such as `chunk.State`.
+
+  Attributes:
+    memory: M, {name: [..., in, out]}, at least float32: what is cached. All else is zero in a new memory.
+  """
+
+  memory: Weights
+
+
+class Online(Protocol):
+  """The online memories of a chunk's tokens, such as `chunk.Online`."""
+
+  def read(self, name: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x_t W_t of the layer `name`: [..., T, in] to [..., T, out], at least float32, by products in `dtype`."""
+
+
+class Rule(abc.ABC):
+  """A memory-update rule: hashable, static under jit, such as a frozen dataclass.
+
+  A rule whose inner gradients are `frozen` also has `begin`, `within` and `advance`, one whose stretches compose
+  (`transition`) has `decay`; others need none of them.
+
+  Attributes:
+    name: what errors call it.
+    network: M; a matrix, or deep (networks.py).
+    chunk: tokens written in one step.
+    gates: what it takes from every token, {name: Gate}.
+    lookback: earlier tokens whose keys and values are written again by later ones; `State.tail` has them. 0 for most.
+    learned_init: M_0 is a learned parameter; if not, it is what `init` gives.
+    initial_apart: M_0's answer is as large as what is learned, so that a layer should norm the two apart.
+    frozen: errors of a chunk's tokens depend on the state before the chunk, which decoding must keep.
+    transition: how two stretches of tokens compose. "scalar": a state is what came in times a number for each head, or
+      "channel": for each key channel, plus what was written, whatever came in. None: not at all.
+  """
+
+  name: str
+  network: Network
+  chunk: int
+  lookback: int = 0
+  learned_init: bool = False
+  initial_apart: bool = False
+  frozen: bool = False
+  transition: str | None = None
+
+  @property
+  @abc.abstractmethod
+  def gates(self) -> Mapping[str, Gate]:
+    """See above."""
+
+  @abc.abstractmethod
+  def init(self, key: jax.Array, *, heads: int, head_dim: int) -> Weights:
+    """M_0: {name: [heads, in, out]} float32."""
+
+  @abc.abstractmethod
+  def gate_init(self, segment_length: int) -> dict[str, GateInit]:
+    """Where each gate starts, in the order of `gates`; segment_length in tokens."""
+
+  def starting_gates(self, segment_length: int) -> dict[str, float]:
+    """The value that each gate starts at, {name: value}, in the order of `gates`; segment_length in tokens."""
+    return {name: start.maximum / (1 + math.exp(-start.bias)) for name, start in self.gate_init(segment_length).items()}
+
+  @abc.abstractmethod
+  def start(self, fresh: Weights, k: jax.Array) -> State:
+    """M_0 {name: [heads, in, out]} as the state of each sequence of k [batch, heads, T, d], all else zero."""
+
+  @abc.abstractmethod
+  def write(
+    self,
+    start: State,
+    fresh: Weights,
+    k: jax.Array,
+    v: jax.Array,
+    gates: Weights,
+    documents: Documents | None,
+    *,
+    solve: Solve,
+    chunk: Any = None,
+  ) -> tuple[State, Online]:
+    """One chunk step: writes T tokens; returns the state after them and the online memory of each.
+
+    Differentiated in reverse mode, and compiled inside kernels as it stands.
+
+    Args:
+      start: the state before the chunk.
+      fresh: M_0, {name: [heads, in, out]}, where a document that starts in the chunk begins.
+      k, v: [batch, heads, T, d], zero at padding.
+      gates: {name: [batch, heads, T]} or [batch, heads, T, d], 1 at padding.
+      documents: arrays [batch, 1, T]; None for one document without padding.
+      solve: unit lower triangular systems, as arithmetic.solve, on the machine that this is for.
+      chunk: with `frozen`, of one token in the middle of a chunk: what came before it there. T is 1 then.
+    """
+
+  @abc.abstractmethod
+  def token_start(self, fresh: Weights) -> State:
+    """`token`'s state of a new memory, of one sequence and head: M_0 {name: [in, out]} as `memory`, all else zero."""
+
+  @abc.abstractmethod
+  def token(
+    self, state: State, fresh: Weights, k: jax.Array, v: jax.Array, gates: Weights, chunk_begins: jax.Array
+  ) -> State:
+    """The printed recurrence, for reference.py: one token k, v [d], gates {name: [] or [d]} of one head.
+
+    chunk_begins: whether the token is the first of its chunk, or of its document.
+    """
+
+  def begin(self, state: State, tokens: int, dtype: jnp.dtype) -> Any:
+    """`write`'s `chunk` where one of so many tokens begins with a state; dtype: the tokens'."""
+    raise NotImplementedError(f"rule {self.name!r} does not say it")
+
+  def within(self, online: Online) -> Any:
+    """`write`'s `chunk` after the tokens that `write` has made `online` of; they are one document."""
+    raise NotImplementedError(f"rule {self.name!r} does not say it")
+
+  def advance(self, chunk: Any, place: jax.Array, online: Online, gates: Weights) -> Any:
+    """`write`'s `chunk` after one more token, the `place`-th [batch] int32, of which `write` has made `online`."""
+    raise NotImplementedError(f"rule {self.name!r} does not say it")
+
+  def decay(self, gates: Weights, dtype: jnp.dtype) -> jax.Array:
+    """What a stretch of tokens leaves of the state that came in, for each of its rows.
+
+    gates [b, h, T, ...] to an array that broadcasts to [b, h, in, 1].
+    """
+    raise NotImplementedError(f"rule {self.name!r} does not say it")
