@@ -32,7 +32,7 @@ def problem(model: ModelConfig) -> str | None:
       f"it needs gates, which model.pattern={','.join(model.pattern)} does not have: use a model.pattern with "
       f"{with_memories()}"
     )
-  if not memory.gates.scored(options.aggregation, options.gate):
+  if not memory.aggregate.scored(options.aggregation, options.gate):
     return (
       "it needs memories that are told apart: model.memory.aggregation must be ssc, or grm or soup with "
       "model.memory.gate one of softmax, sigmoid, token; this model reads with "

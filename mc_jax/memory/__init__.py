@@ -1,7 +1,6 @@
 """Memory Caching as pure functions over arrays and pytrees (arXiv:2602.24281)."""
 
-from mc_jax.memory import decode, documents, gates, networks, rules, segments, tokens
-from mc_jax.memory.aggregate import NAMES as AGGREGATIONS
+from mc_jax.memory import aggregate, decode, documents, gates, networks, rules, segments, tokens
 from mc_jax.memory.caching import memory_caching, run
 from mc_jax.memory.gates import NAMES as GATES
 from mc_jax.memory.gates import POOLS
@@ -9,6 +8,7 @@ from mc_jax.memory.options import CARRIES, IMPLEMENTATIONS, Options
 from mc_jax.memory.tokens import Tokens
 
 RULES = rules.names()  # those that come with the package
+AGGREGATIONS = tuple(aggregate.AGGREGATIONS)
 
 __all__ = [
   "AGGREGATIONS",
@@ -19,6 +19,7 @@ __all__ = [
   "RULES",
   "Options",
   "Tokens",
+  "aggregate",
   "decode",
   "documents",
   "gates",

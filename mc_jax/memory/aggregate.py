@@ -17,8 +17,6 @@ from mc_jax.memory import gates as gating
 from mc_jax.memory.arithmetic import dense, product, state_dtype
 from mc_jax.memory.networks import Linear, Network, Weights
 
-NAMES = ("none", "residual", "grm", "soup", "ssc")
-
 
 class Contribution(Protocol):
   """What a memory contributes to a read. Static under jit."""
@@ -96,45 +94,92 @@ class Reads(NamedTuple):
   kept: jax.Array | None = None
 
 
-def aggregate(
-  options, q: jax.Array, scores: tuple[jax.Array, jax.Array], visible: jax.Array, memories: Memories
-) -> tuple[jax.Array, Reads | None]:
-  """y_t = Agg({M^(i)}, M_t; q_t) (Eq. 5), whether a sequence is written or a token decoded.
+class Aggregation(NamedTuple):
+  """A way to read memories: y_t = Agg({M^(i)}, M_t; q_t) (Eq. 5), whether a sequence is written or a token decoded.
 
-  Args:
-    options: of the memories, `Options`.
-    q: [b, h, T, d].
-    scores: of the online memory [b, h, T] and of the caches [b, h, T, n].
-    visible: bool, which caches a token may read, broadcasts against their scores.
-    memories: the online one and the caches.
-
-  Returns:
-    [b, h, T, d], at least float32; which caches tokens read, None if none.
+  Attributes:
+    read: (options, q, scores, visible, memories) to (y, Reads or None if no cache is read). options are `Options`; q is
+      [b, h, T, d]; scores are those of the online memory [b, h, T] and of the caches [b, h, T, n], zeros if nothing is
+      scored; visible is bool, which caches a token may read, and broadcasts against these; y is [b, h, T, d], at least
+      float32.
+    caches: which are read: "none", "all" that are visible, or "selected", some of each token's choice.
+    gated: whether scores weigh the memories.
   """
+
+  read: Callable[..., tuple[jax.Array, Reads | None]]
+  caches: str = "all"
+  gated: bool = True
+
+
+def none(options, q, scores, visible, memories):
+  """The online memory alone: the recurrence itself."""
+  return memories.online(whole(options.rule.network), q), None
+
+
+def residual(options, q, scores, visible, memories):
+  """The sum of all (Eq. 7)."""
+  return _read_all(options, q, gating.weigh("constant", 1.0, *scores, visible), visible, memories)
+
+
+def grm(options, q, scores, visible, memories):
+  """Gated residual memory: the sum of all, weighed (Eq. 9)."""
+  return _read_all(options, q, gating.weigh(options.gate, options.gate_scale, *scores, visible), visible, memories)
+
+
+def soup(options, q, scores, visible, memories):
+  """Memory soup: one read of weights that are a mixture (Eq. 14-15)."""
+  gamma_online, gamma = gating.weigh(options.gate, options.gate_scale, *scores, visible)
+
+  # The network runs once: each layer writes the online memory for its own read of it and makes one gated read over all
+  # memories. The mixture is never built.
+  def mixed(name, x):
+    x = x.astype(q.dtype)
+    return gamma_online[..., None] * memories.online(layer(name), x) + memories.cached(layer(name), x, gamma)
+
+  return options.rule.network(q, mixed), Reads(visible, gamma_online, gamma)
+
+
+def ssc(options, q, scores, visible, memories):
+  """Sparse selective caching: the online memory, and the top_k caches by score, weighed (Eq. 16-17)."""
   network = options.rule.network
-  if options.aggregation == "none":
-    return memories.online(whole(network), q), None
-  if options.aggregation == "ssc":  # Eq. 16-17
-    index, kept_scores, kept = gating.select(scores[1], visible, options.top_k)
-    gamma_online, gamma = gating.weigh(options.gate, options.gate_scale, scores[0], kept_scores, kept)
-    y = gamma_online[..., None] * memories.online(whole(network), q)
-    if index.shape[-1]:  # a single segment has no caches
-      y += memories.selected(network, q, index, gamma)
-    return y, Reads(visible, gamma_online, gamma, index, kept)
+  index, kept_scores, kept = gating.select(scores[1], visible, options.top_k)
+  gamma_online, gamma = gating.weigh(options.gate, options.gate_scale, scores[0], kept_scores, kept)
+  y = gamma_online[..., None] * memories.online(whole(network), q)
+  if index.shape[-1]:  # a single segment has no caches
+    y += memories.selected(network, q, index, gamma)
+  return y, Reads(visible, gamma_online, gamma, index, kept)
 
-  gate = "constant" if options.aggregation == "residual" else options.gate
-  gamma_online, gamma = gating.weigh(gate, options.gate_scale, *scores, visible)
 
-  def read(contribution, x):
-    return gamma_online[..., None] * memories.online(contribution, x) + memories.cached(contribution, x, gamma)
-
-  if options.aggregation == "soup":
-    # The network runs once, over weights that are a mixture: each layer writes the online memory for its own read of it
-    # and makes one gated read over all memories. The mixture is never built.
-    y = network(q, lambda name, x: read(layer(name), x.astype(q.dtype)))
-  else:
-    y = read(whole(network), q)
+def _read_all(options, q, gamma, visible, memories):
+  read, (gamma_online, gamma) = whole(options.rule.network), gamma
+  y = gamma_online[..., None] * memories.online(read, q) + memories.cached(read, q, gamma)
   return y, Reads(visible, gamma_online, gamma)
+
+
+AGGREGATIONS = {
+  "none": Aggregation(none, caches="none", gated=False),
+  "residual": Aggregation(residual, gated=False),
+  "grm": Aggregation(grm),
+  "soup": Aggregation(soup),
+  "ssc": Aggregation(ssc, caches="selected"),
+}
+
+
+def register(name: str, aggregation: Aggregation) -> None:
+  """Gives an aggregation a name, by which options and configurations find it.
+
+  Raises:
+    ValueError: the name is taken.
+  """
+  if name in AGGREGATIONS:
+    raise ValueError(f"there is an aggregation {name!r} already; names are {', '.join(AGGREGATIONS)}")
+  AGGREGATIONS[name] = aggregation
+
+
+def scored(name: str, gate: str) -> bool:
+  """Whether an aggregation tells memories apart by scores: not where none is read, nor where all weigh the same."""
+  aggregation = AGGREGATIONS[name]
+  return aggregation.caches == "selected" or (aggregation.gated and gate not in gating.BLIND)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

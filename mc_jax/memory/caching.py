@@ -165,7 +165,7 @@ def _run(
   caches = parts.count * len(lengths) - 1  # of the whole sequence; no token comes after the last segment
 
   summaries = None
-  scored = gating.scored(options.aggregation, options.gate)
+  scored = aggregate.scored(options.aggregation, options.gate)
   if scored and options.gate == "token":
     scores = gating.scores_by_age(tokens.token_scores.astype(wide), segment[:, None] - jnp.arange(caches))
   elif scored:
@@ -177,7 +177,7 @@ def _run(
 
   memories = _Memories(by, options, fresh, tokens._replace(u=None, token_scores=None), lengths, segment)
   visible = _visible(tokens.documents, lengths, segment, parts)
-  y, reads = aggregate.aggregate(options, tokens.q, scores, visible, memories)
+  y, reads = aggregate.AGGREGATIONS[options.aggregation].read(options, tokens.q, scores, visible, memories)
   if tokens.documents is not None:
     y = jnp.where(tokens.documents.valid[..., None], y, 0.0)
   y = jnp.moveaxis(y, 1, 2).astype(dtype)
@@ -185,7 +185,7 @@ def _run(
 
 
 class _Memories:
-  """The memories of a sequence while it is traced, as `aggregate.aggregate` reads them."""
+  """The memories of a sequence while it is traced, as an `Aggregation` reads them."""
 
   def __init__(self, by, options, fresh, tokens, lengths, segment):
     self.by, self.tokens, self.lengths, self.segment = by, tokens, lengths, segment

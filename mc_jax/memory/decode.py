@@ -62,7 +62,7 @@ class Options(options_lib.Options):
     options_lib.at_least_one("capacity", self.capacity)
     options_lib.one_of("cache_dtype", self.cache_dtype, (None, *CACHE_DTYPES))
     options_lib.one_of("memory", self.memory, MEMORIES)
-    if self.memory == "host" and self.aggregation != "ssc":
+    if self.memory == "host" and aggregate.AGGREGATIONS[self.aggregation].caches != "selected":
       raise ValueError(
         f"memory='host' needs aggregation='ssc', which reads few states; {self.aggregation!r} would fetch all of them "
         "for every token"
@@ -76,7 +76,7 @@ class Options(options_lib.Options):
   @property
   def slots(self) -> int:
     """Slots of a layer: none where nothing is read from them."""
-    return 0 if self.aggregation == "none" else self.capacity
+    return 0 if aggregate.AGGREGATIONS[self.aggregation].caches == "none" else self.capacity
 
   @property
   def chunk(self) -> int:
@@ -326,7 +326,7 @@ def _read(options: Options, x: Tokens, cache: Cache) -> jax.Array:
   segment = _segment(options, cache.position)
   held = _held(segment, options.slots)
   wide, shape = cache.keys.dtype, x.q.shape[:3]
-  scored = options.slots and gating.scored(options.aggregation, options.gate)
+  scored = options.slots and aggregate.scored(options.aggregation, options.gate)
   if scored and options.gate == "token":
     ages = (segment[:, None] - held)[:, None, None]
     scores = gating.scores_by_age(x.token_scores.astype(wide), ages)
@@ -339,11 +339,12 @@ def _read(options: Options, x: Tokens, cache: Cache) -> jax.Array:
     scores = jnp.zeros(shape, wide), jnp.zeros((*shape, options.slots), wide)
   count = jnp.minimum(segment.max(), options.slots)
   memories = _Memories(cache, count, x.q.dtype)
-  return aggregate.aggregate(options, x.q, scores, (held >= 0)[:, None, None], memories)[0]
+  visible = (held >= 0)[:, None, None]
+  return aggregate.AGGREGATIONS[options.aggregation].read(options, x.q, scores, visible, memories)[0]
 
 
 class _Memories(NamedTuple):
-  """The memories of single tokens, as `aggregate.aggregate` reads them.
+  """The memories of single tokens, as an `Aggregation` reads them.
 
   Attributes:
     cache: of these tokens too.

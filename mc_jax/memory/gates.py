@@ -13,11 +13,7 @@ from mc_jax.memory.documents import Visible
 
 POOLS = ("mean", "sum")
 NAMES = ("softmax", "sigmoid", "constant", "uniform", "token")
-
-
-def scored(aggregation: str, gate: str) -> bool:
-  """Whether memories are told apart by scores: not where none is read, nor where all weigh the same."""
-  return aggregation == "ssc" or (aggregation in ("grm", "soup") and gate not in ("constant", "uniform"))
+BLIND = ("constant", "uniform")  # they do not look at the scores
 
 
 class Pool(NamedTuple):

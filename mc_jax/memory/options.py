@@ -50,7 +50,7 @@ class Options:
       raise ValueError(
         f"segmentation must be segments.constant(length) or segments.logarithmic(), got {self.segmentation!r}"
       )
-    one_of("aggregation", self.aggregation, aggregate.NAMES)
+    one_of("aggregation", self.aggregation, tuple(aggregate.AGGREGATIONS))
     one_of("carry", self.carry, CARRIES)
     one_of("pool", self.pool, gates.POOLS)
     one_of("gate", self.gate, gates.NAMES)

@@ -79,7 +79,7 @@ class MemoryConfig:
         prefix,
         self,
         rule=memory.rules.names(),
-        aggregation=memory.AGGREGATIONS,
+        aggregation=tuple(memory.aggregate.AGGREGATIONS),
         segmentation=memory.segments.NAMES,
         carry=memory.CARRIES,
         pool=memory.POOLS,
@@ -116,13 +116,14 @@ class MemoryConfig:
         f"{prefix}.after_training={self.after_training!r} is for models trained with {prefix}.aggregation='none', "
         f"got {self.aggregation!r}: use after_training=None"
       )
-    if self.dense_steps and self.aggregation == "ssc" and self.gate in _BLIND:
+    if self.dense_steps and self.selects and self.gate in memory.gates.BLIND:
+      sighted = [gate for gate in memory.GATES if gate not in memory.gates.BLIND]
       found.append(
         f"{prefix}.dense_steps={self.dense_steps} has no effect with {prefix}.gate={self.gate!r}, through which scores "
-        f"learn nothing: use 0, or one of {', '.join(gate for gate in memory.GATES if gate not in _BLIND)} as gate"
+        f"learn nothing: use 0, or one of {', '.join(sighted)} as gate"
       )
     if self.unread:
-      gated = [name for name in memory.AGGREGATIONS if name not in _UNGATED]
+      gated = [name for name, kind in memory.aggregate.AGGREGATIONS.items() if kind.gated]
       found += [
         f"{prefix}.{field}={value!r} has no effect with {prefix}.aggregation={self.aggregation!r}, which has no gates: "
         f"use {field}={default!r}, or one of {', '.join(gated)} as {prefix}.aggregation"
@@ -134,12 +135,24 @@ class MemoryConfig:
   @property
   def unread(self) -> dict[str, object]:
     """Fields that nothing reads, with their defaults: those of gates, where the aggregation has none."""
-    return _GATES_ALONE if self.aggregation in _UNGATED and self.after_training is None else {}
+    kind = memory.aggregate.AGGREGATIONS.get(self.aggregation)
+    return _GATES_ALONE if kind and not kind.gated and self.after_training is None else {}
+
+  @property
+  def reads_caches(self) -> bool:
+    """Whether cached memories are read at all."""
+    return memory.aggregate.AGGREGATIONS[self.aggregation].caches != "none"
+
+  @property
+  def selects(self) -> bool:
+    """Whether tokens choose the caches that they read."""
+    kind = memory.aggregate.AGGREGATIONS.get(self.aggregation)
+    return kind is not None and kind.caches == "selected"
 
   @property
   def learns_densely(self) -> bool:
     """Whether scores choose caches, so that training does well to begin with reading them all: see `dense`."""
-    return self.aggregation == "ssc" and self.gate not in _BLIND
+    return self.selects and self.gate not in memory.gates.BLIND
 
   def dense(self) -> MemoryConfig:
     """These values for the first steps of training: every cache is read, weighed by the scores that will choose later.
@@ -177,8 +190,6 @@ class MemoryConfig:
     return kind(self.build_rule(), self.build_segmentation(), **told, **others)
 
 
-_UNGATED = ("none", "residual")
-_BLIND = ("constant", "uniform")  # gates that do not look at the scores
 # What only gates read, with its default. (gate_scale and top_k may stand in a configuration that several aggregations
 # share: they are amounts, and without gates there is nothing to scale or choose.)
 _GATES_ALONE = {
@@ -433,7 +444,7 @@ class MemoryCaching(layer.Mixer):
   @classmethod
   def pages(cls, config: ModelConfig) -> bool:
     """A step of ssc reads few states."""
-    return config.memory.as_read().aggregation == "ssc"
+    return config.memory.as_read().selects
 
   @classmethod
   def cache_problems(cls, config: ModelConfig, cache: CacheConfig, prefix: str) -> list[str]:
@@ -449,7 +460,7 @@ class MemoryCaching(layer.Mixer):
         f"{prefix}.tokens={cache.tokens:,} make more segments than model.max_length={config.max_length}, which "
         "model.memory.gate='token' has scores for"
       ]
-    if cache.full == "error" and options.aggregation != "none":
+    if cache.full == "error" and options.reads_caches:
       try:
         decode.require_room(options.segment_length, capacity(config, cache), cache.tokens)
       except decode.CacheFull as error:
@@ -461,7 +472,7 @@ class MemoryCaching(layer.Mixer):
     """Writes, and reads of the caches that a token has, on the average."""
     options = config.memory
     caches = len(options.build_segmentation().lengths(length))
-    read = {"none": 0, "ssc": options.top_k}.get(options.aggregation, caches / 2)
+    read = options.top_k if options.selects else caches / 2 if options.reads_caches else 0
     network = 2 * config.heads * _memory_numbers(config)
     # Deep memories that go from segment to segment go from device to device: each waits for those before it.
     chained = options.carry == "checkpoint" and options.build_rule().transition is None
@@ -475,7 +486,7 @@ class MemoryCaching(layer.Mixer):
   def cache_bytes(cls, config: ModelConfig, length: int) -> dict[str, float]:
     """One cached memory, in the computation's dtype; all of them, one a segment; and their pooled keys, float32."""
     options = config.memory.as_read()
-    caches = 0 if options.aggregation == "none" else len(options.build_segmentation().lengths(length))
+    caches = 0 if not options.reads_caches else len(options.build_segmentation().lengths(length))
     checkpoint = config.heads * _memory_numbers(config) * jnp.dtype(config.dtype).itemsize
     return {"checkpoint": checkpoint, "sequence": caches * checkpoint, "summaries": caches * config.d_model * 4}
 
@@ -495,7 +506,7 @@ def has_connector(config: ModelConfig) -> bool:
   """Whether the layer has a W_u: only where scores come from it (gates, or the choice of ssc)."""
   options = config.memory
   own = not options.shared_query and options.gate != "token"
-  return own and memory.gates.scored(options.aggregation, options.gate)
+  return own and memory.aggregate.scored(options.aggregation, options.gate)
 
 
 def _longest_segment(config):
