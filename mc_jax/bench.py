@@ -8,7 +8,7 @@ parameter and the input. The median of --repeats calls, after one that compiles.
   python -m mc_jax.bench --topology=v5e:2x2 --implementation=xla --rules=titans --aggregations=grm --lengths=8192
 
 does not run anything: it compiles for chips of a TPU topology, on a machine that need not have one, and prints what the
-compiled program moves and computes, and how long the compiler thinks it takes (mc_jax/parallel/hlo_cost.py).
+compiled program moves and computes, and how long the compiler thinks it takes (mc_jax/planning/hlo_cost.py).
 """
 
 import itertools
@@ -27,7 +27,8 @@ from mc_jax import cli, memory
 from mc_jax.errors import ConfigError
 from mc_jax.models.config import MemoryConfig, ModelConfig
 from mc_jax.models.mixer import MemoryCaching
-from mc_jax.parallel import axes, hlo_cost, mesh, topology
+from mc_jax.parallel import axes, mesh
+from mc_jax.planning import hlo_cost, topology
 
 _RULES = flags.DEFINE_list("rules", list(memory.RULES), "Memory rules.")
 _AGGREGATIONS = flags.DEFINE_list("aggregations", list(memory.AGGREGATIONS), "Ways to read the cache.")

@@ -12,7 +12,7 @@ dtype: float32 ones would be converted whole for every step that is not in a loo
     --config.mesh.fsdp=1 --batch=4 --contexts=4096,65536
 
 does not run anything: it compiles one step for chips of a TPU topology, on a machine that need not have one, and prints
-what the step moves and how long the compiler thinks it takes (mc_jax/parallel/hlo_cost.py).
+what the step moves and how long the compiler thinks it takes (mc_jax/planning/hlo_cost.py).
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ from mc_jax import cli, memory
 from mc_jax.errors import ConfigError
 from mc_jax.inference import Decoder, speed
 from mc_jax.models import CacheConfig
-from mc_jax.parallel import chips, hlo_cost
-from mc_jax.training import config, planning, state
+from mc_jax.planning import chips, hlo_cost, plans, topology
+from mc_jax.training import config, state
 
 matplotlib.use("Agg")  # files only: no display is needed
 
@@ -70,7 +70,7 @@ def main(_: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # nothing runs: the machine's own accelerators are left alone
   run = config.from_config_dict(CONFIG.value).check()
   runs = {name: dataclasses.replace(run, model=_model(run.model, name)) for name in _MODELS.value}
-  devices = planning.topology_devices(_TOPOLOGY.value, 1) if _TOPOLOGY.value else jax.devices()
+  devices = topology.devices(_TOPOLOGY.value) if _TOPOLOGY.value else jax.devices()
   machine = {"device": devices[0].device_kind, "platform": devices[0].platform, "devices": len(devices)}
   machine |= {"machine": platform.machine(), "cores": os.cpu_count()}
   versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
@@ -152,9 +152,9 @@ def _estimate(runs: dict[str, config.Config], contexts: Sequence[int], devices: 
     # The loop over cached states, whose length depends on the position, as it is when all are there.
     cost = hlo_cost.cost(compiled, decoder.cache.segments(run.model), devices=list(mesh.devices.flat))
     analysis = compiled.memory_analysis()
-    slots = planning.bytes_here(cache.layers.slots)
-    figures = _row(name, run, context, slots, planning.bytes_here(cache) - slots, analysis.temp_size_in_bytes)
-    figures |= {"parameter_bytes": planning.bytes_here(decoder.params), "hbm_bytes": cost.hbm_bytes}
+    slots = plans.bytes_per_device(cache.layers.slots)
+    figures = _row(name, run, context, slots, plans.bytes_per_device(cache) - slots, analysis.temp_size_in_bytes)
+    figures |= {"parameter_bytes": plans.bytes_per_device(decoder.params), "hbm_bytes": cost.hbm_bytes}
     figures |= {"sent_bytes": sum(cost.collective_bytes.values()), "hbm_capacity": chips.of(devices).hbm_bytes}
     rows.append(figures | {"milliseconds": 1e3 * cost.time.step})
   return _with_rates(rows)
@@ -173,14 +173,14 @@ def _too_large(decoder: Decoder) -> bool:
   size = speed.cache_bytes(decoder, _BATCH.value)
   if _LIMIT.value is None or size <= _LIMIT.value * chips.GIB:
     return False
-  print(f"left out at {decoder.cache.tokens:,} tokens: a cache of {planning.gib(size)}", flush=True)
+  print(f"left out at {decoder.cache.tokens:,} tokens: a cache of {plans.gib(size)}", flush=True)
   return True
 
 
 def _row(name: str, run: config.Config, context: int, slots: float, others: float, temporaries: float) -> dict:
   """Which figures they are, and bytes: planned are those of the slots as the planner counts them."""
   data = dataclasses.replace(run.data, length=context)
-  planned = planning.cache_bytes(dataclasses.replace(run, data=data))
+  planned = plans.cache_bytes(dataclasses.replace(run, data=data))
   planned = planned["sequence"] + planned["summaries"] if "sequence" in planned else planned["kv_cache"]
   row = {"model": name, "context": context, "slot_bytes": slots, "planned_bytes": _BATCH.value * planned}
   return row | {"other_cache_bytes": others, "temporary_bytes": temporaries}

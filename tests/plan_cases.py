@@ -1,6 +1,6 @@
 """What a TPU's compiler is asked about kernels at head_dim 256, that of the 1.3B models, and about splash attention.
 
-As tests/tpu_cases.py, for the rates that plans are made with (mc_jax/parallel/chips.py):
+As tests/tpu_cases.py, for the rates that plans are made with (mc_jax/planning/chips.py):
 
   python tests/tpu_schedule.py tests/plan_cases.py:titans_write_fwd --topology v5e:2x2
 """

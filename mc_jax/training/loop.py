@@ -19,7 +19,7 @@ from mc_jax.errors import ConfigError
 from mc_jax.evaluation import scoring
 from mc_jax.inference.text import known
 from mc_jax.kernels import cost
-from mc_jax.parallel import chips
+from mc_jax.planning import chips
 from mc_jax.training import config as config_lib
 from mc_jax.training import distributed, kept, metrics, optimizer, report, sampling, stability, state, trained
 from mc_jax.training.checkpointing import AGGREGATION, HOW, Checkpoints, changed, require_order
@@ -30,7 +30,7 @@ from mc_jax.training.outputs import Outputs, occupied, outputs
 from mc_jax.training.profiling import Trace
 from mc_jax.training.progress import Progress, duration
 from mc_jax.training.step import loss_sum, lower
-from mc_jax.training.watchdog import Watchdog, telling
+from mc_jax.training.watchdog import Watchdog, heartbeat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _steps(
         log.write(records)
         raise
       if evaluates:
-        with telling("evaluating"):
+        with heartbeat("evaluating"):
           records[-1] |= run.evaluate(current)
         watchdog.finished()
         result = evaluated = records[-1][f"validation_bits_per_{run.data.unit}"]
@@ -284,7 +284,7 @@ def _compiled(config: Config, mesh: jax.sharding.Mesh, kind: str) -> _Update:
   """The training step, compiled for the batches of `config`."""
   begin, name = time.monotonic(), f"compiling the training step{kind}"
   print(f"{name} ...", flush=True)
-  with telling(name):
+  with heartbeat(name):
     update = lower(config, mesh).compile()
   print(f"compiled in {duration(time.monotonic() - begin)}", flush=True)
   if not chips.peak_flops(mesh.devices.flat[0]):

@@ -16,7 +16,8 @@ from mc_jax.data import DataConfig
 from mc_jax.inference import Decoder, speed
 from mc_jax.models import CacheConfig, MemoryConfig, ModelConfig
 from mc_jax.models.cache import nbytes
-from mc_jax.training import planning, state
+from mc_jax.planning import plans, topology
+from mc_jax.training import state
 from mc_jax.training.config import Config
 
 # What is compiled for a TPU that is not there can be put into the cache, but not taken out of it.
@@ -65,7 +66,7 @@ def slots_of(decoder, batch=1):
 )
 def test_cached_memories_are_what_the_planner_counts(memory, dtype, alone):
   config = config_of(200, memory=memory, dtype=dtype)
-  planned = planning.cache_bytes(config)
+  planned = plans.cache_bytes(config)
   slots = slots_of(abstract_decoder(config, alone))
   assert nbytes(slots["memories"]) == planned["sequence"]
   assert nbytes(slots["summaries"]) == planned["summaries"]
@@ -79,13 +80,13 @@ def test_keys_and_values_are_what_the_planner_counts(dtype, alone):
   config = config_of(200, dtype=dtype)
   transformer = dataclasses.replace(config, model=dataclasses.replace(config.model, mixer="transformer"))
   size = nbytes(slots_of(abstract_decoder(transformer, alone)))
-  assert size == planning.cache_bytes(transformer)["kv_cache"] == planning.cache_bytes(config)["kv_cache"]
+  assert size == plans.cache_bytes(transformer)["kv_cache"] == plans.cache_bytes(config)["kv_cache"]
   assert size == 2 * 4 * 200 * 32 * jnp.dtype(dtype).itemsize
 
 
 def test_a_smaller_dtype_of_the_cache_is_smaller(alone):
   config = config_of(200)
-  sequence = planning.cache_bytes(config)["sequence"]
+  sequence = plans.cache_bytes(config)["sequence"]
   half = slots_of(abstract_decoder(config, alone, dtype="bfloat16"))["memories"]
   quarter = slots_of(abstract_decoder(config, alone, dtype="int8"))["memories"]
   assert nbytes(half) == sequence / 2
@@ -98,7 +99,7 @@ def test_steps_are_in_place_and_end_the_context(name, alone):
   config = named(4096, name)
   decoder = dataclasses.replace(abstract_decoder(config, alone), params=state.create(config, alone).params)
   steps = speed.compile_steps(decoder, 2)
-  planned = planning.cache_bytes(config)
+  planned = plans.cache_bytes(config)
   slots = planned["kv_cache"] if name == "transformer" else planned["sequence"] + planned["summaries"]
   assert steps.slot_bytes == 2 * slots
   assert steps.slot_bytes + steps.other_bytes == speed.cache_bytes(decoder, 2)
@@ -127,7 +128,7 @@ def test_steps_on_tpus_are_in_place(name):
   config = config_of(8192, d_model=512, memory={"aggregation": name, "segment_length": 128})
   if name == "transformer":
     config = config_of(8192, d_model=512, mixer=name)
-  mesh = config.make_mesh(planning.topology_devices("v5e:2x2", 1)[:1])
+  mesh = config.make_mesh(topology.devices("v5e:2x2", 1)[:1])
   compiled, cache = speed.compile_step(abstract_decoder(config, mesh), 2)
   memory, size = compiled.memory_analysis(), nbytes(cache.layers.slots)
   assert memory.alias_size_in_bytes >= size > 2**27

@@ -9,7 +9,7 @@ import tpu_cases
 
 from mc_jax import memory
 from mc_jax.memory import fused
-from mc_jax.parallel import topology
+from mc_jax.planning import topology
 
 pytest.importorskip("libtpu", reason="holds the TPUs' compiler; wheels for Linux on x86_64 only")
 

@@ -18,7 +18,7 @@ from mc_jax import memory
 from mc_jax.kernels import vmem
 from mc_jax.memory import documents as memory_documents
 from mc_jax.memory import fused, online, passes, rules, segments
-from mc_jax.parallel import topology
+from mc_jax.planning import topology
 
 LENGTH, SEGMENT, CHUNK = 51, 16, 8
 SEGMENT_IDS = np.array(

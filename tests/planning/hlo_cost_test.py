@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from mc_jax.parallel import chips, hlo, hlo_cost, topology
+from mc_jax.planning import chips, hlo, hlo_cost, topology
 
 # What is compiled for a TPU that is not there can be put into the cache, but not taken out of it.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")

@@ -14,16 +14,17 @@ from flax import nnx
 from mc_jax.data import DataConfig
 from mc_jax.errors import ConfigError
 from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig
-from mc_jax.parallel import attention, chips, hlo_cost, topology
+from mc_jax.parallel import attention
 from mc_jax.parallel.mesh import MeshConfig
-from mc_jax.training import planning, state
+from mc_jax.planning import chips, hlo_cost, plans, sweep, topology
+from mc_jax.training import state
 from mc_jax.training.config import Config
 
 pytest.importorskip("libtpu")
 # What is compiled for a TPU that is not there can be put into the cache, but not taken out of it.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 TPU = "v5e:2x2"
 MODEL = ModelConfig(
   layers=1, d_model=64, heads=2, dtype="bfloat16", memory=MemoryConfig(rule="linear", chunk=16, segment_length=32)
@@ -74,10 +75,10 @@ def test_what_is_mistyped_is_one_line(flag, words):
 
 def test_what_does_not_fit_is_refused():
   large = ModelConfig(layers=1, d_model=16384, heads=128, dtype="bfloat16", mixer="transformer")
-  plan = planning.plan(dataclasses.replace(SMALL, model=large, mesh=MeshConfig()), TPU)
+  plan = plans.plan(dataclasses.replace(SMALL, model=large, mesh=MeshConfig()), TPU)
   assert not plan.fits
   assert plan.hbm["optimiser state"] > plan.hbm["parameters"] > 10e9
-  message = planning.refusal(plan)
+  message = plans.refusal(plan)
   assert message.index("optimiser state") < message.index("parameters")
   assert "16.00 GiB" in message
 
@@ -85,7 +86,7 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.slow
 def test_steps_that_read_all_caches_are_planned_besides():
   memory = dataclasses.replace(MODEL.memory, aggregation="ssc", top_k=1, dense_steps=10)
-  plan = planning.plan(dataclasses.replace(SMALL, model=dataclasses.replace(MODEL, memory=memory)), TPU)
+  plan = plans.plan(dataclasses.replace(SMALL, model=dataclasses.replace(MODEL, memory=memory)), TPU)
   assert plan.dense_steps == 10
   assert plan.dense.fits and "cached_read" in " ".join(plan.dense.cost.kernels)
   assert "selected_read" in " ".join(plan.cost.kernels)
@@ -96,13 +97,13 @@ def test_steps_that_read_all_caches_are_planned_besides():
 
 
 def test_parameters_and_caches_are_what_a_chip_holds():
-  devices = planning.topology_devices(TPU, 1)
+  devices = topology.devices(TPU, 1)
   on_mesh = state.abstract(SMALL, SMALL.make_mesh(devices))
   whole = 4 * state.parameter_count(on_mesh)
-  assert whole / 4 <= planning.bytes_here(on_mesh.params) < whole / 3  # norms and the like are everywhere
+  assert whole / 4 <= plans.bytes_per_device(on_mesh.params) < whole / 3  # norms and the like are everywhere
   # One row's cache in this model: 4 segments x 2 heads x 32 x 32 float32; 8 rows on 2 x 2 devices.
-  assert planning.cached_memories(SMALL, dict(data=1, fsdp=2, context=1, model=2)) == 4 * 4 * 2 * 32 * 32 * 8 / 4
-  assert planning.cache_bytes(SMALL) == {
+  assert plans.cached_memories(SMALL, dict(data=1, fsdp=2, context=1, model=2)) == 4 * 4 * 2 * 32 * 32 * 8 / 4
+  assert plans.cache_bytes(SMALL) == {
     "checkpoint": 2 * 2 * 32 * 32,
     "sequence": 4 * 2 * 2 * 32 * 32,
     "summaries": 4 * 64 * 4,
@@ -111,13 +112,13 @@ def test_parameters_and_caches_are_what_a_chip_holds():
 
 
 def test_a_sweep_keeps_tokens_and_leaves_out_what_does_not_divide():
-  found = planning.candidates(SMALL, TPU, 1, [128, 256], [32])
+  found = sweep.candidates(SMALL, TPU, 1, [128, 256], [32])
   assert {c.config.data.batch_size * c.config.data.length for c in found} == {8 * 128}
   assert [c.config.data.length for c in found[:2]] in ([128, 256], [256, 128])  # the best of each before a second
   meshes = {dataclasses.astuple(c.config.mesh) for c in found if c.config.data.length == 128}
   assert meshes == {(1, 4, 1, 1), (1, 2, 2, 1), (1, 2, 1, 2), (1, 1, 4, 1), (1, 1, 2, 2)}  # two heads: model is 1 or 2
   with pytest.raises(ConfigError, match=r"data\.length"):
-    planning.candidates(SMALL, TPU, 1, [0], [32])
+    sweep.candidates(SMALL, TPU, 1, [0], [32])
 
 
 @pytest.mark.slow
@@ -157,10 +158,10 @@ def test_scanned_layers_cost_what_unrolled_ones_do():
 
 
 def test_chips():
-  v5e, v5p = (chips.of(planning.topology_devices(name, 1)) for name in ("v5e:4x4", "v5p:4x4x4"))
+  v5e, v5p = (chips.of(topology.devices(name, 1)) for name in ("v5e:4x4", "v5p:4x4x4"))
   assert (v5e.name, v5e.hbm_bytes, v5p.flops) == ("v5e", 16 * chips.GIB, 459e12)
-  assert chips.of(planning.topology_devices("v4:2x2x1", 1)).flops == 275e12  # both cores are one device
-  assert chips.of(planning.topology_devices("tpu7x:2x2x1", 1)).flops == 2307e12 / 2  # and here each is one
+  assert chips.of(topology.devices("v4:2x2x1", 1)).flops == 275e12  # both cores are one device
+  assert chips.of(topology.devices("tpu7x:2x2x1", 1)).flops == 2307e12 / 2  # and here each is one
   line, plane = [(i, 0) for i in range(4)], [(i, j) for i in range(4) for j in range(4)]
   assert v5e.ring(line, (4, 4)) == 50e9  # not closed: what goes round comes back
   assert v5e.ring(plane, (4, 4)) == 100e9

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from mc_jax.parallel import chips, hlo
+from mc_jax.planning import chips, hlo
 
 
 class Kernel(NamedTuple):

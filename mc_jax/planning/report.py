@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from mc_jax.planning.plans import Plan, gib
 from mc_jax.training import report
 from mc_jax.training.config import Config
-from mc_jax.training.planning import Plan, gib
 from mc_jax.training.progress import duration
 
 ESTIMATE = "times are the compiler's estimate: nothing ran"
