@@ -14,8 +14,8 @@ from absl import flags, logging
 from mc_jax import cli, storage
 from mc_jax.data.identity import Identity
 from mc_jax.errors import ConfigError
-from mc_jax.evaluation import Subject, report, tasks
-from mc_jax.training import config, outputs, state, task_flags, trained
+from mc_jax.evaluation import Subject, report, task_flags, tasks
+from mc_jax.training import config, outputs, state, trained
 
 CONFIG = cli.overrides_flag()
 WORKDIR = cli.path_flag("workdir", None, "folder of a run of mc_jax.train, or gs://BUCKET/FOLDER")

@@ -12,10 +12,11 @@ import pytest
 import sentencepiece
 from etils import epath
 
+from mc_jax.ablation import grid
 from mc_jax.data import datasets, learning, preparation
 from mc_jax.data.config import SourceConfig
 from mc_jax.inference import export
-from mc_jax.training import grid, metrics, replay, state, trained
+from mc_jax.training import metrics, replay, state, trained
 
 BASE = """
 from mc_jax.training import config

@@ -1,12 +1,12 @@
 """The report of a grid of runs: means and standard errors over seeds, as tables, JSON, CSV and plots.
 
-A cell is a dict, as JSON has it:
+A cell is a dict with JSON's types:
 
     {"values": {"rule": "linear", "aggregation": "grm"}, "seed": 0, "tokens_per_second": .., "results": [..],
      "grid": "python -m mc_jax.ablate ..", ..}
 
-with results of `report.to_json`; cells of the same values differ in their seed alone. Cells of several grids may be in
-one report.
+with results from evaluation/report.py's `to_json`. Cells of the same values differ only in their seed. A report may
+have cells of several grids.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ matplotlib.use("Agg")  # files only: no display is needed
 from matplotlib import pyplot
 
 JSON = "ablation.json"
-_TICKS = 6  # at the places themselves, where there are no more
-# What a task is judged by.
+_TICKS = 6  # up to this number of points on the x axis, each has a tick
+# The measures that tasks are compared by, the first that a task has.
 _MEASURES = {
   "accuracy": "accuracy",
   "bits_per_byte": "bits per byte",
@@ -43,7 +43,7 @@ _MEASURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-  """Of some numbers, with its standard error; nan of a single one."""
+  """A mean of `count` numbers and its standard error, which is nan for a single number."""
 
   mean: float
   stderr: float
@@ -51,55 +51,55 @@ class Mean:
 
   @classmethod
   def of(cls, numbers: Sequence[float]) -> Mean:
-    """The mean; the sample's standard deviation (n - 1) over the root of n is its error."""
+    """The mean of numbers; its standard error is the sample standard deviation (n - 1) over sqrt(n)."""
     count = len(numbers)
     stderr = statistics.stdev(numbers) / math.sqrt(count) if count > 1 else math.nan
     return cls(statistics.fmean(numbers), stderr, count)
 
 
-Line = list[tuple[float, Mean]]  # places and what is there
+Line = list[tuple[float, Mean]]  # (x, y)
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Cells of the same values, one for each seed."""
+  """Cells of the same values, one per seed."""
 
   values: dict[str, str]
   cells: list[dict]
 
   @property
   def label(self) -> str:
-    """Such as "linear, grm, segment_length 16"."""
+    """For example "linear, grm, segment_length 16"."""
     return _label(self.values)
 
   def measured(self) -> dict[tuple[str, tuple], dict[str, Mean]]:
-    """{(task, settings): {value's name: its mean}}; settings as pairs of name and value."""
-    found: dict[tuple[str, tuple], list[Result]] = {}
+    """{(task, settings): {measure: mean}}; settings are pairs of name and value."""
+    by_setting: dict[tuple[str, tuple], list[Result]] = {}
     for cell in self.cells:
       for key, result in _results(cell).items():
-        found.setdefault(key, []).append(result)
+        by_setting.setdefault(key, []).append(result)
     return {
       key: {
         name: Mean.of([r.values[name] for r in results]) for name in results[0].values if not name.endswith("stderr")
       }
-      for key, results in found.items()
+      for key, results in by_setting.items()
     }
 
   def settings(self, task: str) -> list[tuple]:
-    """Those of a task, in the order of its results: the last has the greatest length, or all the text."""
+    """A task's settings in the order of its results: the last has the greatest length, or all the text."""
     return [settings for name, settings in self.measured() if name == task]
 
   def line(self, task: str, measure: str, x: str) -> Line:
-    """A value in the settings that differ from the last one in x at most, by x."""
-    own, measured = self.settings(task), self.measured()
-    rest = _without(own[-1], x) if own else ()
-    points = [(dict(s)[x], measured[task, s][measure]) for s in own if _without(s, x) == rest and x in dict(s)]
+    """A measure against x, in the settings that differ from the last one only in x."""
+    settings, measured = self.settings(task), self.measured()
+    rest = _without(settings[-1], x) if settings else ()
+    points = [(dict(s)[x], measured[task, s][measure]) for s in settings if _without(s, x) == rest and x in dict(s)]
     return sorted(points, key=lambda point: point[0])
 
   def last(self, task: str, measure: str) -> Mean | None:
-    """A value in the last setting; None where the task was not evaluated."""
-    own = self.settings(task)
-    return self.measured()[task, own[-1]][measure] if own else None
+    """A measure in the last setting; None if the task was not evaluated."""
+    settings = self.settings(task)
+    return self.measured()[task, settings[-1]][measure] if settings else None
 
   @property
   def speed(self) -> Mean:
@@ -107,38 +107,55 @@ class Group:
     return Mean.of([cell["tokens_per_second"] for cell in self.cells])
 
   def reads(self, task: str) -> list[dict]:
-    """Of the last setting: Result.reads of all seeds together; [] where nobody looked."""
-    own = self.settings(task)
-    results = [_results(cell).get((task, own[-1])) for cell in self.cells if own]
+    """Result.reads in the last setting, pooled over seeds; [] if the task does not measure gates."""
+    settings = self.settings(task)
+    results = [_results(cell).get((task, settings[-1])) for cell in self.cells if settings]
     return heatmaps.pooled([result.reads for result in results if result])
 
   def curve(self, settings: tuple) -> list[tuple[float, Mean]]:
-    """Loss by position in one setting of perplexity: the geometric middle of each bucket, and the mean there."""
+    """Loss by position in one setting of perplexity: each bucket's geometric middle and the mean over seeds."""
     points: dict[float, list[float]] = {}
     for cell in self.cells:
       if result := _results(cell).get(("perplexity", settings)):
         for bucket in result.curve:
           points.setdefault(math.sqrt(max(bucket["from"], 1) * bucket["to"]), []).append(bucket["loss"])
-    return [(place, Mean.of(losses)) for place, losses in points.items()]
+    return [(position, Mean.of(losses)) for position, losses in points.items()]
 
 
 def _results(cell: dict) -> dict[tuple[str, tuple], Result]:
-  """Those of one cell by task and settings: one each, for what was asked twice is no second seed."""
+  """A cell's results by task and settings. A setting evaluated twice counts once: it is no second seed."""
   return {(result.task, tuple(result.settings.items())): result for result in report.from_json(cell["results"])}
 
 
 def groups(cells: Sequence[dict]) -> list[Group]:
-  """The cells by their values, in the order of the first of each."""
-  found: dict[tuple, Group] = {}
+  """The cells grouped by their values, in the order of the first cell of each group."""
+  by_values: dict[tuple, Group] = {}
   for cell in cells:
-    found.setdefault(tuple(cell["values"].items()), Group(cell["values"], [])).cells.append(cell)
-  return list(found.values())
+    by_values.setdefault(tuple(cell["values"].items()), Group(cell["values"], [])).cells.append(cell)
+  return list(by_values.values())
+
+
+def update(folder: pathlib.Path, cells: Sequence[dict]) -> str:
+  """Writes the report of finished cells, together with those of an earlier report, and returns the table to print.
+
+  Args:
+    folder: The report's folder.
+    cells: The finished cells. One without results keeps those of the earlier report: its evaluation is yet to come.
+  """
+  finished = {cell["name"]: cell for cell in read(folder)}
+  for cell in cells:
+    if cell["results"] or not finished.get(cell["name"], {}).get("results"):
+      finished[cell["name"]] = cell
+  if not finished:
+    return f"{folder.parent} has no finished cell to report"
+  files = write(folder, list(finished.values()))
+  return f"\n{table(list(finished.values()))}\n\nwritten to {folder}: {', '.join(files)}"
 
 
 def write(folder: pathlib.Path, cells: Sequence[dict]) -> list[str]:
-  """Writes ablation.json, tables, commands.txt and the figures that there is something for; their names.
+  """Writes ablation.json, tables, commands.txt and figures, and returns the files' names.
 
-  All of it is made of what ablation.json keeps of the cells.
+  Everything is derived from what ablation.json keeps of the cells.
   """
   folder.mkdir(parents=True, exist_ok=True)
   cells = compact(cells)
@@ -154,15 +171,16 @@ def write(folder: pathlib.Path, cells: Sequence[dict]) -> list[str]:
 
 
 def compact(cells: Sequence[dict]) -> list[dict]:
-  """What ablation.json keeps of cells: numbers to eight digits, and of gates those that are drawn (`Group.reads`).
+  """The cells as ablation.json keeps them: numbers with eight digits, and only those gates that are drawn.
 
-  Gates are most of a cell's bytes. Drawn is the last of the settings, to three places: a picture has 256 colours.
+  Gates take most of a cell's bytes. Only those of the last setting are drawn, and a picture has 256 colours: three
+  decimal places are kept.
   """
   drawn = {}
   for group in groups(cells):
     for task in _tasks([group]):
       drawn[tuple(group.values.items()), task] = dict(group.settings(task)[-1])
-  found = []
+  compacted = []
   for cell in cells:
     values, results = tuple(cell["values"].items()), []
     for result in report.to_json(report.from_json(cell["results"])):
@@ -171,12 +189,12 @@ def compact(cells: Sequence[dict]) -> list[dict]:
       if reads and result["settings"] == drawn[values, result["task"]]:
         kept["reads"] = _rounded(reads, ".3f")
       results.append(kept)
-    found.append(_rounded({**cell, "results": ()}, ".8g") | {"results": results})
-  return found
+    compacted.append(_rounded({**cell, "results": ()}, ".8g") | {"results": results})
+  return compacted
 
 
 def _rounded(tree: object, form: str) -> object:
-  """JSON's dicts and lists with the floats in them rounded."""
+  """Nested dicts and lists with their floats rounded."""
   if isinstance(tree, dict):
     return {name: _rounded(value, form) for name, value in tree.items()}
   if isinstance(tree, list | tuple):
@@ -185,30 +203,30 @@ def _rounded(tree: object, form: str) -> object:
 
 
 def _dumps(cells: Sequence[dict]) -> str:
-  """A line for each cell, without spaces."""
+  """JSON with one line per cell, without spaces."""
   lines = ",\n".join(json.dumps(cell, separators=(",", ":")) for cell in cells)
   return f'{{"cells":[\n{lines}\n]}}\n'
 
 
 def read(folder: pathlib.Path) -> list[dict]:
-  """The cells that `write` wrote, [] if it has not."""
+  """The cells of a report that `write` wrote; [] if there is none."""
   path = folder / JSON
   return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else []
 
 
 def commands(folder: pathlib.Path, cells: Sequence[dict]) -> str:
-  """What makes the report in `folder` again, and what its cells."""
+  """The commands that reproduce the report in `folder` and its cells."""
   lines = [
-    f"# Draws all of this again, from {JSON} alone",
+    f"# Redraws everything here from {JSON} alone",
     f"python -m mc_jax.ablate --report --workdir={shlex.quote(str(folder.parent))}",
   ]
   if grids := dict.fromkeys(cell["grid"] for cell in cells if cell.get("grid")):
-    lines += ["", "# Trained and evaluated the cells, and does it again in another --workdir", *grids]
+    lines += ["", "# Trains and evaluates the cells again, given another --workdir", *grids]
   return "\n".join(lines) + "\n"
 
 
 def table(cells: Sequence[dict]) -> str:
-  """A block for the speed and one for each task, a line for each combination of values: mean ± standard error."""
+  """A block for training speed and one per task, a line per combination of values: mean ± standard error."""
   every = groups(cells)
   fields = list(dict.fromkeys(name for group in every for name in group.values))
   blocks = {"training": [["seeds", "steps", "tokens per second"]]}
@@ -222,27 +240,28 @@ def table(cells: Sequence[dict]) -> str:
     heads = [", ".join(f"{name} {value}" for name, value in s if name in shown) or measure for s in settings]
     title = f"{task}: {_MEASURES.get(measure, measure)}, mean ± standard error over seeds"
     blocks[title] = [["seeds", *heads]]
-    for found in measured:
-      means = [found.get((task, s), {}).get(measure) for s in settings]
-      seeds = max((mean.count for mean in means if mean), default=0)  # that were evaluated
+    for of_group in measured:
+      means = [of_group.get((task, s), {}).get(measure) for s in settings]
+      seeds = max((mean.count for mean in means if mean), default=0)  # only those that were evaluated
       blocks[title].append([str(seeds or ""), *(_text(mean, ".3f") if mean else "" for mean in means)])
   lines = []
   for title, rows in blocks.items():
-    own = [fields, *([group.values.get(field, "") for field in fields] for group in every)]
-    rows = [[*values, *row] for values, row in zip(own, rows, strict=True)]
+    heads = [fields, *([group.values.get(field, "") for field in fields] for group in every)]
+    rows = [[*head, *row] for head, row in zip(heads, rows, strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines += [title, *("  " + "  ".join(map(str.rjust, row, widths)) for row in rows), ""]
   return "\n".join(lines[:-1])
 
 
 def to_csv(cells: Sequence[dict]) -> str:
-  """A line for each combination of values, task and setting: every value's mean and standard error over seeds."""
+  """A line per combination of values, task and setting: every measure's mean and standard error over seeds."""
   rows = []
   for group in groups(cells):
     speed = {("training", ()): {"tokens_per_second": group.speed}}
     for (task, settings), means in {**speed, **group.measured()}.items():
-      own = {f"{task}_{name}" if name in group.values else name: value for name, value in settings}
-      row = {**group.values, "task": task, **own}  # data.length of the cell is not the length it was evaluated at
+      # A cell's data.length is not the length it was evaluated at: the latter gets the task's name in front.
+      columns = {f"{task}_{name}" if name in group.values else name: value for name, value in settings}
+      row = {**group.values, "task": task, **columns}
       for name, mean in means.items():
         row |= {"seeds": mean.count, name: mean.mean, f"{name}_stderr": "" if mean.count < 2 else mean.stderr}
       rows.append(row)
@@ -267,8 +286,8 @@ def _figures(every: list[Group]) -> Iterator[tuple[str, pyplot.Figure]]:
     if task == "perplexity":
       lines = [(group.values, group.curve(group.settings(task)[-1]) if group.settings(task) else []) for group in every]
       yield "position", _panels(lines, fields, _title(every, task), "tokens before", "loss, nats a token")
-    looked_at = {_parts(group.values): reads for group in every if (reads := group.reads(task))}
-    if figure := heatmaps.draw(looked_at, _title(every, task)):
+    reads = {_words(group.values): reads for group in every if (reads := group.reads(task))}
+    if figure := heatmaps.draw(reads, _title(every, task)):
       yield f"{task}_map", figure
   for field in _numeric(every):
     lines = _along(every, field, lambda group: group.speed)
@@ -280,75 +299,79 @@ def _figures(every: list[Group]) -> Iterator[tuple[str, pyplot.Figure]]:
     yield "tokens_per_second", _bars(every)
 
 
-def _parts(values: dict[str, str]) -> tuple[str, ...]:
-  """Words speak for themselves, numbers with their field."""
+def _words(values: dict[str, str]) -> tuple[str, ...]:
+  """A group's values as words: a number is preceded by its field."""
   return tuple(value if math.isnan(_number(value)) else f"{name} {value}" for name, value in values.items())
 
 
 def _label(values: dict[str, str]) -> str:
-  return ", ".join(_parts(values))
+  return ", ".join(_words(values))
 
 
 def _numeric(every: list[Group]) -> dict[str, tuple[float, ...]]:
-  """The fields whose values are several numbers, and these, ascending."""
-  found: dict[str, set[float]] = {}
+  """The fields that have several values, all of them numbers, and these values in ascending order."""
+  distinct: dict[str, set[float]] = {}
   for field, value in (item for group in every for item in group.values.items()):
-    found.setdefault(field, set()).add(_number(value))
-  return {field: tuple(sorted(values)) for field, values in found.items() if len(values) > 1 and math.nan not in values}
+    distinct.setdefault(field, set()).add(_number(value))
+  return {
+    field: tuple(sorted(values)) for field, values in distinct.items() if len(values) > 1 and math.nan not in values
+  }
 
 
 def _number(text: str) -> float:
-  """nan if it is none."""
+  """The number that a text is; nan if it is none."""
   try:
     return float(text) if math.isfinite(float(text)) else math.nan
   except ValueError:
     return math.nan
 
 
-def _along(every: list[Group], field: str, found: Callable[[Group], Mean | None]) -> list[tuple[dict[str, str], Line]]:
-  """Lines of groups that differ in a numeric field alone, by that field; of those without it level ones."""
-  places = _numeric(every)[field]
+def _along(
+  every: list[Group], field: str, mean_of: Callable[[Group], Mean | None]
+) -> list[tuple[dict[str, str], Line]]:
+  """Mean against a numeric field: a line for groups that differ only in it, a level line for those without it."""
+  xs = _numeric(every)[field]
   lines: dict[tuple, Line] = {}
   for group in every:
-    if (mean := found(group)) is not None:
-      own = [_number(group.values[field])] if field in group.values else [places[0], places[-1]]
+    if (mean := mean_of(group)) is not None:
+      at = [_number(group.values[field])] if field in group.values else [xs[0], xs[-1]]
       line = lines.setdefault((field in group.values, _without(tuple(group.values.items()), field)), [])
-      line += [(place, mean) for place in own]
+      line += [(x, mean) for x in at]
   return [(dict(values), sorted(line, key=lambda point: point[0])) for (_, values), line in lines.items()]
 
 
 def _panels(
   lines: Sequence[tuple[dict[str, str], Line]], fields: tuple[str, ...], title: str, x: str, y: str
 ) -> pyplot.Figure:
-  """A panel for each value of all `fields` but the last, a line for each of the last.
+  """A panel for each combination of all `fields` except the last, with a line for each value of the last.
 
   Lines of another grid, such as a transformer without the fields of a memory, are dashed in every panel.
   """
-  own = [(values, line) for values, line in lines if tuple(values) == fields]
+  solid = [(values, line) for values, line in lines if tuple(values) == fields]
   others = [(values, line) for values, line in lines if tuple(values) != fields]
   panels: dict[tuple, list] = {}
-  for values, line in own:
+  for values, line in solid:
     panels.setdefault(tuple(values.items())[:-1], []).append((values, line))
   panels = panels or {(): []}
-  lasts = [dict(last) for last in dict.fromkeys(tuple(values.items())[-1:] for values, _ in own)]
+  lasts = [dict(last) for last in dict.fromkeys(tuple(values.items())[-1:] for values, _ in solid)]
   columns = min(4, len(panels))
   rows = -(-len(panels) // columns)
   size = (max(5.0, 3.6 * columns), 3.4 * rows + 0.6)
   figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharex=True)
   for panel in axes.flat[len(panels) :]:
     panel.set_visible(False)
-  every = sorted({place for _, line in lines for place, _ in line})
+  xs = sorted({x for _, line in lines for x, _ in line})
   for panel, (values, drawn) in zip(axes.flat, panels.items(), strict=False):
     for other in others:
       _draw(panel, other[1], _label(other[0]) or "all", color="0.4", linestyle="--")
-    for of, line in drawn:
-      last = {name: of[name] for name in fields[-1:]}
+    for line_values, line in drawn:
+      last = {name: line_values[name] for name in fields[-1:]}
       _draw(panel, line, _label(last) or "all", color=f"C{lasts.index(last) % 10}")
-    if every and every[0] > 0:
+    if xs and xs[0] > 0:
       panel.set_xscale("log", base=2)
-    panel.xaxis.set_major_formatter(lambda place, _: f"{place:,.4g}" if place < 1000 else f"{place:,.0f}")
-    if len(every) <= _TICKS:
-      panel.set_xticks(every)
+    panel.xaxis.set_major_formatter(lambda x, _: f"{x:,.4g}" if x < 1000 else f"{x:,.0f}")
+    if len(xs) <= _TICKS:
+      panel.set_xticks(xs)
       panel.minorticks_off()
     panel.set(title=_label(dict(values)), xlabel=x, ylabel=y)
     panel.grid(alpha=0.3)
@@ -362,10 +385,10 @@ def _panels(
 
 def _draw(panel: pyplot.Axes, line: Line, label: str, **style: str) -> None:
   if line:
-    places, means = zip(*line, strict=True)
+    xs, means = zip(*line, strict=True)
     errors = [0.0 if math.isnan(mean.stderr) else mean.stderr for mean in means]
     ys = [mean.mean for mean in means]
-    panel.errorbar(places, ys, errors, marker="o", markersize=3, linewidth=1.2, capsize=2, label=label, **style)
+    panel.errorbar(xs, ys, errors, marker="o", markersize=3, linewidth=1.2, capsize=2, label=label, **style)
 
 
 def _bars(every: list[Group]) -> pyplot.Figure:
@@ -386,16 +409,16 @@ def _tasks(every: list[Group]) -> list[str]:
 
 
 def _title(every: list[Group], task: str, x: str | None = None) -> str:
-  """The task, and what all groups' last settings agree in of what varies, but for x."""
+  """The task, and the settings that vary elsewhere but that all groups' last settings share, except x."""
   lasts = [dict(group.settings(task)[-1]) for group in every if group.settings(task)]
   agreed = set.intersection(*(set(last.items()) for last in lasts))
   _, shown = _settings(every, task)
-  told = {name: value for name, value in lasts[0].items() if (name, value) in agreed and name in shown and name != x}
-  return ", ".join([task, *(f"{name} {value}" for name, value in told.items())])
+  common = {name: value for name, value in lasts[0].items() if (name, value) in agreed and name in shown and name != x}
+  return ", ".join([task, *(f"{name} {value}" for name, value in common.items())])
 
 
 def _without(pairs: tuple, name: str) -> tuple:
-  """Pairs of names and values but for one."""
+  """Pairs of names and values, except the pair of one name."""
   return tuple(pair for pair in pairs if pair[0] != name)
 
 
@@ -408,17 +431,17 @@ def _varies(settings: Iterable[tuple], name: str) -> bool:
 
 
 def _settings(every: list[Group], task: str) -> tuple[list[tuple], list[str]]:
-  """The settings of a task, in the order of its results, and the names of those that vary."""
-  found = dict.fromkeys(settings for group in every for name, settings in group.measured() if name == task)
+  """A task's settings in the order of its results, and the names of those that vary."""
+  distinct = dict.fromkeys(settings for group in every for name, settings in group.measured() if name == task)
   values: dict[str, set] = {}
-  for settings in found:
+  for settings in distinct:
     for name, value in settings:
       values.setdefault(name, set()).add(value)
-  return list(found), [name for name in values if len(values[name]) > 1]
+  return list(distinct), [name for name in values if len(values[name]) > 1]
 
 
 def _measure(measured: Iterable[dict], task: str) -> str:
-  """The value's name that the task is judged by: one of _MEASURES, or its first."""
+  """The measure that a task is compared by: the first of _MEASURES it has, or its first value."""
   names = [name for means in measured for (other, _), values in means.items() if other == task for name in values]
   return next((name for name in _MEASURES if name in names), names[0])
 

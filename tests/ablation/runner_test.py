@@ -10,14 +10,14 @@ import time
 
 import pytest
 
+from mc_jax.ablation import runner
+from mc_jax.ablation.grid import Cell
 from mc_jax.data import lock
 from mc_jax.errors import ConfigError
-from mc_jax.training import cells
-from mc_jax.training.grid import Cell
 
 
 @dataclasses.dataclass(frozen=True)
-class Script(cells.Job):
+class Script(runner.Job):
   """A job that runs Python code, until it has left a file `done`."""
 
   codes: tuple[str, ...] = ()
@@ -37,21 +37,21 @@ def script(tiny, tmp_path):
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch):
-  monkeypatch.setattr(cells, "_POLL", 0.02)
+  monkeypatch.setattr(runner, "_POLL", 0.02)
 
 
 def test_a_crashed_cell_is_told_and_does_not_stop_the_rest(script, tmp_path, capsys):
   jobs = [script("bad", "print('so far'); 1 / 0", "print('never')"), script("good", "print('fine')")]
-  assert cells.run(jobs, tmp_path, 1) == (["bad"], None)
+  assert runner.run(jobs, tmp_path, 1) == (["bad"], None)
   assert not jobs[0].commands() == jobs[1].commands() == []
   told = capsys.readouterr().out
   assert "bad: crashed" in told
   assert "| ZeroDivisionError" in told
   assert "good: done" in told
-  log = (jobs[0].folder / cells.LOG).read_text()
+  log = (jobs[0].folder / runner.LOG).read_text()
   assert "so far" in log
   assert "\nnever" not in log
-  assert json.loads((jobs[1].folder / cells.FACTS).read_text())["values"] == {"name": "good"}
+  assert json.loads((jobs[1].folder / runner.FACTS).read_text())["values"] == {"name": "good"}
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -61,7 +61,7 @@ def test_so_many_run_at_a_time(script, tmp_path, processes):
   code += "for _ in range(200):  # until another has begun, where another may\n"
   code += f"  time.sleep(0.05 if len(open({path!r}).readlines()) < {processes} else 0)\n"
   code += "print(-1, time.time(), file=f)"
-  assert cells.run([script(str(n), code) for n in range(4)], tmp_path, processes) == ([], None)
+  assert runner.run([script(str(n), code) for n in range(4)], tmp_path, processes) == ([], None)
   events = sorted((line.split() for line in (tmp_path / "times").read_text().splitlines()), key=lambda e: e[1])
   at_once = [sum(int(change) for change, _ in events[: n + 1]) for n in range(len(events))]
   assert len(events) == 8
@@ -83,9 +83,9 @@ def test_a_signal_is_handed_on_and_no_other_cell_begins(script, tmp_path, number
   threading.Thread(target=send).start()
   begin = time.monotonic()
   jobs = [script("first", code), script("second", "")]
-  assert cells.run(jobs, tmp_path, 1) == ([], number)
+  assert runner.run(jobs, tmp_path, 1) == ([], number)
   assert time.monotonic() - begin < 30
-  assert "asked to stop" in (folder / cells.LOG).read_text()
+  assert "asked to stop" in (folder / runner.LOG).read_text()
   assert not jobs[1].folder.exists()
   assert signal.getsignal(number) == (signal.SIG_IGN if number == signal.SIGHUP else before)
   signal.signal(number, before)
@@ -93,22 +93,22 @@ def test_a_signal_is_handed_on_and_no_other_cell_begins(script, tmp_path, number
 
 def test_a_cell_that_another_process_runs_is_left_to_it(script, tmp_path, capsys):
   job = script("taken", "")
-  with lock.take(job.folder, "", "", cells._LOCK):
-    assert cells.run([job], tmp_path, 1) == ([], None)
+  with lock.take(job.folder, "", "", runner._LOCK):
+    assert runner.run([job], tmp_path, 1) == ([], None)
     assert "another process runs or ran it" in capsys.readouterr().out
     assert job.commands()
-  assert cells.run([job], tmp_path, 1) == ([], None)
+  assert runner.run([job], tmp_path, 1) == ([], None)
   assert not job.commands()
 
 
 def test_the_lock_outlives_who_started_the_cell(script, tmp_path):
   job = script("orphan", "import time; time.sleep(60)")
-  process = cells._start(job, dict(os.environ))
+  process = runner._start(job, dict(os.environ))
   lock._close_in_child()  # as if this process had been killed
-  assert cells._start(job, dict(os.environ)) is None
+  assert runner._start(job, dict(os.environ)) is None
   process.popen.kill()
   process.popen.wait()
-  process = cells._start(job, dict(os.environ))
+  process = runner._start(job, dict(os.environ))
   assert process is not None
   process.popen.kill()
   process.popen.wait()
@@ -116,7 +116,7 @@ def test_the_lock_outlives_who_started_the_cell(script, tmp_path):
 
 def test_a_folder_of_another_configuration_is_refused(script, tmp_path, tiny):
   job = script("cell")
-  cells.run([job], tmp_path, 1)
+  runner.run([job], tmp_path, 1)
   job.require_same()
   longer = dataclasses.replace(job, cell=dataclasses.replace(job.cell, config=tiny(steps=9)))
   longer.require_same()
@@ -126,7 +126,7 @@ def test_a_folder_of_another_configuration_is_refused(script, tmp_path, tiny):
 
 
 def test_a_longer_run_is_not_called_shorter(script, tmp_path, tiny, monkeypatch):
-  monkeypatch.setattr(cells.storage, "has_digests", lambda folder: folder.name == "6")
+  monkeypatch.setattr(runner.storage, "has_digests", lambda folder: folder.name == "6")
   job = script("cell")
   for step in (6, 9):  # the last one is not complete
     (job.folder / "checkpoints" / str(step)).mkdir(parents=True)
@@ -138,7 +138,7 @@ def test_a_longer_run_is_not_called_shorter(script, tmp_path, tiny, monkeypatch)
 
 def test_a_run_that_started_elsewhere_is_refused(script, tmp_path, tiny):
   job = script("cell")
-  cells.run([job], tmp_path, 1)
+  runner.run([job], tmp_path, 1)
   other = dataclasses.replace(job, cell=dataclasses.replace(job.cell, config=tiny(start_from="runs/other")))
   with pytest.raises(ConfigError, match=r"train.start_from was '' and is now 'runs/other'"):
     other.require_same()
@@ -147,12 +147,12 @@ def test_a_run_that_started_elsewhere_is_refused(script, tmp_path, tiny):
 @pytest.mark.parametrize(("step", "results"), [(6, [{"task": "mqar"}]), (3, [])])
 def test_results_are_those_of_the_last_step(script, tmp_path, monkeypatch, step, results):
   job = script("cell")
-  cells.run([job], tmp_path, 1)
+  runner.run([job], tmp_path, 1)
   records = [{"step": 3, "tokens_per_second": 5.0}, {"step": 6, "tokens_per_second": 7.0}]
-  monkeypatch.setattr(cells.metrics, "read", lambda folder: records)
+  monkeypatch.setattr(runner.metrics, "read", lambda folder: records)
   (job.folder / "evaluation").mkdir()
   record = {"step": step, "command": "evaluate", "results": [{"task": "mqar"}]}
-  (job.folder / "evaluation" / f"{cells.EVALUATION}.json").write_text(json.dumps(record))
-  (facts,) = cells.collect(tmp_path)
+  (job.folder / "evaluation" / f"{runner.EVALUATION}.json").write_text(json.dumps(record))
+  (facts,) = runner.collect(tmp_path)
   assert facts["steps"] == 6
   assert facts["results"] == results

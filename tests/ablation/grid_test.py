@@ -2,8 +2,8 @@
 
 import pytest
 
+from mc_jax.ablation import grid
 from mc_jax.errors import ConfigError
-from mc_jax.training import grid
 
 BASE = ["--config=configs/mqar.py", "--config.train.steps=7", "--config.train.seed=3"]
 
@@ -50,7 +50,7 @@ def test_names_are_as_short_as_they_can_be(field, short):
     (["model.memory.rule=linear,linear"], "a value is given twice"),
     (["model.layers=1", "model.layers=2"], "model.layers is given twice"),
     (["train.steps=1,2"], "train.steps is given twice"),
-    (["data.seed=1,2"], "seeds are what --seeds is for"),
+    (["data.seed=1,2"], "use --seeds instead"),
     (["model.layers=1,two"], "two"),
     (["data.mqar.pairs=(2,4),(2,4,)"], r"two cells would be called pairs=2\+4,seed=3"),
     (["model.memory.rule=linear,lin,swla", "model.heads=1,2"], r"'lin' is not one of .* \(in rule=lin,heads=1,seed=3"),

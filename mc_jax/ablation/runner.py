@@ -1,7 +1,7 @@
-"""Runs the cells of a grid, each in processes of its own: trained, then evaluated, gone on with after a kill.
+"""Runs the cells of a grid, each in its own processes: training, then evaluation, resumed after a kill.
 
-A cell's folder, WORKDIR/cells/NAME, is the workdir of its run, with two files besides: cell.json, what it is, and
-log.txt, what its processes said.
+A cell's folder, WORKDIR/cells/NAME, is the workdir of its run, with two more files: cell.json describes the cell, and
+log.txt has the output of its processes.
 """
 
 from __future__ import annotations
@@ -26,32 +26,33 @@ import tqdm
 from etils import epath
 
 from mc_jax import storage
+from mc_jax.ablation.grid import Cell, in_cells
 from mc_jax.data import lock
 from mc_jax.errors import ConfigError
+from mc_jax.evaluation import Options, tasks
 from mc_jax.training import checkpointing, interrupt, metrics
 from mc_jax.training import config as config_lib
-from mc_jax.training.grid import Cell
 from mc_jax.training.progress import duration
 
 FOLDER = "cells"
 FACTS = "cell.json"
 LOG = "log.txt"
-_LOCK = ".lock"  # another than a run's: it is held over training and evaluation
+_LOCK = ".lock"  # not the run's own: it is held during training and evaluation
 EVALUATION = "ablation"  # the name of a cell's evaluation
 
-_POLL = 0.5  # seconds between two looks at the processes
-_TAIL = 15  # lines of a crashed cell's log that are shown
+_POLL = 0.5  # seconds between polls of the processes
+_TAIL = 15  # lines to show of a crashed cell's log
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A cell and what is to be made of it.
+  """A cell and what to run for it.
 
   Attributes:
-    cell: of the grid.
-    folder: of the cell.
-    evaluation: arguments of mc_jax.evaluate but --workdir and --name; empty: it is trained only.
-    grid: the command that runs this cell and the others, for people.
+    cell: The cell of the grid.
+    folder: The cell's folder.
+    evaluation: Arguments of mc_jax.evaluate except --workdir and --name; empty: train only.
+    grid: The command that runs the whole grid, for the record.
   """
 
   cell: Cell
@@ -61,17 +62,17 @@ class Job:
 
   @property
   def step(self) -> int:
-    """The last one that was logged; a run that goes on from its checkpoint repeats some."""
+    """The last step that was logged; a run that resumes from a checkpoint repeats some."""
     return min(_last_step(self.folder), self.cell.config.train.steps)
 
   @property
   def trained(self) -> bool:
-    """Whether the checkpoint of the last step is there."""
+    """Whether the checkpoint of the last step exists."""
     step = str(self.cell.config.train.steps)
     return storage.has_digests(epath.Path(self.folder) / checkpointing.FOLDER / step)
 
   def commands(self) -> list[list[str]]:
-    """What is left to do, as arguments of Python; [] if nothing is."""
+    """The commands that remain to be run, as arguments of Python; [] if the cell is finished."""
     workdir = f"--workdir={self.folder}"
     training = ["-m", "mc_jax.train", *self.cell.arguments, workdir]
     evaluation = ["-m", "mc_jax.evaluate", workdir, *self.evaluation, f"--name={EVALUATION}"]
@@ -79,23 +80,30 @@ class Job:
       return [training, evaluation] if self.evaluation else [training]
     return [evaluation] if self.evaluation and not self._evaluated() else []
 
+  def describe(self) -> str:
+    """The cell's number, name and state, and the commands that remain to be run."""
+    commands = self.commands()
+    state = "finished" if not commands else f"at step {self.step:,}" if self.step else "new"
+    lines = [f"{self.cell.number:4}  {self.cell.name}: {state}"]
+    return "\n".join(lines + [f"        {shlex.join(['python', *command])}" for command in commands])
+
   def _newest(self) -> int:
     """The step of the newest complete checkpoint, 0 without one."""
     folders = (epath.Path(self.folder) / checkpointing.FOLDER).glob("*")
     return max((int(path.name) for path in folders if path.name.isdigit() and storage.has_digests(path)), default=0)
 
   def _evaluated(self) -> bool:
-    """Whether the last step was evaluated in this way."""
+    """Whether the last step was evaluated with the same arguments."""
     record = evaluation(self.folder)
     if record.get("step") != self.cell.config.train.steps:
       return False
-    told = {argument for argument in shlex.split(record["command"])[3:] if not argument.startswith("--workdir=")}
-    return told == {*self.evaluation, f"--name={EVALUATION}"}
+    arguments = {argument for argument in shlex.split(record["command"])[3:] if not argument.startswith("--workdir=")}
+    return arguments == {*self.evaluation, f"--name={EVALUATION}"}
 
   def require_same(self) -> None:
     """Raises ConfigError if the folder holds a run of another configuration, or a longer one.
 
-    train.* and mesh.* may change, for they say how long and how a run goes on; but not where it started.
+    train.* and mesh.* may change, because a run can be resumed with other values; train.start_from may not.
     """
     trained = self._newest()
     if trained > self.cell.config.train.steps:
@@ -115,7 +123,7 @@ class Job:
 
 
 def evaluation(folder: pathlib.Path) -> dict:
-  """What mc_jax.evaluate wrote of a cell, {} if it has not."""
+  """The record that mc_jax.evaluate wrote for a cell; {} if there is none."""
   try:
     return json.loads((folder / "evaluation" / f"{EVALUATION}.json").read_text(encoding="utf-8"))
   except (FileNotFoundError, ValueError):  # ValueError: a kill cut it short
@@ -123,8 +131,8 @@ def evaluation(folder: pathlib.Path) -> dict:
 
 
 def collect(workdir: pathlib.Path) -> list[dict]:
-  """What came out of each finished cell below `workdir`, of this grid or another: what evaluation/ablation.py takes."""
-  found = []
+  """The results of every finished cell below `workdir`, of this grid or another, as report.py expects them."""
+  finished = []
   for path in sorted((workdir / FOLDER).glob(f"*/{FACTS}")):
     facts, records = json.loads(path.read_text(encoding="utf-8")), metrics.read(path.parent)
     steps = facts.pop("config")["train"]["steps"]
@@ -133,29 +141,69 @@ def collect(workdir: pathlib.Path) -> list[dict]:
       speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
       facts |= last | {"tokens_per_second": statistics.median(speeds), "steps": steps}
       record = evaluation(path.parent)
-      if record.get("step") != steps:  # of a shorter run: the new one's is still to come
+      if record.get("step") != steps:  # of a shorter run: the longer one is yet to be evaluated
         record = {}
-      found.append(facts | {"evaluation": record.get("command", ""), "results": record.get("results", [])})
-  return sorted(found, key=lambda facts: (facts["seed"], facts["number"]))
+      finished.append(facts | {"evaluation": record.get("command", ""), "results": record.get("results", [])})
+  return sorted(finished, key=lambda facts: (facts["seed"], facts["number"]))
+
+
+def jobs(
+  cells: Sequence[Cell],
+  workdir: pathlib.Path,
+  task_names: Sequence[str],
+  options: Options,
+  evaluation_arguments: Sequence[str],
+  command: str,
+) -> list[Job]:
+  """A job for every cell. Prints which tasks are left out because they do not suit a cell's model.
+
+  Args:
+    cells: The cells of the grid.
+    workdir: The folder of all cells.
+    task_names: The evaluation's tasks; none: the cells are trained only.
+    options: The evaluation's options.
+    evaluation_arguments: The same options as arguments of mc_jax.evaluate.
+    command: The command that runs the whole grid.
+
+  Raises:
+    ConfigError: Tasks or options that do not suit a cell's data, or a folder that holds another run.
+  """
+  jobs, skipped, problems = [], {}, {}
+  for cell in cells:
+    for problem in tasks.problems(task_names, cell.config.data, options):
+      problems.setdefault(problem, []).append(cell.name)
+    unsuited = tasks.unsuited(task_names, cell.config.model)
+    for name, why in unsuited.items():
+      skipped.setdefault(f"{name} is left out: {why}", []).append(cell.name)
+    names = [name for name in task_names if name not in unsuited]
+    evaluation = (f"--tasks={','.join(names)}", *evaluation_arguments) if names else ()
+    jobs.append(Job(cell, workdir / FOLDER / cell.name, evaluation, grid=command))
+  if problems:
+    raise ConfigError("\n".join(f"{line} ({in_cells(names)})" for line, names in problems.items()))
+  for line, names in skipped.items():
+    print(f"{line} ({in_cells(names)})", flush=True)
+  for job in jobs:
+    job.require_same()
+  return jobs
 
 
 def run(jobs: Sequence[Job], workdir: pathlib.Path, processes: int) -> tuple[list[str], int | None]:
-  """Runs the jobs, so many at a time.
+  """Runs the jobs, at most `processes` at a time.
 
-  A signal is handed on: runs leave a checkpoint, and no other cell begins. A second one ends them at once.
+  A signal is passed on: runs leave a checkpoint, and no other cell starts. A second one kills them.
 
   Returns:
-    Names of the cells that crashed, and the number of the signal that ended it all or None.
+    The names of the cells that crashed, and the number of the signal that stopped everything, or None.
   """
-  # Runs that differ in their seeds are one program. What a machine compiled may not suit another.
+  # Runs that differ only in their seeds share a compiled program. One compiled on another machine may not run here.
   environment = {"JAX_COMPILATION_CACHE_DIR": str((workdir / "compiled" / platform.node()).absolute()), **os.environ}
-  environment |= {"PYTHONIOENCODING": "utf-8"}  # logs, whatever the terminal here is
+  environment |= {"PYTHONIOENCODING": "utf-8"}  # for logs, whatever this terminal's encoding is
   waiting, running, crashed, ended = collections.deque(jobs), [], [], 0
   begin = time.monotonic()
   first = sum(job.step for job in jobs)
   total = sum(job.cell.config.train.steps for job in jobs)
   with (
-    _noted() as signals,
+    _collected_signals() as signals,
     tqdm.tqdm(total=total, initial=first, unit="step", smoothing=0, dynamic_ncols=True, disable=None) as bar,
   ):
     while running or (waiting and not signals):
@@ -168,40 +216,40 @@ def run(jobs: Sequence[Job], workdir: pathlib.Path, processes: int) -> tuple[lis
           bar.write(f"[{ended}/{len(jobs)}] {job.cell.name}: another process runs or ran it")
       time.sleep(_POLL)
       for process in running:
-        process.tell(len(signals))
+        process.stop(len(signals))
       steps = sum(job.step for job in jobs)
       bar.n = max(bar.n, steps)
       bar.refresh()
       for process in [process for process in running if process.ended(signals)]:
         running.remove(process)
         ended += 1
-        name, took = process.job.cell.name, duration(time.monotonic() - process.begin)
+        name, taken = process.job.cell.name, duration(time.monotonic() - process.begin)
         if not process.popen.returncode:
           more = steps > first and (running or waiting)
           left = (time.monotonic() - begin) / max(steps - first, 1) * (total - steps)
           rest = f", about {duration(left)} left" if more else ""
-          bar.write(f"[{ended}/{len(jobs)}] {name}: done in {took}{rest}")
+          bar.write(f"[{ended}/{len(jobs)}] {name}: done in {taken}{rest}")
         elif signals:
           bar.write(f"[{ended}/{len(jobs)}] {name}: stopped at step {process.job.step:,}")
         else:
           crashed.append(name)
-          bar.write(f"[{ended}/{len(jobs)}] {name}: crashed after {took}\n{process.tail()}")
+          bar.write(f"[{ended}/{len(jobs)}] {name}: crashed after {taken}\n{process.tail()}")
       sys.stdout.flush()
   return crashed, signals[0] if signals else None
 
 
 class _Process:
-  """A job's commands, one after the other, under a lock on its folder."""
+  """A job's commands in sequence, holding a lock on its folder."""
 
-  def __init__(self, job: Job, commands: list[list[str]], environment: dict[str, str], own: lock.Lock):
+  def __init__(self, job: Job, commands: list[list[str]], environment: dict[str, str], held: lock.Lock):
     self.job, self.begin = job, time.monotonic()
-    self._commands, self._environment, self._lock = commands, environment, own
-    self._told = 0
+    self._commands, self._environment, self._lock = commands, environment, held
+    self._signals = 0
     self._log = (job.folder / LOG).open("a", encoding="utf-8", errors="backslashreplace")
     self._next()
 
   def ended(self, signals: Sequence[int]) -> bool:
-    """Whether its last command has, or one that failed; begins the next one otherwise."""
+    """Whether the last command has ended, or one has failed; otherwise starts the next when one has ended."""
     code = self.popen.poll()
     if code is None:
       return False
@@ -212,10 +260,10 @@ class _Process:
     self._lock.release()
     return True
 
-  def tell(self, signals: int) -> None:
-    """Asks it to stop after the first signal, makes it after the second."""
-    if signals > self._told:
-      self._told = signals
+  def stop(self, signals: int) -> None:
+    """Requests a stop after the first signal, kills the process after the second."""
+    if signals > self._signals:
+      self._signals = signals
       self.popen.send_signal(signal.SIGTERM if signals == 1 else signal.SIGKILL)
 
   def tail(self) -> str:
@@ -233,19 +281,19 @@ class _Process:
       stdout=self._log,
       stderr=subprocess.STDOUT,
       env=self._environment,
-      start_new_session=True,  # Ctrl-C reaches it once, from here
-      pass_fds=self._lock.descriptors,  # the lock is held as long as the run lives, whatever ends this process
+      start_new_session=True,  # Ctrl-C reaches it only through `stop`
+      pass_fds=self._lock.descriptors,  # the lock is held until the run ends, even if this process is killed
     )
 
 
 def _start(job: Job, environment: dict[str, str]) -> _Process | None:
-  """The running job, or None if another process runs it or has."""
+  """The running job; None if another process is running it or has finished it."""
   try:
-    own = lock.take(job.folder, "runs the cell in", "leave it to that one", _LOCK)
+    held = lock.take(job.folder, "runs the cell in", "leave it to that one", _LOCK)
   except lock.Taken:
     return None
   if not (commands := job.commands()):
-    own.release()
+    held.release()
     return None
   cell, path = job.cell, job.folder / FACTS
   if job.trained and path.exists():
@@ -255,11 +303,11 @@ def _start(job: Job, environment: dict[str, str]) -> _Process | None:
     facts |= {"command": shlex.join(["python", "-m", "mc_jax.train", *cell.arguments]), **_machine()}
     facts |= {"config": dataclasses.asdict(cell.config)}
   storage.write(path, json.dumps(facts | {"grid": job.grid}, indent=1) + "\n")
-  return _Process(job, commands, environment, own)
+  return _Process(job, commands, environment, held)
 
 
 def _machine() -> dict[str, str | int | None]:
-  """Where a cell runs, and what of this library."""
+  """The machine a cell runs on, and the versions it uses."""
   here = pathlib.Path(__file__).parent
   git = subprocess.run(["git", "describe", "--always"], cwd=here, capture_output=True, text=True, check=False)
   versions = {name: importlib.metadata.version(name) for name in ("jax", "mc_jax")}
@@ -267,7 +315,7 @@ def _machine() -> dict[str, str | int | None]:
 
 
 def _last_step(folder: pathlib.Path) -> int:
-  """The last step in a run's metrics, 0 if there is none; only the file's end is read."""
+  """The last step in a run's metrics, 0 if there is none. Only the end of the file is read."""
   try:
     with (folder / metrics.JSONL).open("rb") as file:
       file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
@@ -278,8 +326,8 @@ def _last_step(folder: pathlib.Path) -> int:
 
 
 @contextlib.contextmanager
-def _noted() -> Iterator[list[int]]:
-  """Within it, signals that ask to stop are noted in the list that it gives, instead of obeyed."""
+def _collected_signals() -> Iterator[list[int]]:
+  """Appends the signals that request a stop to the list it yields, instead of obeying them."""
   signals: list[int] = []
 
   def first(number: int) -> None:

@@ -1,8 +1,9 @@
-"""A grid of training runs: every combination of some fields' values, from several seeds."""
+"""A grid of training runs: every combination of several fields' values, from several seeds."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import re
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
+from mc_jax import cli
 from mc_jax.errors import ConfigError
 from mc_jax.training import config as config_lib
 from mc_jax.training.config import Config
@@ -21,12 +23,12 @@ class Cell:
   """One run of the grid.
 
   Attributes:
-    number: its place in the grid, from 0: all cells of the first seed come first.
-    name: fit for a folder: "rule=linear,aggregation=grm,seed=0".
-    values: what the grid says of it, by names as short as they can be: {"rule": "linear", "aggregation": "grm"}.
-    seed: of its starting values and of its data.
-    arguments: of mc_jax.train, all but --workdir.
-    config: that these make.
+    number: Index in the grid, from 0. All cells of the first seed come first.
+    name: Name of the cell's folder, "rule=linear,aggregation=grm,seed=0".
+    values: The values of the grid's fields, under the shortest unambiguous names: {"rule": "linear"}.
+    seed: Seed of the parameters and the data.
+    arguments: Arguments of mc_jax.train except --workdir.
+    config: The configuration that results from the arguments.
   """
 
   number: int
@@ -38,44 +40,64 @@ class Cell:
 
 
 def cells(arguments: Sequence[str], axes: Sequence[str], seeds: int = 1) -> list[Cell]:
-  """The cells, each with a configuration that was checked as the trainer does.
+  """The cells of a grid, each with a configuration that passed the trainer's checks.
 
   Args:
-    arguments: of mc_jax.train for all of them: --config=FILE and --config.FIELD=VALUE.
+    arguments: The arguments of mc_jax.train that all cells share: --config=FILE and --config.FIELD=VALUE.
     axes: FIELD=VALUE,VALUE,... each; commas within brackets belong to a value.
-    seeds: of every combination. The first has the configuration's train.seed and data.seed, the next ones add 1, 2, ...
+    seeds: The number of seeds for every combination. The first is the configuration's train.seed and data.seed; the
+      others add 1, 2, ... to them.
 
   Raises:
-    ConfigError: a field that does not exist, with the nearest name; a value that cannot work, and in which cells.
+    ConfigError: A field that does not exist, with the nearest name; a value that cannot work, and the cells it is in.
   """
   base, grid = read(arguments), _grid(axes, arguments)
-  found, problems = [], {}
+  valid, problems = [], {}
   for number, (seed, *values) in enumerate(itertools.product(range(seeds), *grid.values())):
     seed += base.train.seed
-    own = dict(zip(grid, values, strict=True))
-    both = {"train.seed": seed, "data.seed": seed - base.train.seed + base.data.seed}
-    line = [*arguments, *(f"--config.{field}={value}" for field, value in (own | both).items())]
-    short = {short_name(field): value for field, value in own.items()}
-    name = ",".join(f"{field}={_fit(str(value))}" for field, value in (short | {"seed": seed}).items())
+    fields = dict(zip(grid, values, strict=True))
+    seeded = fields | {"train.seed": seed, "data.seed": seed - base.train.seed + base.data.seed}
+    line = [*arguments, *(f"--config.{field}={value}" for field, value in seeded.items())]
+    short = {short_name(field): value for field, value in fields.items()}
+    name = ",".join(f"{field}={_as_file_name(str(value))}" for field, value in (short | {"seed": seed}).items())
     try:
       config = read(line).check()
-      found.append(Cell(number, name, short, seed, tuple(line), config))
+      valid.append(Cell(number, name, short, seed, tuple(line), config))
     except ConfigError as error:
       for problem in str(error).splitlines():
         problems.setdefault(problem, []).append(name)
   if problems:
     lines = [f"{line} ({in_cells(cells)})" for line, cells in problems.items()]
     raise ConfigError("\n".join(lines))
-  if twice := [name for name, count in collections.Counter(cell.name for cell in found).items() if count > 1]:
+  if twice := [name for name, count in collections.Counter(cell.name for cell in valid).items() if count > 1]:
     raise ConfigError(f"--grid: two cells would be called {twice[0]}; give values that differ in letters or numbers")
-  return found
+  return valid
+
+
+def config_arguments(argv: Sequence[str], config: Config | None) -> list[str]:
+  """The arguments of a command line that configure all cells: --config=FILE and --config.FIELD=VALUE.
+
+  Args:
+    argv: The command line without the program's name.
+    config: What absl parsed from it; None if there was no --config.
+
+  Raises:
+    ConfigError: --config is missing, or an argument has a form that cannot be passed on.
+  """
+  if config is None:
+    raise ConfigError("--config=FILE is missing, the configuration of all cells, such as configs/mqar.py")
+  arguments = [argument for argument in cli.expanded(list(argv)) if re.match(r"--?(no)?config[.=]", argument)]
+  with contextlib.suppress(ConfigError):  # absl parsed the whole command line, so `arguments` are not all of it
+    if read(arguments) == config:
+      return arguments
+  raise ConfigError("the configuration must be given as --config=FILE and --config.FIELD=VALUE, each one argument")
 
 
 def read(arguments: Sequence[str]) -> Config:
-  """The configuration that mc_jax.train makes of these arguments, unchecked.
+  """The configuration that mc_jax.train reads from these arguments, unchecked.
 
   Raises:
-    ConfigError: no such file or field, or a value of another type.
+    ConfigError: A file or field that does not exist, or a value of the wrong type.
   """
   values = flags.FlagValues()
   holder = config_flags.DEFINE_config_file(
@@ -89,7 +111,7 @@ def read(arguments: Sequence[str]) -> Config:
 
 
 def short_name(field: str) -> str:
-  """The shortest end of a field's name that no other field has: "rule", "model.vocab_size"."""
+  """The shortest suffix of a field's name that no other field has: "rule", "model.vocab_size"."""
   parts = field.split(".")
   names = [f".{name}" for name in config_lib.fields(Config())]
   ends = (".".join(parts[-n:]) for n in range(1, len(parts)))
@@ -97,12 +119,12 @@ def short_name(field: str) -> str:
 
 
 def in_cells(names: Sequence[str]) -> str:
-  """Where something is so, by the first: "in rule=linear,seed=0 and 3 more"."""
+  """Cells by the name of the first: "in rule=linear,seed=0 and 3 more"."""
   return f"in {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _grid(axes: Sequence[str], arguments: Sequence[str]) -> dict[str, list[str]]:
-  """{field: values}, checked but for the values."""
+  """{field: values}; the fields are checked, the values are not."""
   grid = {}
   for axis in axes:
     field, _, text = axis.partition("=")
@@ -116,7 +138,7 @@ def _grid(axes: Sequence[str], arguments: Sequence[str]) -> dict[str, list[str]]
     except ConfigError as error:
       raise ConfigError(f"--grid={axis}: {error}") from error
     if field in ("train.seed", "data.seed"):
-      raise ConfigError(f"--grid={axis}: seeds are what --seeds is for")
+      raise ConfigError(f"--grid={axis}: use --seeds instead")
     if field in grid or any(argument.lstrip("-").startswith(f"config.{field}=") for argument in arguments):
       raise ConfigError(f"--grid={axis}: {field} is given twice")
     if len(set(values)) < len(values):
@@ -125,6 +147,6 @@ def _grid(axes: Sequence[str], arguments: Sequence[str]) -> dict[str, list[str]]
   return grid
 
 
-def _fit(value: str) -> str:
-  """A value as a part of a folder's name: (2, 4) as 2+4."""
+def _as_file_name(value: str) -> str:
+  """A value in the form it has in a folder's name: (2, 4) as 2+4."""
   return re.sub(r"[^\w.+-]+", "-", re.sub(r"[()\[\]'\" ]", "", value).replace(",", "+").rstrip("+"))
