@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mc_jax.bench import decode_steps
 from mc_jax.data import DataConfig
-from mc_jax.inference import Decoder, speed
+from mc_jax.inference import Decoder
 from mc_jax.models import CacheConfig, MemoryConfig, ModelConfig
 from mc_jax.models.cache import nbytes
 from mc_jax.planning import plans, topology
@@ -98,15 +99,15 @@ def test_a_smaller_dtype_of_the_cache_is_smaller(alone):
 def test_steps_are_in_place_and_end_the_context(name, alone):
   config = named(4096, name)
   decoder = dataclasses.replace(abstract_decoder(config, alone), params=state.create(config, alone).params)
-  steps = speed.compile_steps(decoder, 2)
+  steps = decode_steps.compile_steps(decoder, 2)
   planned = plans.cache_bytes(config)
   slots = planned["kv_cache"] if name == "transformer" else planned["sequence"] + planned["summaries"]
   assert steps.slot_bytes == 2 * slots
-  assert steps.slot_bytes + steps.other_bytes == speed.cache_bytes(decoder, 2)
+  assert steps.slot_bytes + steps.other_bytes == decode_steps.cache_bytes(decoder, 2)
   if name != "none":
     assert steps.temporary_bytes < steps.slot_bytes / 2
 
-  tokens = jnp.zeros((speed.LONGEST, 2), jnp.int32)
+  tokens = jnp.zeros((decode_steps.LONGEST, 2), jnp.int32)
   cache = steps.fill(decoder.params, jnp.int32(4090))
   slot = jax.tree.leaves(cache.layers.slots)[0] if name != "none" else np.arange(2)
   assert len(np.unique(slot)) > 0.9 * slot.size
@@ -128,15 +129,15 @@ def test_steps_on_tpus_are_in_place(name):
   config = config_of(8192, d_model=512, memory={"aggregation": name, "segment_length": 128})
   if name == "transformer":
     config = config_of(8192, d_model=512, mixer=name)
-  mesh = config.make_mesh(topology.devices("v5e:2x2", 1)[:1])
-  compiled, cache = speed.compile_step(abstract_decoder(config, mesh), 2)
+  mesh = config.make_mesh(topology.devices("v5e:2x2")[:1])
+  compiled, cache = decode_steps.compile_step(abstract_decoder(config, mesh), 2)
   memory, size = compiled.memory_analysis(), nbytes(cache.layers.slots)
   assert memory.alias_size_in_bytes >= size > 2**27
   assert memory.temp_size_in_bytes < size / 4
 
 
 def door(*arguments):
-  command = [sys.executable, "-m", "mc_jax.bench_decode", f"--config={ROOT / 'configs/quickstart.py'}", *arguments]
+  command = [sys.executable, "-m", "mc_jax.bench.decode", f"--config={ROOT / 'configs/quickstart.py'}", *arguments]
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
@@ -164,7 +165,8 @@ def test_the_door_measures(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("flag", "words"), [("--models=ssc,lstm", "lstm must be of none"), ("--contexts=1k", "--contexts=1k: must be whole")]
+  ("flag", "words"),
+  [("--models=ssc,lstm", "lstm must be among none"), ("--contexts=1k", "--contexts=1k: must be whole")],
 )
 def test_what_is_mistyped_is_one_line(flag, words):
   result = door(flag)

@@ -1,11 +1,11 @@
-"""Speed of the data's path: batches, tokenizing, and what the trainer's steps wait for it.
+"""Measures the speed of the input pipeline: batches, tokenizing, and how long training steps wait for data.
 
-  python -m mc_jax.bench_data --json=bench_data.json
+  python -m mc_jax.bench.data --json=bench_data.json
 
-batches: packed batches from ArrayRecord files of random ids, documents of log-normal lengths, as arrays of a device.
-prepare: text of the standard library of this Python, tokenized by a BPE learned from it, written as ArrayRecord files
-by one process. step: training steps of a small model on such batches, and on a constant one, in turns. For speed,
-nothing else should run; a rate per CPU second counts what this process's threads used.
+batches: packed batches on a device, from ArrayRecord files of random ids with documents of log-normal lengths. prepare:
+text of Python's standard library, tokenized by a BPE learned from it and written as ArrayRecord files by one process.
+step: training steps of a small model, alternating between such batches and a constant one. Nothing else should run on
+the machine. Rates per CPU second count the time of this process's threads.
 """
 
 import contextlib
@@ -31,35 +31,39 @@ from mc_jax.training import state as states
 from mc_jax.training.config import Config
 from mc_jax.training.step import lower
 
-_MEASURE = flags.DEFINE_multi_enum("measure", ["batches", "prepare", "step"], ["batches", "prepare", "step"], "What.")
-_TOKENS = flags.DEFINE_integer("tokens", 20_000_000, "batches, step: ids in the files.", lower_bound=100_000)
-_LENGTH = flags.DEFINE_integer("length", 16_384, "batches: tokens in a row.", lower_bound=1)
-_BATCH = flags.DEFINE_integer("batch", 8, "batches: rows.", lower_bound=1)
-_METHODS = flags.DEFINE_list("methods", ["concat", "best_fit"], "batches: of packing.")
-_WORKERS = cli.numbers_flag("workers", [0, 1, 2], "batches: processes.", least=0)
-_SECONDS = flags.DEFINE_float("seconds", 5.0, "batches: timed for so long, after a first batch.", lower_bound=0.1)
-_VOCAB = flags.DEFINE_integer("vocab", 32_768, "Ids of the tokenizer.", lower_bound=257)
-_STEPS = flags.DEFINE_integer("steps", 1, "step: in a turn, after which they are waited for.", lower_bound=1)
-_TURNS = flags.DEFINE_integer("turns", 40, "step: of each kind.", lower_bound=2)
-_STEP_WORKERS = flags.DEFINE_integer("step_workers", 0, "step: processes that prepare rows.", lower_bound=0)
-_REPORT = cli.json_flag()
+_MEASURE = flags.DEFINE_multi_enum(
+  "measure", ["batches", "prepare", "step"], ["batches", "prepare", "step"], "What to measure."
+)
+_TOKENS = flags.DEFINE_integer("tokens", 20_000_000, "batches, step: Number of ids in the files.", lower_bound=100_000)
+_LENGTH = flags.DEFINE_integer("length", 16_384, "batches: Tokens in a row.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 8, "batches: Rows in a batch.", lower_bound=1)
+_METHODS = flags.DEFINE_list("methods", ["concat", "best_fit"], "batches: Packing methods.")
+_WORKERS = cli.numbers_flag("workers", [0, 1, 2], "batches: Numbers of worker processes.", least=0)
+_SECONDS = flags.DEFINE_float("seconds", 5.0, "batches: Duration in seconds, after a first batch.", lower_bound=0.1)
+_VOCAB = flags.DEFINE_integer("vocab", 32_768, "Size of the tokenizer's vocabulary.", lower_bound=257)
+_STEPS = flags.DEFINE_integer("steps", 1, "step: Steps in a turn, which ends when they have finished.", lower_bound=1)
+_TURNS = flags.DEFINE_integer("turns", 40, "step: Turns of each kind.", lower_bound=2)
+_STEP_WORKERS = flags.DEFINE_integer("step_workers", 0, "step: Number of worker processes.", lower_bound=0)
+_JSON = cli.json_flag()
 
-_DRAWS = 64  # batches by themselves
-_MEAN, _SIGMA = 6.3, 1.0  # of the logarithm of a document's length: 900 tokens on average, half of them below 540
+_DRAWS = 64  # batches that are timed without steps
+_MEAN, _SIGMA = 6.3, 1.0  # of the logarithm of a document's length, whose mean is 900 tokens and whose median is 540
 
 
 def corpus(folder: str) -> None:
-  """Random ids in four files, as data.prepare leaves them."""
+  """Writes random ids to four files in the format of mc_jax.data.prepare."""
   rng = np.random.default_rng(0)
   sizes = np.exp(rng.normal(_MEAN, _SIGMA, _TOKENS.value // 900)).astype(int) + 1
   shards = []
-  for part, own in enumerate(np.array_split(sizes, 4)):
-    name = f"tokens-{part:05d}-of-00004.array_record"
+  for number, lengths in enumerate(np.array_split(sizes, 4)):
+    name = f"tokens-{number:05d}-of-00004.array_record"
     writer = array_record_module.ArrayRecordWriter(os.path.join(folder, name), "group_size:1,uncompressed")
-    for size in own:
+    for size in lengths:
       writer.write(rng.integers(1, 256, size, np.uint16).tobytes())
     writer.close()
-    shards.append(manifests.Shard(name, len(own), int(own.sum()), 0, os.path.getsize(os.path.join(folder, name)), 0))
+    shards.append(
+      manifests.Shard(name, len(lengths), int(lengths.sum()), 0, os.path.getsize(os.path.join(folder, name)), 0)
+    )
   fingerprint = tokenizers.Bytes.fingerprint
   manifests.write(epath.Path(folder), manifests.Manifest(fingerprint, "", 256, "<u2", (), tuple(shards)))
 
@@ -70,7 +74,7 @@ def data(folder: str, **fields) -> DataConfig:
 
 
 def batches(folder: str) -> list[dict]:
-  """Tokens a second of packed batches, by method and workers."""
+  """Tokens per second of packed batches, by packing method and number of workers."""
   rows = []
   for method in _METHODS.value:
     for workers in _WORKERS.value:
@@ -95,12 +99,12 @@ def _mesh() -> jax.sharding.Mesh:
 
 
 def tokenizing(folder: str) -> dict:
-  """Bytes of text a second that one process tokenizes and writes."""
+  """Bytes of text per second that one process tokenizes and writes."""
   source, path = SourceConfig(source="stdlib"), epath.Path(folder) / "tokenizer.json"
   learning.train(source, _VOCAB.value, 10_000_000, path)
   os.environ["TOKENIZERS_PARALLELISM"] = "false"
-  (part,) = preparation.divide(formats.blocks(source), 1)
-  job = preparation.Job(part, folder, str(path), "", "<u2", "stop")
+  (blocks,) = preparation.divide(formats.blocks(source), 1)
+  job = preparation.Job(blocks, folder, str(path), "", "<u2", "stop")
   begin, cpu = time.perf_counter(), time.process_time()
   shard = preparation.write("tokens-00000-of-00001.array_record", job)
   seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
@@ -110,7 +114,7 @@ def tokenizing(folder: str) -> dict:
 
 
 def steps(folder: str) -> dict:
-  """Seconds of a training step on the loader's batches and on a constant one, turn by turn, and the median ratio."""
+  """Seconds of a training step on the loader's batches and on a constant one, in turns, and the median ratio."""
   memory = MemoryConfig(rule="linear", segment_length=128, chunk=64)
   model = ModelConfig(layers=2, d_model=128, heads=4, remat="none", memory=memory)
   packing = PackingConfig(method="best_fit", align=16)
@@ -137,7 +141,7 @@ def steps(folder: str) -> dict:
       jax.block_until_ready(next(drawn))
     alone = (time.perf_counter() - begin) / _DRAWS
   medians = {kind: statistics.median(values) for kind, values in seconds.items()}
-  pairs = zip(seconds["loader"], seconds["constant"], strict=True)  # neighbours: whatever else runs is in both
+  pairs = zip(seconds["loader"], seconds["constant"], strict=True)  # other work is in both
   slower = statistics.median(loader / constant for loader, constant in pairs) - 1
   print("step     " + "  ".join(f"{kind} {1e3 * value:.1f} ms" for kind, value in medians.items()), end="")
   print(f"  {slower:+.1%}; a batch alone {1e3 * alone:.1f} ms")
@@ -145,18 +149,18 @@ def steps(folder: str) -> dict:
 
 
 def main(_: list[str]) -> None:
-  """Measures what the flags name."""
+  """Measures what the flags name, and writes JSON if --json is given."""
   device = jax.devices()[0]
   print(f"{device.device_kind} ({device.platform}), {os.cpu_count()} cores, {platform.machine()}", flush=True)
   report = {"device": device.device_kind, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-  report |= {"command": cli.command("bench_data")}
+  report |= {"command": cli.command("bench.data")}
   with tempfile.TemporaryDirectory() as folder:
     corpus(folder)
     measures = {"batches": batches, "prepare": tokenizing, "step": steps}
     for name in _MEASURE.value:
       with tempfile.TemporaryDirectory() as scratch:
         report[name] = measures[name](scratch if name == "prepare" else folder)
-  cli.write_json(_REPORT.value, report)
+  cli.write_json(_JSON.value, report)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Training speed of titans-pytorch's NeuralMemory, as `python -m mc_jax.bench` measures a layer of this project.
+"""Measures the training speed of titans-pytorch's NeuralMemory as mc_jax.bench.layer measures a layer of this project.
 
     python3 -m venv peer && peer/bin/pip install torch titans-pytorch==0.5.5
-    peer/bin/python docs/bench/peer.py
+    peer/bin/python -m mc_jax.bench.peer
 
 Forward and backward of one layer, float32, d_model 256, 4 heads, chunk 64, two layers of expansion 4, 1,024 tokens: the
-median of 5 calls after one that warms up, in tokens per second.
+median of 5 calls after a first one to warm up, in tokens per second.
 """
 
 import statistics

@@ -1,44 +1,45 @@
-"""Millions of tokens through `decode.step` with a bounded cache: is memory flat, and does a state drift from prefill's?
+"""Decodes millions of tokens with a bounded cache, and measures memory use and drift from prefill's states.
 
-  JAX_PLATFORMS=cpu python tests/memory/long_stream.py --tokens=10000000 --json=docs/faults/long_stream.json
+  JAX_PLATFORMS=cpu python -m mc_jax.bench.long_stream --tokens=10000000 --json=docs/faults/long_stream.json
 
-Each of COMBINATIONS reads that many tokens, ROWS streams side by side, in compiled blocks of steps; ten minutes of one
-core. Tokens come block by block from a counter-based generator: random ones, keys of unit length, gates near where they
-start in training. No row is as long as all its tokens: it has tokens / ROWS of them, and ends in the middle of a
-segment and of a chunk.
+Each of COMBINATIONS reads that many tokens, as ROWS streams side by side, in compiled blocks of steps; ten minutes on
+one core. A block's tokens come from a counter-based generator: random, with keys of unit length and gates near their
+initial values. A row has tokens / ROWS of them, and ends in the middle of a segment and of a chunk.
 
-After every block the cache is compared, each array's largest difference relative to its largest number, with
+After every block the cache is compared, by each array's largest difference relative to its largest value, with
 
-* carry="independent": a fresh prefill of the tokens of the segments that the cache still holds. Answers, online state,
-  cached states and summaries.
-* carry="checkpoint": what prefill's pass over the whole stream leaves, in float64, going on from block to block.
-  Online state and cached states. "pass" is the same pass in float32: what prefill itself drifts by.
+* carry="independent": a fresh prefill of the segments that the cache still holds. Answers, online state, cached states
+  and summaries.
+* carry="checkpoint": prefill's pass over the whole stream in float64, continued from block to block. Online state and
+  cached states. "pass" is the drift of the same pass in float32.
 
-Exits with 1 if a difference is above its bar (`allowed`), the arrays that are alive take more bytes after one block
-than after another, or the process grows by more than GROWTH. A run that was stopped goes on from its file, which has of
-each stream what came out of all blocks, and some of them (`summary`).
+Exits with 1 if a difference exceeds its bound (`bound`), the live arrays take more bytes after one block than after
+another, or the process grows by more than GROWTH. If it is stopped, the same command resumes from the file, which has
+the totals of each finished stream and some of its blocks (`summary`).
 """
 
-import argparse
 import functools
 import json
 import os
 import pathlib
 import platform
-import shlex
 import statistics
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import samples
 import tqdm
+from absl import flags
 
-from mc_jax import memory
+from mc_jax import cli, memory
 from mc_jax.memory import caching, decode, online, passes, segments
+
+_TOKENS = flags.DEFINE_integer("tokens", 10_000_000, "Tokens that each combination reads.", lower_bound=1)
+_JSON = cli.json_flag()
 
 ROWS, HEADS, HEAD_DIM = 16, 2, 8
 SEGMENT, CHUNK, CAPACITY = 64, 16, 4
@@ -51,11 +52,21 @@ COMBINATIONS = [
 ]
 NAMES = ("rule", "aggregation", "carry", "dtype")
 ERRORS = ("state", "cached", "answers", "pass")
-GROWTH = 32.0  # MiB of resident memory; a block's tokens alone are as much
+GROWTH = 32.0  # MiB of resident memory, about the size of a block's tokens
+
+
+class Tokens(NamedTuple):
+  """Arrays [rows, length, heads, ...]."""
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+  u: jax.Array
+  gates: dict[str, jax.Array]
 
 
 def options_of(rule, aggregation, carry):
-  """A layer whose cache holds CAPACITY segments: each new one takes the oldest one's place."""
+  """A layer whose cache holds CAPACITY segments: a new one replaces the oldest."""
   return decode.Options(
     memory.rules.get(rule, chunk=CHUNK), memory.segments.constant(SEGMENT), aggregation, carry, capacity=CAPACITY
   )
@@ -63,7 +74,7 @@ def options_of(rule, aggregation, carry):
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def tokens(rule, key, rows, length):
-  """Inputs of rows x length tokens, float32; without M_0."""
+  """Random tokens of rows x length, float32."""
   *keys, gate_key = jax.random.split(key, 5)
   q, k, v, u = (jax.random.normal(key, (rows, length, HEADS, HEAD_DIM), jnp.float32) for key in keys)
   unit = [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k)]
@@ -72,67 +83,67 @@ def tokens(rule, key, rows, length):
   gates = {
     name: start.maximum * jax.nn.sigmoid(start.bias + x) for (name, start), x in zip(starts.items(), noise, strict=True)
   }
-  return samples.Inputs(*unit, v, u, gates, {})
+  return Tokens(*unit, v, u, gates)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def steps(options, x, init, cache):
-  """A block of steps: answers [rows, length, heads, head_dim], and the cache."""
+  """Steps through a block of tokens; returns answers [rows, length, heads, head_dim] and the cache."""
 
   def step(cache, token):
-    y, cache = decode.step(options, *token[:5], init, cache)
+    y, cache = decode.step(options, *token, init, cache)
     return cache, y[:, 0]
 
-  cache, y = jax.lax.scan(step, cache, samples.map_tokens(lambda a: jnp.moveaxis(a, 1, 0)[:, :, None], x))
+  cache, y = jax.lax.scan(step, cache, jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0)[:, :, None], x))
   return jnp.moveaxis(y, 0, 1), cache
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def prefill(options, x, init, lengths):
-  return decode.prefill(options, *x[:5], init, lengths=lengths)
+  return decode.prefill(options, *x, init, lengths=lengths)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def write_block(rule, x, init, start):
-  """Prefill's pass over a block: the state after it, and the memories at the ends of its segments."""
-  x = caching.heads_first(*x[:5], None)
+  """Prefill's pass over a block; returns the last state and the memories at the ends of segments."""
+  x = caching.heads_first(*x, None)
   lengths = segments.constant(SEGMENT).lengths(x.k.shape[2])
   nothing = x._replace(q=x.k[..., :0])
   done = passes.write(rule, init, nothing, lengths, read=lambda _, q: q, carries=True, side_by_side=1, start=start)
   return done.end, done.states.memory
 
 
-def error(found, expected):
-  """The largest difference of two trees, relative to the largest number of each array."""
-  pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+def error(actual, expected):
+  """The largest difference of two trees, relative to each array's largest value."""
+  pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
   return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)) for a, b in pairs)
 
 
 def in_order(cache):
-  """(memories, summaries) of the cached segments, the oldest first."""
+  """(memories, summaries) of the cached segments, oldest first."""
   last = (int(cache.position[0]) - 1) // SEGMENT
   slots = np.arange(last - CAPACITY, last) % CAPACITY
   return jax.tree.map(lambda x: x[slots], (cache.memories, cache.summaries))
 
 
 def against_prefill(options, init):
-  """(block's tokens, answers, cache) to errors, where segments start from M_0."""
+  """A function of (tokens, answers, cache) of a block to errors, for segments that start from M_0."""
   recent = None
 
   def compare(x, y, cache):
     nonlocal recent
     partial = (int(cache.position[0]) - 1) % SEGMENT + 1
-    x = samples.map_tokens(lambda a: np.asarray(a)[:, -(CAPACITY + 1) * SEGMENT :].copy(), x)  # not a view of it all
-    recent = x if recent is None else samples.map_tokens(lambda a, b: np.concatenate([a, b], 1), recent, x)
+    x = jax.tree.map(lambda a: np.asarray(a)[:, -(CAPACITY + 1) * SEGMENT :].copy(), x)  # no view of the whole block
+    recent = x if recent is None else jax.tree.map(lambda a, b: np.concatenate([a, b], 1), recent, x)
     length = CAPACITY * SEGMENT + partial
-    recent = samples.map_tokens(lambda a: a[:, -length:], recent)
-    padded = samples.map_tokens(lambda a: np.pad(a, [(0, 0), (0, SEGMENT - partial)] + [(0, 0)] * (a.ndim - 2)), recent)
+    recent = jax.tree.map(lambda a: a[:, -length:], recent)
+    padded = jax.tree.map(lambda a: np.pad(a, [(0, 0), (0, SEGMENT - partial)] + [(0, 0)] * (a.ndim - 2)), recent)
     expected_y, expected = jax.device_get(prefill(options, padded, init, np.full(len(y), length)))
-    # Where a chunk ends, a step has yet to begin the next one, and does with its first token.
+    # At a chunk's end the next chunk is begun by the step of its first token.
     chunk = (lambda c: c.chunk) if partial % CHUNK else (lambda c: None)
-    own, fresh = ((c.state, c.keys, chunk(c)) for c in (cache, expected))
+    stepped, fresh = ((c.state, c.keys, chunk(c)) for c in (cache, expected))
     return {
-      "state": error(own, fresh),
+      "state": error(stepped, fresh),
       "cached": error(in_order(cache), in_order(expected)),
       "answers": error(y[:, -partial:], expected_y[:, length - partial : length]),
     }
@@ -141,10 +152,10 @@ def against_prefill(options, init):
 
 
 def against_pass(options, init):
-  """(block's tokens, answers, cache) to errors, where states go on."""
+  """A function of (tokens, answers, cache) of a block to errors, for states that carry over."""
   states, ends = {}, None
 
-  def goes_on(dtype, x):
+  def advance(dtype, x):
     x, m_0 = jax.tree.map(lambda a: a.astype(dtype), (x, init))
     start = states.get(dtype)
     if start is None:
@@ -155,7 +166,7 @@ def against_pass(options, init):
   def compare(x, _, cache):
     nonlocal ends
     with jax.enable_x64(True):
-      new = goes_on(np.float64, x)
+      new = advance(np.float64, x)
     ends = new if ends is None else jax.tree.map(lambda a, b: np.concatenate([a, b]), ends, new)
     ends = jax.tree.map(lambda a: a[-CAPACITY - 1 :], ends)
     errors = {
@@ -163,7 +174,7 @@ def against_pass(options, init):
       "cached": error(in_order(cache)[0], jax.tree.map(lambda a: a[:-1], ends)),
     }
     if cache.keys.dtype == np.float32:
-      goes_on(np.float32, x)
+      advance(np.float32, x)
       errors["pass"] = error(states[np.float32], states[np.float64])
     return errors
 
@@ -176,7 +187,7 @@ def resident():
 
 
 def stream(rule, aggregation, carry, dtype, count, *, rows=ROWS, block=BLOCK):
-  """A combination's record: after each block what it has read, its memory, the largest state, and the errors."""
+  """A combination's record: tokens read, memory use, largest state and errors after each block."""
   options = options_of(rule, aggregation, carry)
   init = jax.device_get(options.rule.init(jax.random.key(0), heads=HEADS, head_dim=HEAD_DIM))
   compare = (against_prefill if carry == "independent" else against_pass)(options, init)
@@ -187,10 +198,10 @@ def stream(rule, aggregation, carry, dtype, count, *, rows=ROWS, block=BLOCK):
     tqdm.tqdm(total=count, unit=" tokens", unit_scale=True, desc=" ".join(names.values())) as progress,
   ):
     empty = functools.partial(decode.init_cache, options, batch=rows, head_dim=HEAD_DIM, dtype=jnp.dtype(dtype))
-    cache = jax.jit(empty)(init)  # compiled: no array is there twice, so that all can be donated
+    cache = jax.jit(empty)(init)  # compiled, so that no two leaves share a buffer and all can be donated
     for number, start in enumerate(range(0, length, block)):
       x = tokens(options.rule, jax.random.fold_in(jax.random.key(1), number), rows, min(block, length - start))
-      x = samples.map_tokens(lambda a: a.astype(dtype), x)
+      x = jax.tree.map(lambda a: a.astype(dtype), x)
       y, cache = steps(options, x, init, cache)
       y, fetched = jax.device_get((y, cache))
       assert (fetched.position == min(start + block, length)).all()
@@ -206,20 +217,21 @@ def stream(rule, aggregation, carry, dtype, count, *, rows=ROWS, block=BLOCK):
 
 
 def growth(record):
-  """MiB by which the median of a stream's second half is above that of its first, without the last block's compiling.
+  """MiB by which the median of a stream's second half exceeds that of its first, without the last block's compilation.
 
-  Not the largest: the allocator keeps some blocks' arrays a while and gives them back.
+  Medians, because the allocator keeps some blocks' arrays for a while before it frees them.
   """
   sizes = [block["resident_mib"] for block in record["blocks"][:-1]]
   half = len(sizes) // 2
   return statistics.median(sizes[half:]) - statistics.median(sizes[:half]) if half else 0.0
 
 
-def allowed(record, block):
-  """The bar of a block's errors.
+def bound(record, block):
+  """The largest error allowed in a block.
 
-  States that go on add up roundings: in float32 a step, which rounds its state at every token, is measured by the pass,
-  which does so at every chunk. A pass solves for errors by products of bfloat16 parts, each of them off by some 2^-16.
+  States that carry over accumulate rounding errors. In float32 a step, which rounds its state at every token, may err
+  ten times as much as the pass, which rounds at every chunk. The solve in a chunk multiplies bfloat16 parts, with an
+  error near 2^-16.
   """
   if record["carry"] == "independent":
     return 2**-13 if memory.rules.get(record["rule"]).solve else 1e-5
@@ -227,20 +239,20 @@ def allowed(record, block):
 
 
 def problems(record):
-  """What is not as it should be, one line each."""
-  found, blocks = [], record["blocks"]
+  """Descriptions of what exceeds its bound, one line each."""
+  lines, blocks = [], record["blocks"]
   for name in {"state", "cached", "answers"} & set(blocks[0]):
-    bad = [block for block in blocks if not block[name] <= allowed(record, block)]
-    found += [f"{name} differs by {block[name]} after {block['tokens']:,} tokens" for block in bad[:1]]
+    bad = [block for block in blocks if not block[name] <= bound(record, block)]
+    lines += [f"{name} differs by {block[name]} after {block['tokens']:,} tokens" for block in bad[:1]]
   if len({block["array_bytes"] for block in blocks}) > 1:
-    found.append("arrays are left behind")
+    lines.append("arrays are left behind")
   if growth(record) > GROWTH:
-    found.append(f"the process grew by {growth(record):.1f} MiB")
-  return found
+    lines.append(f"the process grew by {growth(record):.1f} MiB")
+  return lines
 
 
 def summary(record):
-  """A record of all blocks together, and of some: the first, the tenth, at a quarter, at half, and the last two."""
+  """A stream's totals, and six of its blocks: the first, the tenth, at a quarter, at half, and the last two."""
   blocks = record["blocks"]
   count = len(blocks)
   kept = {1, 10, -(-count // 4), -(-count // 2), count - 1, count} & set(range(1, count + 1))
@@ -258,24 +270,24 @@ def summary(record):
 
 
 def report(record):
-  """A line about a combination's summary, and its problems."""
+  """A combination's summary in one line, followed by its problems."""
   last = record["blocks"][-1]
   errors = ", ".join(f"{name} {last[name]:.1e}" for name in ERRORS if name in last)
   name = " ".join(record[name] for name in NAMES)
-  told = f"{last['tokens']:,} tokens in {last['seconds']} s, {record['growth_mib']:+.1f} MiB"
-  lines = [f"{name}: {told}; at the end {errors}"]
+  totals = f"{last['tokens']:,} tokens in {last['seconds']} s, {record['growth_mib']:+.1f} MiB"
+  lines = [f"{name}: {totals}; at the end {errors}"]
   return "\n  ".join(lines + record["problems"])
 
 
 def read(path, count):
-  """Records of an earlier run of as many tokens, by the same JAX."""
+  """The records of an earlier run with the same number of tokens and version of JAX."""
   record = json.loads(path.read_text()) if path and path.exists() else {}
   same = (record.get("tokens"), record.get("jax")) == (count, jax.__version__)
   return {tuple(stream[name] for name in NAMES): stream for stream in record["streams"]} if same else {}
 
 
 def write(path, run, records):
-  """The file, one line a block."""
+  """Writes the file, one line per block."""
   path.parent.mkdir(parents=True, exist_ok=True)
   text = json.dumps(run | {"streams": [record | {"blocks": []} for record in records]}, indent=1)
   for record in records:
@@ -284,24 +296,22 @@ def write(path, run, records):
   path.write_text(text + "\n", encoding="utf-8")
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-  parser.add_argument("--tokens", type=int, default=10_000_000, help="that each combination reads")
-  parser.add_argument("--json", type=pathlib.Path, help="file for the records, written after each combination")
-  arguments = parser.parse_args()
+def main(_):
+  """Runs every combination that the file does not have, and prints a line for each."""
+  path = pathlib.Path(_JSON.value) if _JSON.value else None
   git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-  run = dict(command=shlex.join(["python", *sys.argv]), tokens=arguments.tokens, jax=jax.__version__)
+  run = dict(command=cli.command("bench.long_stream"), tokens=_TOKENS.value, jax=jax.__version__)
   run |= dict(machine=platform.machine(), cores=os.cpu_count(), rows=ROWS, heads=HEADS, head_dim=HEAD_DIM)
   run |= dict(segment_length=SEGMENT, chunk=CHUNK, capacity=CAPACITY)
-  records = read(arguments.json, arguments.tokens)
+  records = read(path, _TOKENS.value)
   for combination in COMBINATIONS:
     if combination not in records:
-      records[combination] = dict(commit=git.stdout.strip()) | summary(stream(*combination, arguments.tokens))
-      if arguments.json:
-        write(arguments.json, run, [records[each] for each in COMBINATIONS if each in records])
+      records[combination] = dict(commit=git.stdout.strip()) | summary(stream(*combination, _TOKENS.value))
+      if path:
+        write(path, run, [records[each] for each in COMBINATIONS if each in records])
     print(report(records[combination]), flush=True)
   sys.exit(any(record["problems"] for record in records.values()))
 
 
 if __name__ == "__main__":
-  main()
+  cli.run(main)

@@ -1,18 +1,18 @@
-r"""Decoding's speed and bytes at contexts up to 256k: steps of one model under several ways to read its cache.
+r"""Measures decoding speed and cache size at contexts up to 256k, for one model with several aggregations.
 
-  python -m mc_jax.bench_decode --config=configs/quickstart.py --contexts=4096,65536 --models=none,ssc,grm,transformer
+  python -m mc_jax.bench.decode --config=configs/quickstart.py --contexts=4096,65536 --models=none,ssc,grm,transformer
 
-Nothing is prefilled: the cache holds noise and its position is set (mc_jax/inference/speed.py). In every round each
-model takes its last steps at each context, so that what else the machine does falls on all of them alike; the fastest
-loop counts. cpu_milliseconds are those in which this process's threads computed, which others disturb less. `grows` is
-the share of a step that it would not take at that model's shortest context. Parameters are held in the computation's
-dtype: float32 ones would be converted whole for every step that is not in a loop.
+prefills nothing: the cache holds noise and its position is set (decode_steps.py). In every round each model takes its
+last steps at each context, so that other work on the machine affects all of them alike; the fastest loop is reported.
+cpu_milliseconds count the time of this process's threads, which other processes disturb less. `grows` is the share of a
+step's time beyond that at the model's shortest context. Parameters have the compute dtype: float32 ones would be
+converted in every step outside a loop.
 
-  python -m mc_jax.bench_decode --topology=v5p:2x2x1 --config=configs/titans_1b.py --config.mesh.data=4 \
+  python -m mc_jax.bench.decode --topology=v5p:2x2x1 --config=configs/titans_1b.py --config.mesh.data=4 \
     --config.mesh.fsdp=1 --batch=4 --contexts=4096,65536
 
-does not run anything: it compiles one step for chips of a TPU topology, on a machine that need not have one, and prints
-what the step moves and how long the compiler thinks it takes (mc_jax/planning/hlo_cost.py).
+runs nothing: it compiles one step for the chips of a TPU topology, on any machine, and prints the bytes that the step
+moves and the compiler's estimate of its time (mc_jax/planning/hlo_cost.py).
 """
 
 import dataclasses
@@ -31,8 +31,9 @@ import matplotlib
 from absl import flags
 
 from mc_jax import cli, memory
+from mc_jax.bench import decode_steps
 from mc_jax.errors import ConfigError
-from mc_jax.inference import Decoder, speed
+from mc_jax.inference import Decoder
 from mc_jax.models import CacheConfig
 from mc_jax.planning import chips, hlo_cost, plans, topology
 from mc_jax.training import config, state
@@ -44,28 +45,28 @@ from matplotlib import pyplot
 MODELS = (*memory.AGGREGATIONS, "transformer")
 
 CONFIG = cli.config_flag()
-_CONTEXTS = cli.numbers_flag("contexts", [2**n for n in range(10, 19)], "Tokens of a sequence.", least=16)
-_MODELS = flags.DEFINE_list("models", ["none", "ssc", "grm", "transformer"], f"Of {', '.join(MODELS)}.")
-_BATCH = flags.DEFINE_integer("batch", 1, "Sequences.", lower_bound=1)
+_CONTEXTS = cli.numbers_flag("contexts", [2**n for n in range(10, 19)], "Context lengths in tokens.", least=16)
+_MODELS = flags.DEFINE_list("models", ["none", "ssc", "grm", "transformer"], f"Models to measure: {', '.join(MODELS)}.")
+_BATCH = flags.DEFINE_integer("batch", 1, "Number of sequences.", lower_bound=1)
 _CACHE_DTYPE = flags.DEFINE_string(
-  "cache_dtype", None, "Of cached states: float32, bfloat16, int8; default: the model's."
+  "cache_dtype", None, "Dtype of cached states: float32, bfloat16, int8; default: the model's."
 )
-_LIMIT = flags.DEFINE_float("limit_gib", None, "Leave out what would need a larger cache.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Times that each model comes to each context.", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 4, "Loops that are timed in a round.", lower_bound=1)
-_SECONDS = flags.DEFINE_float("seconds", 0.1, "About how long a loop takes; of two steps at least.", lower_bound=0.0)
-_BETWEEN = cli.numbers_flag("between", [4096, 65536], "Two contexts between which growth is told.", least=16)
+_LIMIT = flags.DEFINE_float("limit_gib", None, "Skip models and contexts that need a larger cache, in GiB.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Number of times that each model is timed at each context.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 4, "Timed loops in a round.", lower_bound=1)
+_SECONDS = flags.DEFINE_float("seconds", 0.1, "Approximate duration of a loop of two or more steps.", lower_bound=0.0)
+_BETWEEN = cli.numbers_flag("between", [4096, 65536], "Two contexts between which to report growth.", least=16)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Compile for this TPU (v5e:2x2, v5p:2x2x1, ...) instead of timing.")
 _JSON = cli.json_flag()
-_PLOT = cli.path_flag("plot", None, "Also draw them, in this PNG.", written=True)
+_PLOT = cli.path_flag("plot", None, "Also plot the figures in this PNG.", written=True)
 
 
 def main(_: list[str]) -> None:
-  """Measures what the flags name, prints a table, and writes JSON and a plot if asked."""
+  """Measures what the flags name, prints a table, and writes JSON and a plot if they are requested."""
   contexts = sorted(set(_CONTEXTS.value))
   between = sorted(set(_BETWEEN.value))
   if unknown := [name for name in _MODELS.value if name not in MODELS]:
-    raise ConfigError(f"--models={','.join(unknown)} must be of {', '.join(MODELS)}")
+    raise ConfigError(f"--models={','.join(unknown)} must be among {', '.join(MODELS)}")
   if _TOPOLOGY.value:
     jax.config.update("jax_platforms", "cpu")  # nothing runs: the machine's own accelerators are left alone
   run = config.from_config_dict(CONFIG.value).check()
@@ -86,7 +87,7 @@ def main(_: list[str]) -> None:
     for name, ratio in growth[field].items():
       print(f"{name}: {field} of a step at {between[1]:,} are {ratio:.3f} of those at {between[0]:,}")
   if _JSON.value:
-    record = {"command": cli.command("bench_decode"), **machine, **versions}
+    record = {"command": cli.command("bench.decode"), **machine, **versions}
     record |= {"load": os.getloadavg(), "between": between, "growth": growth, "rows": rows}
     cli.write_json(_JSON.value, record)
   if _PLOT.value:
@@ -94,7 +95,7 @@ def main(_: list[str]) -> None:
 
 
 def _model(model, name: str):
-  """The model with this way to read its cache, or the Transformer of the same size."""
+  """The model with this aggregation, or the Transformer of the same size."""
   if name == "transformer":
     return dataclasses.replace(model, mixer="transformer")
   return dataclasses.replace(
@@ -103,21 +104,21 @@ def _model(model, name: str):
 
 
 def _measure(runs: dict[str, config.Config], contexts: Sequence[int], devices: Sequence[jax.Device]) -> list[dict]:
-  """Times steps on devices that are there."""
-  made = {}
+  """Times steps on this machine's devices."""
+  models = {}
   for name, run in runs.items():
     mesh = run.make_mesh(devices)
     params = jax.tree.map(lambda x, dtype=run.model.dtype: x.astype(dtype), state.create(run, mesh).params)
-    made[name] = run.model, state.graph(run), params, mesh
+    models[name] = run.model, state.graph(run), params, mesh
   steps, rows = {}, {}
-  for context, (name, (model, graph, params, mesh)) in itertools.product(contexts, made.items()):
+  for context, (name, (model, graph, params, mesh)) in itertools.product(contexts, models.items()):
     decoder = Decoder(model, graph, params, _cache(context), mesh)
     if _too_large(decoder):
       continue
     print(f"compiling {name} at {context:,}", file=sys.stderr, flush=True)
-    compiled = steps[name, context] = speed.compile_steps(decoder, _BATCH.value)
+    compiled = steps[name, context] = decode_steps.compile_steps(decoder, _BATCH.value)
     count = int(_SECONDS.value / min(compiled.seconds(2))[0])
-    most = min((context - speed.WARM) // _REPEATS.value, speed.LONGEST)
+    most = min((context - decode_steps.WARM) // _REPEATS.value, decode_steps.LONGEST)
     rows[name, context] = {
       **_row(name, runs[name], context, compiled.slot_bytes, compiled.other_bytes, compiled.temporary_bytes),
       "steps": min(max(2, count), most),
@@ -135,21 +136,21 @@ def _measure(runs: dict[str, config.Config], contexts: Sequence[int], devices: S
 
 
 def _estimate(runs: dict[str, config.Config], contexts: Sequence[int], devices: Sequence[jax.Device]) -> list[dict]:
-  """What the compiler thinks of a step; bytes are of a chip."""
+  """The compiler's estimates for a step; bytes are per chip."""
   rows = []
   for context, (name, run) in itertools.product(contexts, runs.items()):
     mesh = run.make_mesh(devices)
-    params = jax.tree.map(functools.partial(_held_in, run.model.dtype), state.abstract(run, mesh).params)
+    params = jax.tree.map(functools.partial(_with_dtype, run.model.dtype), state.abstract(run, mesh).params)
     decoder = Decoder(run.model, state.graph(run), params, _cache(context), mesh)
     print(f"compiling {name} at {context:,}", file=sys.stderr, flush=True)
     try:
-      compiled, cache = speed.compile_step(decoder, _BATCH.value)
+      compiled, cache = decode_steps.compile_step(decoder, _BATCH.value)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       print(f"{name} at {context:,} does not fit: {str(error).strip().splitlines()[0]}", flush=True)
       continue
-    # The loop over cached states, whose length depends on the position, as it is when all are there.
+    # The loop over cached states depends on the position: it is counted at its full length.
     cost = hlo_cost.cost(compiled, decoder.cache.segments(run.model), devices=list(mesh.devices.flat))
     analysis = compiled.memory_analysis()
     slots = plans.bytes_per_device(cache.layers.slots)
@@ -160,7 +161,7 @@ def _estimate(runs: dict[str, config.Config], contexts: Sequence[int], devices: 
   return _with_rates(rows)
 
 
-def _held_in(dtype: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def _with_dtype(dtype: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
 
 
@@ -169,8 +170,8 @@ def _cache(context: int) -> CacheConfig:
 
 
 def _too_large(decoder: Decoder) -> bool:
-  """Whether a cache is beyond --limit_gib, and says so."""
-  size = speed.cache_bytes(decoder, _BATCH.value)
+  """Whether a cache exceeds --limit_gib; prints it if so."""
+  size = decode_steps.cache_bytes(decoder, _BATCH.value)
   if _LIMIT.value is None or size <= _LIMIT.value * chips.GIB:
     return False
   print(f"left out at {decoder.cache.tokens:,} tokens: a cache of {plans.gib(size)}", flush=True)
@@ -178,7 +179,7 @@ def _too_large(decoder: Decoder) -> bool:
 
 
 def _row(name: str, run: config.Config, context: int, slots: float, others: float, temporaries: float) -> dict:
-  """Which figures they are, and bytes: planned are those of the slots as the planner counts them."""
+  """A row's model, context and bytes; planned_bytes are those that the planner computes for the slots."""
   data = dataclasses.replace(run.data, length=context)
   planned = plans.cache_bytes(dataclasses.replace(run, data=data))
   planned = planned["sequence"] + planned["summaries"] if "sequence" in planned else planned["kv_cache"]
@@ -187,7 +188,7 @@ def _row(name: str, run: config.Config, context: int, slots: float, others: floa
 
 
 def _with_rates(rows: list[dict]) -> list[dict]:
-  """Rows, model by model, with what follows from their milliseconds."""
+  """The rows, model by model, with the rates that follow from their milliseconds."""
   shortest = {name: next(iter(times.values())) for name, times in _times(rows).items()}
   for row in rows:
     row["tokens_per_second"] = 1e3 * _BATCH.value / row["milliseconds"]
@@ -196,7 +197,7 @@ def _with_rates(rows: list[dict]) -> list[dict]:
 
 
 def _times(rows: list[dict], field: str = "milliseconds") -> dict[str, dict[int, float]]:
-  """{model: {context: of a step}}, contexts ascending."""
+  """{model: {context: time of a step}}, in ascending order of contexts."""
   times = {}
   for row in sorted(rows, key=lambda row: row["context"]):
     times.setdefault(row["model"], {})[row["context"]] = row[field]
@@ -215,15 +216,15 @@ def _table(rows: list[dict]) -> str:
 
 
 def _plot(path: pathlib.Path, rows: list[dict]) -> None:
-  """Draws the time of a step and the cache's bytes against the context."""
+  """Plots the time of a step and the cache's size against the context."""
   figure, panels = pyplot.subplots(1, 2, figsize=(10.4, 4.2), layout="constrained")
   for name in _times(rows):
-    own = [row for row in rows if row["model"] == name]
-    contexts = [row["context"] for row in own]
-    sizes = [(row["slot_bytes"] + row["other_cache_bytes"]) / 1e6 for row in own]
-    for axes, values in zip(panels, ([row["milliseconds"] for row in own], sizes), strict=True):
+    of_model = [row for row in rows if row["model"] == name]
+    contexts = [row["context"] for row in of_model]
+    sizes = [(row["slot_bytes"] + row["other_cache_bytes"]) / 1e6 for row in of_model]
+    for axes, values in zip(panels, ([row["milliseconds"] for row in of_model], sizes), strict=True):
       axes.plot(contexts, values, "o-", markersize=3, linewidth=1.2, label=name)
-  for axes, label in zip(panels, ("milliseconds a step", "MB of cache, states carried included"), strict=True):
+  for axes, label in zip(panels, ("milliseconds a step", "MB of cache, including carried states"), strict=True):
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter("{x:,.0f}")

@@ -1,8 +1,8 @@
-"""What a TPU's compiler is asked about the kernels: functions that return (fn, args, {kernel: FLOPs of a grid step}).
+"""Kernels to compile for TPUs with schedule.py: functions that return (fn, args, {kernel: FLOPs of a grid step}).
 
-Without arguments they are the shapes of docs/kernels.md: batch x heads 32, length 4,096, head_dim 128, expansion 4,
-segments (and here chunks) of 256 tokens, bfloat16 inputs, float32 states. FLOPs are of matrix products, two per
-multiply-add, those that a backward kernel computes again included.
+Without arguments they have the shapes of docs/kernels.md: batch x heads 32, length 4,096, head_dim 128, expansion 4,
+segments (and here chunks) of 256 tokens, bfloat16 inputs, float32 states. FLOPs are those of matrix products, two per
+multiply-add, including what a backward kernel recomputes. NAME_256 is the case at head_dim 256, as in the 1.3B models.
 """
 
 import functools
@@ -14,6 +14,7 @@ from jax.experimental.pallas.ops.tpu import megablox
 
 from mc_jax.kernels import cost, gated_sum, grouped
 from mc_jax.memory import aggregate, fused, networks, online, passes, rules, segments, triangular
+from mc_jax.parallel import attention
 
 BATCH, HEADS, LENGTH, SEGMENT, EXPANSION, TOP_K = 4, 8, 4096, 256, 4, 2
 ROWS, CACHES = BATCH * HEADS, LENGTH // SEGMENT - 1
@@ -27,12 +28,12 @@ def array(*shape, dtype=jnp.float32):
 
 
 def reading(rule):
-  """What a token reads of its online memory."""
+  """A token's read of its online memory."""
   return lambda memory, x: rule.network(x, lambda name, z: online.read(memory, name, z, jnp.bfloat16))
 
 
 def write(rule, head_dim, *, carries=True):
-  """The write pass: (function of M_0 and tokens, its arguments)."""
+  """The write pass: (a function of M_0 and tokens, its arguments)."""
   vector = array(BATCH, HEADS, LENGTH, head_dim, dtype=jnp.bfloat16)
   gates = {name: array(BATCH, HEADS, LENGTH) for name in rule.gates}
   fresh = jax.eval_shape(lambda: rule.init(jax.random.key(0), heads=HEADS, head_dim=head_dim))
@@ -46,7 +47,7 @@ def write(rule, head_dim, *, carries=True):
 
 
 def write_flops(rule, head_dim):
-  """Of a chunk's step forward, counted as the kernel's own estimate counts them."""
+  """FLOPs of a chunk's forward step, counted as in the kernel's own estimate."""
   vector = array(1, 1, rule.chunk, head_dim, dtype=jnp.bfloat16)
   gates = {name: array(1, 1, rule.chunk) for name in rule.gates}
   fresh = jax.eval_shape(lambda: rule.init(jax.random.key(0), heads=1, head_dim=head_dim))
@@ -62,7 +63,7 @@ def forward(rule, head_dim):
 
 
 def backward(rule, head_dim):
-  """Every product again, and two more for its gradients; what only steps forward to later chunks is not counted."""
+  """Every product again, and two more for its gradients; the forward kernel beside it is not counted."""
   fn, args = write(rule, head_dim)
   out = jax.eval_shape(fn, *args)
 
@@ -103,7 +104,7 @@ def states(kind, head_dim, dtype):
 
 
 def read_flops(memories, tokens):
-  """Of so many tokens' read of one memory."""
+  """FLOPs of reading one memory for `tokens` tokens."""
   return 2 * tokens * sum(w.shape[2] * w.shape[3] for w in memories.values())
 
 
@@ -170,7 +171,7 @@ def selected_read_bwd(head_dim=128):
 
 
 def selected_alternative(product):
-  """What `grouped` was chosen over: the network by a grouped product a layer, forward and backward, of sorted pairs."""
+  """The alternative to `grouped`: a grouped product per layer over sorted pairs, forward and backward."""
   memories = states("deep", 128, jnp.bfloat16)
   flat = {name: array(CACHES * ROWS, *w.shape[2:], dtype=w.dtype) for name, w in memories.items()}
   rows, sizes = ROWS * LENGTH * TOP_K, array(CACHES * ROWS, dtype=jnp.int32)
@@ -214,3 +215,22 @@ SCORED = tuple(
   for kernel in ("titans_write", "linear_write", "cached_read_matrix", "cached_read_deep", "selected_read")
   for direction in ("fwd", "bwd")
 )
+
+
+def splash(head_dim):
+  """Splash attention's three kernels; FLOPs of one tile of 512 queries and 512 keys."""
+  x, document = array(BATCH, LENGTH, HEADS, head_dim, dtype=jnp.bfloat16), array(BATCH, LENGTH, dtype=jnp.int32)
+
+  def gradients(q, k, v, document, cotangent):
+    return jax.vjp(lambda *qkv: attention.attention(*qkv, document), q, k, v)[1](cotangent)
+
+  product = 2 * 512 * 512 * head_dim
+  kernels = {"fwd_segmented_residuals": 2, "dq_segmented_no_residuals": 3, "dkv_segmented_no_residuals": 4}
+  flops = {f"splash_mha_{name}": products * product for name, products in kernels.items()}
+  return gradients, (x, x, x, document, x), flops
+
+
+splash_128, splash_256 = functools.partial(splash, 128), functools.partial(splash, 256)
+for _name in ("titans_write", "cached_read_deep", "selected_read"):
+  for _direction in ("fwd", "bwd"):
+    globals()[f"{_name}_{_direction}_256"] = functools.partial(globals()[f"{_name}_{_direction}"], head_dim=256)

@@ -1,8 +1,8 @@
-"""What a fresh memory stores of a segment's pairs, by the gates as they start: the share written, and the error left.
+"""Measures what a fresh memory with its initial gates stores of a segment's pairs: the share written, the error left.
 
-  JAX_PLATFORMS=cpu python tests/memory/stored_pairs.py
+  JAX_PLATFORMS=cpu python -m mc_jax.bench.stored_pairs
 
-prints the table of docs/writing.md, in a minute. "One key" is the worst case: the same key with as many values.
+prints the table of docs/writing.md in a minute. "One key" is the worst case: the same key with many values.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mc_jax import memory
+from mc_jax import cli, memory
 from mc_jax.memory import rules, segments
 
 SIZES = [(256, 256, 256), (32, 64, 64), (8, 4, 4), (64, 64, 256)]  # head_dim, chunk, segment
@@ -22,7 +22,7 @@ def unit(x):
 
 
 def pairs(head_dim, count, repeated=False):
-  """Keys and values as a layer has them, SiLU of normal numbers, keys of unit length: [1, count, 1, head_dim] each."""
+  """Keys and values as in a layer, SiLU of normal numbers, keys of unit length: [1, count, 1, head_dim] each."""
   rng = np.random.default_rng(0)
   k, v = (x / (1 + np.exp(-x)) for x in rng.normal(size=(2, 1, count, 1, head_dim)))
   k = np.repeat(k[:, :1], count, 1) if repeated else k
@@ -30,9 +30,9 @@ def pairs(head_dim, count, repeated=False):
 
 
 def written(rule, segment, k, v):
-  """(the share of the pairs' errors that one segment writes, the error that it leaves), as memory_caching reads them.
+  """(share of the pairs' errors that one segment writes, error that it leaves), as memory_caching reads them.
 
-  The next segment asks for every pair and writes nothing. By `residual` it reads M_0 and the cached memory.
+  The next segment queries every pair and writes nothing. With `residual` it reads M_0 and the cached memory.
   """
   init = jax.jit(functools.partial(rule.init, heads=1, head_dim=k.shape[-1]))(jax.random.key(0))
   starts = rule.starting_gates(segment)
@@ -62,8 +62,8 @@ ROWS = {
 }
 
 
-def main():
-  """Prints the table: a row a rule, a column a size."""
+def main(_):
+  """Prints the table: a row per rule, a column per size."""
   sizes = [" / ".join(map(str, size)) for size in SIZES]
   print(f"| written (error left; one key) | {' | '.join(sizes)} |\n|---|{'---|' * len(SIZES)}")
   for name, options in ROWS.items():
@@ -78,4 +78,4 @@ def main():
 
 
 if __name__ == "__main__":
-  main()
+  cli.run(main)

@@ -2,8 +2,9 @@
 
 import gc
 
-import long_stream
 import pytest
+
+from mc_jax.bench import long_stream
 
 
 @pytest.mark.slow

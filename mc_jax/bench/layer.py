@@ -1,14 +1,14 @@
-"""Training speed of one Memory Caching layer: forward and backward tokens per second.
+"""Measures the training speed of one Memory Caching layer: tokens per second, forward and backward.
 
-  python -m mc_jax.bench --rules=linear,titans --aggregations=none,grm,ssc --lengths=1024,2048 --json=bench.json
+  python -m mc_jax.bench.layer --rules=linear,titans --aggregations=none,grm,ssc --lengths=1024,2048 --json=bench.json
 
-Times the mixer as it stands in a model (projections, convolution, gates, memory, output), with a gradient for every
-parameter and the input. The median of --repeats calls, after one that compiles. For speed, nothing else should run.
+times the mixer as in a model (projections, convolution, gates, memory, output), with gradients for all parameters and
+the input: the median of --repeats calls, after one that compiles. Nothing else should run on the machine.
 
-  python -m mc_jax.bench --topology=v5e:2x2 --implementation=xla --rules=titans --aggregations=grm --lengths=8192
+  python -m mc_jax.bench.layer --topology=v5e:2x2 --implementation=xla --rules=titans --aggregations=grm --lengths=8192
 
-does not run anything: it compiles for chips of a TPU topology, on a machine that need not have one, and prints what the
-compiled program moves and computes, and how long the compiler thinks it takes (mc_jax/planning/hlo_cost.py).
+runs nothing: it compiles for the chips of a TPU topology, on any machine, and prints the bytes that the program moves,
+its FLOPs, and the compiler's estimate of its time (mc_jax/planning/hlo_cost.py).
 """
 
 import itertools
@@ -30,26 +30,26 @@ from mc_jax.models.mixer import MemoryCaching
 from mc_jax.parallel import axes, mesh
 from mc_jax.planning import hlo_cost, topology
 
-_RULES = flags.DEFINE_list("rules", list(memory.RULES), "Memory rules.")
-_AGGREGATIONS = flags.DEFINE_list("aggregations", list(memory.AGGREGATIONS), "Ways to read the cache.")
-_LENGTHS = cli.numbers_flag("lengths", [1024], "Sequence lengths, tokens.", least=1)
-_CARRY = flags.DEFINE_enum("carry", "checkpoint", memory.CARRIES, "What a segment starts from.")
-_BATCH = flags.DEFINE_integer("batch", 1, "Sequences.", lower_bound=1)
+_RULES = flags.DEFINE_list("rules", list(memory.RULES), "Memory rules to measure.")
+_AGGREGATIONS = flags.DEFINE_list("aggregations", list(memory.AGGREGATIONS), "Aggregations to measure.")
+_LENGTHS = cli.numbers_flag("lengths", [1024], "Sequence lengths in tokens.", least=1)
+_CARRY = flags.DEFINE_enum("carry", "checkpoint", memory.CARRIES, "Initial state of a segment.")
+_BATCH = flags.DEFINE_integer("batch", 1, "Number of sequences.", lower_bound=1)
 _D_MODEL = flags.DEFINE_integer("d_model", 256, "Width of the layer.", lower_bound=1)
-_HEADS = flags.DEFINE_integer("heads", 4, "Heads of the layer.", lower_bound=1)
+_HEADS = flags.DEFINE_integer("heads", 4, "Number of heads.", lower_bound=1)
 _CHUNK = flags.DEFINE_integer("chunk", 64, "Tokens per chunk.", lower_bound=1)
 _SEGMENT = flags.DEFINE_integer("segment", 128, "Tokens per segment.", lower_bound=1)
-_TOP_K = flags.DEFINE_integer("top_k", 2, "Caches that ssc reads.", lower_bound=1)
+_TOP_K = flags.DEFINE_integer("top_k", 2, "Number of caches that ssc reads.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
 _IMPLEMENTATION = flags.DEFINE_enum("implementation", None, ["xla", "pallas"], "Default: the best for the platform.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Compile for this TPU (v5e:2x2, v5p:2x2x1, ...) instead of timing.")
-_CONTEXT = flags.DEFINE_integer("context", 1, "With --topology: chips that share the sequence.", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls, of which the median counts.", lower_bound=1)
+_CONTEXT = flags.DEFINE_integer("context", 1, "With --topology: Chips that share the sequence.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Number of timed calls; the median is reported.", lower_bound=1)
 _JSON = cli.json_flag()
 
 
 def gradients(config: ModelConfig, length: int):
-  """(a layer's gradients, jitted; its parameters; the shape of its input)."""
+  """(the layer's gradients, jitted; its parameters; its input's shape)."""
   layer = MemoryCaching(config, rngs=nnx.Rngs(0))
   graph, parameters = nnx.split(layer)
 
@@ -64,7 +64,7 @@ def gradients(config: ModelConfig, length: int):
 
 
 def measure(config: ModelConfig, length: int) -> dict[str, float]:
-  """Times one layer's forward and backward pass. Returns seconds (median) and tokens per second."""
+  """Times one layer's forward and backward pass; returns the median in milliseconds, and tokens per second."""
   run, parameters, x = gradients(config, length)
   x = jax.random.normal(jax.random.key(0), x.shape, x.dtype)
   jax.block_until_ready(run(parameters, x))
@@ -78,9 +78,9 @@ def measure(config: ModelConfig, length: int) -> dict[str, float]:
 
 
 def estimate(config: ModelConfig, length: int) -> dict[str, float]:
-  """What one layer's forward and backward pass, compiled for --topology, has each chip move, compute and hold."""
+  """The cost per chip of one layer's forward and backward pass, compiled for --topology."""
   run, parameters, x = gradients(config, length)
-  chips = topology.topology(_TOPOLOGY.value).devices[: _CONTEXT.value]
+  chips = topology.devices(_TOPOLOGY.value)[: _CONTEXT.value]
   on = mesh.make(mesh.MeshConfig(data=1, context=_CONTEXT.value), chips)
 
   def placed(x, names):
@@ -88,7 +88,7 @@ def estimate(config: ModelConfig, length: int) -> dict[str, float]:
 
   with jax.set_mesh(on):
     compiled = run.lower(jax.tree.map(lambda w: placed(w, ()), parameters), placed(x, axes.RESIDUAL)).compile()
-  # XLA's cached reads loop as far as the query has caches: over a sequence, half of them.
+  # XLA's cached reads loop over the caches a query has: half of them, averaged over a sequence.
   reads = (len(config.memory.build_segmentation().lengths(length)) - 1) / 2
   cost = hlo_cost.cost(compiled, unknown_trips=reads if config.memory.implementation == "xla" else 1, devices=chips)
   memory_bytes = compiled.memory_analysis().temp_size_in_bytes
@@ -97,7 +97,7 @@ def estimate(config: ModelConfig, length: int) -> dict[str, float]:
 
 
 def main(_) -> None:
-  """Measures every combination that the flags name, prints a table, and writes JSON if asked."""
+  """Measures every combination of the flags, prints a table, and writes JSON if --json is given."""
   combinations = list(itertools.product(_RULES.value, _AGGREGATIONS.value, _LENGTHS.value))
   configs = []
   for rule, aggregation, _ in combinations:
@@ -114,7 +114,7 @@ def main(_) -> None:
   if _TOPOLOGY.value:
     run = estimate
     jax.config.update("jax_platforms", "cpu")  # nothing runs: the machine's own accelerators are left alone
-  device = topology.topology(_TOPOLOGY.value).devices[0] if _TOPOLOGY.value else jax.devices()[0]
+  device = topology.devices(_TOPOLOGY.value)[0] if _TOPOLOGY.value else jax.devices()[0]
   print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}, {_CARRY.value} carry", end="")
   print(", compiled, not run" if _TOPOLOGY.value else f", {platform.machine()}")
   rows = []

@@ -1,8 +1,8 @@
-"""How fast a model decodes at a context: compiled steps on a cache that is as if so many tokens had been read.
+"""Times decoding at a context, with compiled steps on a cache as it would be after that many tokens.
 
-How long a step takes depends on how many states are cached, not on the numbers in them. So nothing is prefilled: the
-slots hold noise, and the position is set. Only what ssc chooses depends on the numbers; as states that differ, and
-tokens that differ, make it choose others at every step, none is in a processor's cache because the last step read it.
+The time of a step depends on the number of cached states, not on their values. So nothing is prefilled: the slots hold
+noise, and the position is set. Only the choices of ssc depend on values; because states and tokens differ, they change
+at every step, so that no state is still in a processor's cache from the step before.
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ from mc_jax.inference.generation import Decoder
 from mc_jax.models import Cache
 from mc_jax.models import cache as cache_lib
 
-LONGEST = 256  # steps of a timed loop, at most
-WARM = 2  # steps before the first
+LONGEST = 256  # most steps in a timed loop
+WARM = 2  # steps before the first timed loop
 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-  """A loop over steps, compiled; a sequence is full (decoder.cache.tokens) after the last of them.
+  """A compiled loop over steps; after the last of them a sequence has decoder.cache.tokens tokens.
 
   Attributes:
-    decoder: the model, and what its caches are made for.
-    batch: sequences.
-    cache: shapes, dtypes and shardings.
-    fill: params, position to a cache.
-    loop: params, cache, tokens [LONGEST, batch], count to (cache, the tokens that are likeliest after the last).
+    decoder: The model and its cache's configuration.
+    batch: The number of sequences.
+    cache: Shapes, dtypes and shardings of the cache.
+    fill: (params, position) -> cache.
+    loop: (params, cache, tokens [LONGEST, batch], count) -> (cache, the likeliest tokens after the last step).
   """
 
   decoder: Decoder
@@ -42,41 +42,42 @@ class Steps:
 
   @property
   def slot_bytes(self) -> int:
-    """Of what grows with the context: cached states and their summaries, or keys and values; all sequences."""
+    """Bytes that grow with the context: cached states and summaries, or keys and values, of all sequences."""
     return cache_lib.nbytes(self.cache.layers.slots)
 
   @property
   def other_bytes(self) -> int:
-    """Of the rest of the cache: what the memories carry, the convolutions' last tokens, positions."""
+    """Bytes of the rest of the cache: online states, the convolutions' last tokens, positions."""
     return cache_lib.nbytes(self.cache) - self.slot_bytes
 
   @property
   def temporary_bytes(self) -> int:
-    """What the loop allocates beside its arguments: were the cache not written in place, at least the cache's bytes."""
+    """Bytes that the loop allocates beside its arguments: less than the cache's if it is updated in place."""
     memory = self.loop.memory_analysis()
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
   def seconds(self, count: int, repeats: int = 1) -> list[tuple[float, float]]:
-    """Of one step, timed `repeats` times over `count` of them, the last of which ends the context.
+    """Times `repeats` loops of `count` steps each, the last of which end at the context's end.
 
     Returns:
-      Seconds, and those in which this process's threads computed: on a busy machine the second are the steadier.
+      (seconds, CPU seconds of this process's threads) of one step, for each loop. CPU seconds are steadier on a busy
+      machine.
     """
     decoder = self.decoder
     shape = LONGEST, self.batch
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, decoder.config.vocab_size, shape, np.int32))
     cache = self.fill(decoder.params, jnp.int32(decoder.cache.tokens - count * repeats - WARM))
     cache, _ = jax.block_until_ready(self.loop(decoder.params, cache, tokens, jnp.int32(WARM)))
-    found = []
+    timings = []
     for _ in range(repeats):
       begin, cpu = time.perf_counter(), time.process_time()
       cache, _ = jax.block_until_ready(self.loop(decoder.params, cache, tokens, jnp.int32(count)))
-      found.append(((time.perf_counter() - begin) / count, (time.process_time() - cpu) / count))
-    return found
+      timings.append(((time.perf_counter() - begin) / count, (time.process_time() - cpu) / count))
+    return timings
 
 
 def cache_bytes(decoder: Decoder, batch: int) -> int:
-  """Of a whole cache; nothing is compiled."""
+  """Bytes of a whole cache. Nothing is compiled."""
 
   def init(params):
     return nnx.merge(decoder.graph, params).init_cache(decoder.cache, batch)
@@ -86,7 +87,7 @@ def cache_bytes(decoder: Decoder, batch: int) -> int:
 
 
 def compile_steps(decoder: Decoder, batch: int) -> Steps:
-  """Compiles steps for the devices that the decoder's parameters are on."""
+  """Compiles steps for the devices of the decoder's parameters."""
   with jax.set_mesh(decoder.mesh):
     fill, cache = _compile_fill(decoder, batch)
     tokens, count = jax.ShapeDtypeStruct((LONGEST, batch), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
@@ -95,7 +96,7 @@ def compile_steps(decoder: Decoder, batch: int) -> Steps:
 
 
 def compile_step(decoder: Decoder, batch: int) -> tuple[jax.stages.Compiled, Cache]:
-  """One step for devices that need not be there, and the abstract cache; the decoder's parameters are abstract too."""
+  """Compiles one step from abstract parameters, for devices that need not exist: (step, abstract cache)."""
   with jax.set_mesh(decoder.mesh):
     _, cache = _compile_fill(decoder, batch)
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=cache.position.sharding)
@@ -117,7 +118,7 @@ def _compile_fill(decoder: Decoder, batch: int) -> tuple[jax.stages.Compiled, Ca
 def _fill(graph, params, position, config, batch):
   cache = nnx.merge(graph, params).init_cache(config, batch)
 
-  def at_position(x):  # the only integers of a layer's own are positions
+  def at_position(x):  # a layer's only integers are positions
     return jnp.full_like(x, position) if jnp.issubdtype(x.dtype, jnp.integer) else x
 
   layers = cache.layers
@@ -131,7 +132,7 @@ def _loop(graph, params, cache, tokens, count, config):
 
   def body(i, carry):
     cache, likeliest = carry
-    # Each step waits for the one before it, as in generation; what it reads is random nevertheless.
+    # As in generation, each step depends on the one before it; its token is random nevertheless.
     token = (likeliest + tokens[i]) % model.config.vocab_size
     logits, cache = model.step(token, cache, config)
     return cache, logits.argmax(-1).astype(jnp.int32)
@@ -146,7 +147,7 @@ def _step(graph, params, cache, tokens, config):
 
 
 def _noise(x: jax.Array) -> jax.Array:
-  """x plus numbers up to 1/8, integers up to 127: hashes of their places, which take no longer than writing them."""
+  """x plus noise of up to 1/8, or 127 for integers: hashes of the indices, which cost no more than writing them."""
   n = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape) * np.uint32(2654435769)
   n = (n ^ n >> 15) * np.uint32(739982445)
   n = jax.lax.bitcast_convert_type(n ^ n >> 12, jnp.int32)

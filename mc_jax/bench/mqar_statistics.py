@@ -1,19 +1,29 @@
-"""What MQAR's definition (arXiv:2312.04927) says of its marginals, computed from its formulas, and how rows compare.
+"""Compares rows of MQAR with the marginals that follow from its definition (arXiv:2312.04927).
 
-    python tests/data/recall/mqar_statistics.py --out docs/recall/mqar
+    python -m mc_jax.bench.mqar_statistics --out=docs/recall/mqar
 
-measures rows of the generator in the paper's sizes against the formulas: OUT.json and OUT.png.
+compares the generator's rows in the paper's sizes with the formulas, and writes OUT.json and OUT.png.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 
+import matplotlib
 import numpy as np
+from absl import flags
 from scipy import stats
 
+from mc_jax import cli
 from mc_jax.data.recall import mqar
+
+matplotlib.use("Agg")  # files only: no display is needed
+
+from matplotlib import pyplot
+
+_OUT = cli.path_flag("out", None, "Path of the .json and .png, without an extension.")
+_ROWS = flags.DEFINE_integer("rows", 20_000, "Rows of each size.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the rows.")
 
 SIZES = ((64, 4), (128, 8), (256, 16), (512, 64))  # (length, pairs)
 
@@ -26,15 +36,15 @@ def power_law(slots: int, power_a: float) -> np.ndarray:
 
 
 def draws(p: np.ndarray, count: int, nodes: int = 400) -> np.ndarray:
-  """P(the j-th draw without replacement is slot s), [count, slots], exactly up to the quadrature.
+  """P(the j-th draw without replacement is slot s), [count, slots], exact up to the quadrature.
 
-  Drawing one by one among what is left, with probabilities proportional to p, is the order in which clocks ring that
-  ring at rates p. Slot s is the j-th to ring (j from 0) with probability
+  Drawing without replacement with probabilities proportional to p gives the order in which clocks with rates p ring.
+  Slot s is the j-th to ring (j from 0) with probability
 
       integral over time t of p_s exp(-p_s t) P(exactly j of the others rang before t) dt,
 
-  the count of the others being a sum of independent Bernoulli variables of 1 - exp(-p_i t). With u = exp(-t), and rates
-  in units of the smallest, the integrand is smooth on [0, 1].
+  where the number of the others is a sum of independent Bernoulli variables with probabilities 1 - exp(-p_i t). With
+  u = exp(-t), and rates in units of the smallest, the integrand is smooth on [0, 1].
   """
   rates = p / p.min()
   x, w = np.polynomial.legendre.leggauss(nodes)
@@ -53,7 +63,7 @@ def draws(p: np.ndarray, count: int, nodes: int = 400) -> np.ndarray:
 
 
 def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
-  """p-value of `counts` under `probabilities`; neighbours that are expected less than 10 times together are one bin."""
+  """p-value of `counts` under `probabilities`; neighbours are merged into bins of an expected count of at least 10."""
   expected = counts.sum() * probabilities / probabilities.sum()
   starts, total = [0], 0.0
   for i, value in enumerate(expected):
@@ -67,7 +77,7 @@ def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 def sample(config: mqar.MQARConfig, length: int, rows: int, seed: int) -> dict[str, np.ndarray]:
-  """`rows` rows: tokens, targets, weights [rows, length], and gaps [rows, pairs], the slot of each pair's query."""
+  """Rows of the generator: tokens, targets, weights [rows, length], and gaps [rows, pairs] (see `gaps`)."""
   drawn = [mqar.row(config, length, np.random.default_rng((seed, i))) for i in range(rows)]
   batch = {name: np.stack([row[name] for row in drawn]) for name in drawn[0]}
   (pairs,) = config.pairs
@@ -78,13 +88,13 @@ def gaps(tokens: np.ndarray, weights: np.ndarray, pairs: int) -> np.ndarray:
   """The slot of each pair's query, [rows, pairs]."""
   keys = tokens[:, None, 0 : 2 * pairs : 2]
   rest, asked = tokens[:, 2 * pairs :: 2, None], weights[:, 2 * pairs :: 2, None] == 1
-  found = (rest == keys) & asked  # [rows, slots, pairs]
-  assert (found.sum(1) == 1).all(), "every key is asked for once"
-  return found.argmax(1)
+  queried = (rest == keys) & asked  # [rows, slots, pairs]
+  assert (queried.sum(1) == 1).all(), "every key is queried once"
+  return queried.argmax(1)
 
 
 def marginals(batch: dict[str, np.ndarray], config: mqar.MQARConfig, exact: np.ndarray) -> dict[str, object]:
-  """p-values of the gaps of the first, the second and the last pair, of keys, of values and of filler; their ranges."""
+  """p-values of the gaps of some pairs, of keys, of values and of filler, and the ranges of the last three."""
   count, slots = exact.shape
   vocab, half = config.vocab_size, config.vocab_size // 2
   keys, values = batch["tokens"][:, 0 : 2 * count : 2], batch["tokens"][:, 1 : 2 * count : 2]
@@ -108,13 +118,9 @@ def marginals(batch: dict[str, np.ndarray], config: mqar.MQARConfig, exact: np.n
   return {"p": result, "range": ranges}
 
 
-def figure(results: list[dict], path: str) -> None:
-  import matplotlib
-
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
-
-  axes = plt.subplots(1, len(results), figsize=(4 * len(results), 3.2), layout="constrained")[1]
+def plot(results: list[dict], path: str) -> None:
+  """Draws measured and defined gaps of three pairs, a panel per size."""
+  figure, axes = pyplot.subplots(1, len(results), figsize=(4 * len(results), 3.2), layout="constrained")
   for axis, result in zip(axes, results, strict=True):
     slots = np.arange(1, result["exact"].shape[1] + 1)
     for j, colour in ((0, "C0"), (1, "C1"), (len(result["exact"]) - 1, "C2")):
@@ -125,28 +131,25 @@ def figure(results: list[dict], path: str) -> None:
     axis.set_title(f"length {result['length']}, {result['pairs']} pairs", fontsize=10)
     axis.legend(frameon=False, fontsize=8)
   axes[0].set_ylabel("probability (dots: rows; lines: definition)")
-  plt.savefig(path, dpi=110)
+  figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--out", required=True, help="path of the .json and .png, without an ending")
-  parser.add_argument("--rows", type=int, default=20_000)
-  parser.add_argument("--seed", type=int, default=0)
-  args = parser.parse_args()
+def main(_) -> None:
+  """Compares every size, prints the p-values, and writes JSON and a plot."""
   results = []
   for length, pairs in SIZES:
     config = mqar.MQARConfig(pairs=(pairs,))
-    batch = sample(config, length, args.rows, args.seed)
+    batch = sample(config, length, _ROWS.value, _SEED.value)
     exact = draws(power_law((length - 2 * pairs) // 2, config.power_a), pairs)
     compared = marginals(batch, config, exact)
     results.append({"length": length, "pairs": pairs, **compared, "exact": exact, "gaps": batch["gaps"]})
     print(length, pairs, json.dumps(compared))
-  figure(results, f"{args.out}.png")
+  plot(results, f"{_OUT.value}.png")
   kept = [{name: x for name, x in result.items() if name not in ("exact", "gaps")} for result in results]
-  with open(f"{args.out}.json", "w") as file:
-    json.dump({"rows": args.rows, "seed": args.seed, "sizes": kept}, file, indent=1)
+  with open(f"{_OUT.value}.json", "w") as file:
+    json.dump({"rows": _ROWS.value, "seed": _SEED.value, "sizes": kept}, file, indent=1)
 
 
 if __name__ == "__main__":
-  main()
+  flags.mark_flag_as_required("out")
+  cli.run(main)

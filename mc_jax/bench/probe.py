@@ -1,38 +1,39 @@
-"""What a look into the memories (train.probe_every) costs, in training steps.
+"""Measures what a look into the memories (train.probe_every) costs, in training steps.
 
-  JAX_PLATFORMS=cpu python tests/training/probe_cost.py
+  JAX_PLATFORMS=cpu python -m mc_jax.bench.probe --config=configs/quickstart.py
 
-takes half a minute of one core: steps and looks in turns, in CPU time, so that what else the machine does falls on both
-alike. Prints the medians, and the share of the time that looks take every so many steps.
+takes half a minute on one core. Steps and looks alternate and are timed in CPU time, so that other work on the machine
+affects both alike. Prints the medians, and the cost of looks for several values of train.probe_every.
 """
 
-import argparse
-import runpy
 import statistics
 import time
 
 import jax
 import numpy as np
+from absl import flags
 
+from mc_jax import cli
 from mc_jax.data import windows
 from mc_jax.training import config as config_lib
 from mc_jax.training import stability, state, step
+
+CONFIG = cli.config_flag()
 
 ROUNDS = 41
 EVERY = (1, 5, 10, 50)
 
 
 def seconds(function, *args):
-  """(CPU seconds of all threads, the result)."""
+  """(CPU seconds of all threads, the function's result)."""
   begin = time.process_time()
   result = jax.block_until_ready(function(*args))
   return time.process_time() - begin, result
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-  parser.add_argument("--config", default="configs/quickstart.py", help="file of the run's configuration")
-  config = config_lib.from_config_dict(runpy.run_path(parser.parse_args().config)["get_config"]())
+def main(_):
+  """Times steps and looks of the configuration, and prints their medians."""
+  config = config_lib.from_config_dict(CONFIG.value)
   mesh = config.make_mesh(jax.devices()[:1])
   current, update, look = state.create(config, mesh), step.lower(config, mesh).compile(), stability.probe(config, mesh)
   shapes = windows.shapes(config.data, mesh)
@@ -49,4 +50,5 @@ def main():
 
 
 if __name__ == "__main__":
-  main()
+  flags.mark_flag_as_required("config")
+  cli.run(main, CONFIG)

@@ -1,9 +1,9 @@
-"""What a memory stores of a segment's pairs once its gates, M_0 and a linear readout are learned: the cheap experiment.
+"""Measures what a memory stores of a segment's pairs once its gates, M_0 and a linear readout are learned.
 
-  JAX_PLATFORMS=cpu python tests/memory/learned_pairs.py
+  JAX_PLATFORMS=cpu python -m mc_jax.bench.learned_pairs
 
-prints a table, a row a rule and a column a size: the share of the values' variance that a linear readout of the
-segment's last memory leaves, 1 if it tells nothing. stored_pairs.py asks what a fresh memory stores.
+prints a table with a row per rule and a column per size: the share of the values' variance that a linear readout of the
+segment's last memory does not explain. stored_pairs.py measures a fresh memory.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mc_jax import memory
+from mc_jax import cli, memory
 from mc_jax.memory import rules, segments
 
 SIZES = [(16, 16, 16, 200), (32, 64, 64, 150)]  # head_dim, chunk, segment, training steps
@@ -31,18 +31,18 @@ _BATCH, _LEARNING_RATE = 8, 1e-2
 
 
 def start(rule, segment, head_dim):
-  """What is learned: logits of the gates, one each for all tokens, M_0, and the readout of normed answers."""
+  """The parameters: a logit per gate, shared by all tokens, M_0, and the readout of normalised answers."""
   gates = {name: jnp.float32(gate.bias) for name, gate in rule.gate_init(segment).items()}
   init = rule.init(jax.random.key(0), heads=1, head_dim=head_dim)
   return {"gates": gates, "init": init, "readout": 0.3 * jnp.eye(head_dim), "bias": jnp.full(head_dim, 0.2)}
 
 
 def error_left(learned, key, rule, segment, head_dim):
-  """Of `_BATCH` random segments: squared errors of the readout over the values' variance, a scalar."""
+  """Squared error of the readout over the values' variance, for `_BATCH` random segments; a scalar."""
   k, v = jax.nn.silu(jax.random.normal(key, (2, _BATCH, segment, 1, head_dim)))
   k /= jnp.linalg.norm(k, axis=-1, keepdims=True)
   maximums = {name: gate.maximum for name, gate in rule.gate_init(segment).items()}
-  idle = {"alpha": 1.0, "beta": 1.0}  # the second segment asks for every pair, and writes nothing
+  idle = {"alpha": 1.0, "beta": 1.0}  # the second segment queries every pair and writes nothing
 
   def both(name, logit):
     value = jnp.full((_BATCH, segment, 1), maximums[name] * jax.nn.sigmoid(logit))
@@ -52,7 +52,7 @@ def error_left(learned, key, rule, segment, head_dim):
   k, values = (jnp.concatenate([x, x], 1) for x in (k, v))
   options = dict(rule=rule, aggregation="residual", segmentation=segments.constant(segment), carry="independent")
   y = memory.memory_caching(k, k, values, k, gates, learned["init"], implementation="xla", **options)[:, segment:]
-  # `residual` adds what M_0 answers to what the cached memory does: a memory that learns is read without.
+  # `residual` adds M_0's answer to the cached memory's: subtract it.
   y -= rule.network(k[:, segment:, 0], lambda name, z: z @ learned["init"][name][0])[:, :, None]
   y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
   error = y @ learned["readout"] + learned["bias"] - v
@@ -79,8 +79,8 @@ def trained(rule, head_dim, segment, steps):
   return float(np.mean([test(learned, jax.random.key(10**6 + i)) for i in range(4)]))
 
 
-def main():
-  """Prints the table: a row a rule, a column a size."""
+def main(_):
+  """Prints the table: a row per rule, a column per size."""
   sizes = [f"{d} / {chunk} / {segment}" for d, chunk, segment, _ in SIZES]
   print(f"| error left when learned | {' | '.join(sizes)} |\n|---|{'---|' * len(SIZES)}")
   for name, options in ROWS.items():
@@ -90,4 +90,4 @@ def main():
 
 
 if __name__ == "__main__":
-  main()
+  cli.run(main)
