@@ -173,7 +173,7 @@ def test_train_again_and_replay(run, door, kind, alone):
   workdir, config = run(kind)
   flags = [config, f"--workdir={workdir}", "--config.train.sample_length=0"]
   printed = _works(door("train", *flags, "--config.train.steps=3"))
-  assert "going on from the checkpoint of step 2" in printed
+  assert "resuming from the checkpoint of step 2" in printed
   assert metrics.read(workdir)[-1]["step"] == 3
   settings = grid.read([config])
   batch = next(datasets.load(settings.data).batches(alone))

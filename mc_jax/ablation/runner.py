@@ -332,7 +332,7 @@ def _collected_signals() -> Iterator[list[int]]:
 
   def first(number: int) -> None:
     signals.append(number)
-    interrupt.tell("\nstopping, with checkpoints; again to stop at once")
+    interrupt.print_line("\nstopping, with checkpoints; again to stop at once")
 
-  with interrupt.heard(first, signals.append):
+  with interrupt.handled(first, signals.append):
     yield signals

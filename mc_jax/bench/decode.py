@@ -171,7 +171,7 @@ def _cache(context: int) -> CacheConfig:
 
 def _too_large(decoder: Decoder) -> bool:
   """Whether a cache exceeds --limit_gib; prints it if so."""
-  size = decode_steps.cache_bytes(decoder, _BATCH.value)
+  size = decode_steps.whole_cache_bytes(decoder, _BATCH.value)
   if _LIMIT.value is None or size <= _LIMIT.value * chips.GIB:
     return False
   print(f"left out at {decoder.cache.tokens:,} tokens: a cache of {plans.gib(size)}", flush=True)

@@ -76,7 +76,7 @@ class Steps:
     return timings
 
 
-def cache_bytes(decoder: Decoder, batch: int) -> int:
+def whole_cache_bytes(decoder: Decoder, batch: int) -> int:
   """Bytes of a whole cache. Nothing is compiled."""
 
   def init(params):

@@ -103,7 +103,7 @@ def test_steps_are_in_place_and_end_the_context(name, alone):
   planned = plans.cache_bytes(config)
   slots = planned["kv_cache"] if name == "transformer" else planned["sequence"] + planned["summaries"]
   assert steps.slot_bytes == 2 * slots
-  assert steps.slot_bytes + steps.other_bytes == decode_steps.cache_bytes(decoder, 2)
+  assert steps.slot_bytes + steps.other_bytes == decode_steps.whole_cache_bytes(decoder, 2)
   if name != "none":
     assert steps.temporary_bytes < steps.slot_bytes / 2
 

@@ -16,7 +16,7 @@ from mc_jax.training import loop, metrics, state, trained
 
 CONNECTORS = "connectors (blocks/mixer/projection/kernel)"
 AGE_SCORES = "age scores (blocks/mixer/age_scores/kernel)"
-LACKS = "the checkpoint has no {}: they start as train.seed has them"
+LACKS = "the checkpoint has no {}: they are initialised with train.seed"
 HAS = "the checkpoint has {}: they are left out"
 
 
