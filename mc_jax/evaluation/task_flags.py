@@ -1,4 +1,4 @@
-"""The flags of the doors that evaluate: which tasks, and what they are told."""
+"""The flags of doors that evaluate: the tasks and their options."""
 
 from __future__ import annotations
 
@@ -12,38 +12,40 @@ _NAMES = ("lengths", "pairs", "rows", "limit", "num_fewshot", "include_path")  #
 
 def define() -> None:
   """Defines --tasks and a flag for each field of Options."""
-  text = f"one or more of {', '.join(tasks.TASKS)}; {tasks.HARNESS}TASK for one of lm-evaluation-harness"
+  text = f"One or more of {', '.join(tasks.TASKS)}; {tasks.HARNESS}TASK for a task of lm-evaluation-harness."
   flags.DEFINE_list("tasks", None, text)
-  cli.numbers_flag("lengths", [], "of rows, in tokens; default: the run's")
-  cli.numbers_flag("pairs", [], "mqar: numbers of key-value pairs; default: data.mqar.pairs")
-  flags.DEFINE_integer("rows", 256, "rows of each setting of a recall task")
-  flags.DEFINE_float("limit", None, "lm_eval: documents of each task, or below 1 their share; default: all")
-  flags.DEFINE_integer("num_fewshot", None, "lm_eval: answered examples before each; default: the task's")
-  cli.path_flag("include_path", None, "lm_eval: folder with tasks of your own")
+  cli.numbers_flag("lengths", [], "Lengths of rows in tokens; default: the run's.")
+  cli.numbers_flag("pairs", [], "mqar: Numbers of key-value pairs; default: data.mqar.pairs.")
+  flags.DEFINE_integer("rows", 256, "Rows in each setting of a recall task.")
+  flags.DEFINE_float(
+    "limit", None, "lm_eval: Number of documents in each task, or their share if below 1; default: all."
+  )
+  flags.DEFINE_integer("num_fewshot", None, "lm_eval: Number of examples before each question; default: the task's.")
+  cli.path_flag("include_path", None, "lm_eval: Folder with tasks of your own.")
 
 
 def options() -> Options:
-  """What the flags say, checked.
+  """The options from the flags, checked.
 
   Raises:
-    ConfigError: naming the flag.
+    ConfigError: A wrong value; the error names the flag.
   """
   lists = {name: tuple(flags.FLAGS[name].value) for name in ("lengths", "pairs")}
   return Options(**{name: flags.FLAGS[name].value for name in _NAMES} | lists).check()
 
 
 def names() -> tuple[str, ...]:
-  """The tasks, each once; () without the flag.
+  """The tasks without duplicates; () without the flag.
 
   Raises:
-    ConfigError: an unknown one.
+    ConfigError: An unknown task.
   """
-  asked = flags.FLAGS["tasks"].value
-  return () if asked is None else tasks.check(asked, flags.FLAGS["include_path"].value)
+  names = flags.FLAGS["tasks"].value
+  return () if names is None else tasks.check(names, flags.FLAGS["include_path"].value)
 
 
 def arguments() -> list[str]:
-  """What to tell another process, so that its `options` are these."""
-  told = {name: flags.FLAGS[name].value for name in _NAMES}
-  texts = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in told.items()}
+  """The flags for another process to have the same `options`."""
+  values = {name: flags.FLAGS[name].value for name in _NAMES}
+  texts = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in values.items()}
   return [f"--{name}={text}" for name, text in texts.items() if text not in ("", None)]

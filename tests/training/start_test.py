@@ -78,7 +78,7 @@ def test_connectors_that_the_checkpoint_lacks_start_anew(origin):
 
 
 def test_who_evaluates_gets_no_new_connectors(origin):
-  with pytest.raises(ConfigError, match=r"aggregation: 'none' in the checkpoint, 'grm' asked for"):
+  with pytest.raises(ConfigError, match=r"aggregation: 'none' in the checkpoint, 'grm' requested"):
     trained.load(origin[0], {"model.memory.aggregation": "grm"})
 
 
