@@ -1,26 +1,25 @@
 """Evaluates a trained model: `python -m mc_jax.evaluate --workdir=RUN --tasks=perplexity,mqar --lengths=512,1024`.
 
-Any field of the run's configuration that leaves the parameters as they are can be changed, such as
+Fields of the run's configuration that do not affect the parameters can be changed, such as
 --config.model.memory.after_training=moving_average. Tables, JSON, CSV and plots go to RUN/evaluation.
 """
 
 import dataclasses
-import re
 import time
 
 import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 from absl import flags, logging
 
-from mc_jax import cli, storage
-from mc_jax.data.identity import Identity
-from mc_jax.errors import ConfigError
-from mc_jax.evaluation import Subject, report, tasks
-from mc_jax.training import config, outputs, state, task_flags, trained
+from mc_jax import cli
+from mc_jax.evaluation import report, runs, task_flags, tasks
+from mc_jax.training import outputs, trained
 
 CONFIG = cli.overrides_flag()
-WORKDIR = cli.path_flag("workdir", None, "folder of a run of mc_jax.train, or gs://BUCKET/FOLDER")
-STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default: the newest")
-NAME = flags.DEFINE_string("name", None, "of the files in RUN/evaluation; default: tasks and fields that were changed")
+WORKDIR = cli.path_flag("workdir", None, "Folder of a run of mc_jax.train, or gs://BUCKET/FOLDER.")
+STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
+NAME = flags.DEFINE_string(
+  "name", None, "Name of the files in RUN/evaluation; default: the tasks and the changed fields."
+)
 task_flags.define()
 
 
@@ -30,23 +29,9 @@ def main(_: list[str]) -> None:
   options, names = task_flags.options(), task_flags.names()
   workdir, changes = outputs.workdir(WORKDIR.value), cli.overrides(CONFIG)
   model = trained.load(workdir, changes, step=STEP.value)
-  if unsuited := tasks.unsuited(names, model.config.model):
-    raise ConfigError("\n".join(f"--tasks: {name}: {why}" for name, why in unsuited.items()))
-  _require_lengths(model.config, options.lengths, model.mesh.size)
-  data = model.config.data
-  if "perplexity" in names and data.has_documents:
-    for field in {"data.seed", "data.validation_fraction"} & changes.keys():
-      logging.warning("%s decides which documents are held out: the model may have been trained on these", field)
+  subject = runs.subject(model, changes, names, options)
   changed = "".join(f", {field}={value}" for field, value in changes.items())
   print(f"{workdir}, step {model.step:,}{changed}", flush=True)
-  subject = Subject(
-    state.graph(model.config),
-    model.params,
-    model.config.model.vocab_size,
-    data,
-    model.mesh,
-    _trained_on(model, changes),
-  )
   results = []
   for result in tasks.run(names, subject, options):
     results.append(result)
@@ -58,41 +43,9 @@ def main(_: list[str]) -> None:
     "command": cli.command("evaluate"),
     "changed": changes,
     "config": dataclasses.asdict(model.config),
-    "results": report.to_json(results),
   }
-  name = NAME.value or _name(names, changes)
-  with outputs.outputs(workdir) as files:
-    folder = files.folder / "evaluation"
-    folder.mkdir(exist_ok=True)
-    storage.write(folder / f"{name}.json", report.dumps(record))
-    storage.write(folder / f"{name}.csv", report.to_csv(results))
-    drawn = report.plot(folder / f"{name}.png", {name: results})
-  written = ", ".join([f"{name}.json", f"{name}.csv", *(path.name for path in drawn)])
-  print(f"written to {workdir / 'evaluation'}: {written}")
-
-
-def _trained_on(model: trained.Trained, changes: dict[str, object]) -> Identity | None:
-  """The identity to compare the evaluated data with: the run's, without its files where the user names others."""
-  if model.identity is not None and any(re.match(r"data\.(source|paths|field)", field) for field in changes):
-    return dataclasses.replace(model.identity, files={})
-  return model.identity
-
-
-def _require_lengths(run: config.Config, lengths: tuple[int, ...], devices: int) -> None:
-  """Raises ConfigError where the model or its mesh cannot take rows of these lengths."""
-  for length in lengths:
-    longer = config.replace(run, {"data.length": length})
-    data = longer.data.problems("data")  # tasks have data of their own, and check them
-    found = [problem for problem in longer.problems() if problem not in data and problem not in run.problems()]
-    if found:
-      raise ConfigError("\n".join(found))
-    longer.check_devices(devices)
-
-
-def _name(names: tuple[str, ...], changes: dict[str, object]) -> str:
-  """Such as perplexity_after_training=grm: fit for a file."""
-  parts = [*names, *(f"{field.rpartition('.')[2]}={value}" for field, value in changes.items())]
-  return re.sub(r"[^\w.=-]+", "-", "_".join(parts))[:120]
+  files = runs.write(workdir, NAME.value or runs.file_name(names, changes), record, results)
+  print(f"written to {workdir / 'evaluation'}: {', '.join(files)}")
 
 
 if __name__ == "__main__":

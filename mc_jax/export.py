@@ -1,7 +1,7 @@
 """Writes a run's model as safetensors: `python -m mc_jax.export --workdir=RUN --to=FOLDER --dtype=bfloat16`.
 
-docs/export.md has the tensors' names, and how to read them. Fields of the configuration that leave the parameters as
-they are can be changed on the way, such as --config.model.memory.after_training=moving_average.
+docs/export.md lists the tensors' names and how to read them. Fields of the configuration that do not affect the
+parameters can be changed, such as --config.model.memory.after_training=moving_average.
 """
 
 import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
@@ -13,10 +13,10 @@ from mc_jax.inference import export
 from mc_jax.training import outputs, trained
 
 CONFIG = cli.overrides_flag()
-WORKDIR = cli.path_flag("workdir", None, "folder of a run of mc_jax.train, or gs://BUCKET/FOLDER")
-TO = cli.path_flag("to", None, "folder to write to, new or empty")
-DTYPE = flags.DEFINE_enum("dtype", "float32", export.DTYPES, "of the tensors")
-STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default: the newest")
+WORKDIR = cli.path_flag("workdir", None, "Folder of a run of mc_jax.train, or gs://BUCKET/FOLDER.")
+TO = cli.path_flag("to", None, "Folder to write to, new or empty.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", export.DTYPES, "Dtype of the tensors.")
+STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
 
 
 def main(_: list[str]) -> None:

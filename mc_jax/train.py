@@ -1,7 +1,7 @@
 """Trains a model: `python -m mc_jax.train --config=configs/quickstart.py --workdir=DIR`.
 
-Every field of the configuration is a flag, such as --config.model.memory.aggregation=ssc. The same
-command goes on where an earlier run in the same --workdir stopped.
+Every field of the configuration is a flag, such as --config.model.memory.aggregation=ssc. If the run is stopped, the
+same command resumes it from --workdir.
 """
 
 import pathlib
@@ -17,27 +17,28 @@ from mc_jax.training import config, distributed, loop, metrics, outputs, profili
 
 CONFIG = cli.config_flag()
 WORKDIR = cli.path_flag(
-  "workdir", None, "folder of everything the run writes, or gs://BUCKET/FOLDER; default: runs/NAME of the config"
+  "workdir", None, "Folder for everything the run writes, or gs://BUCKET/FOLDER; default: runs/NAME of the config."
 )
-PROFILE = flags.DEFINE_string("profile", None, "steps to trace with jax.profiler, such as 10-12, into the workdir")
+PROFILE = flags.DEFINE_string("profile", None, "Steps to trace with jax.profiler into the workdir, such as 10-12.")
 REPLAY = flags.DEFINE_integer(
-  "replay", None, "step that ended the run and lies in WORKDIR/replay: runs it again, and tells what is not finite"
+  "replay",
+  None,
+  "Step that ended the run and was dumped to WORKDIR/replay: run it again, and print what is not finite.",
 )
 COORDINATOR = flags.DEFINE_string(
-  "coordinator", None, "HOST:PORT of process 0, where the environment (Cloud TPU, GKE, Slurm) does not tell it"
+  "coordinator", None, "HOST:PORT of process 0, if the environment (Cloud TPU, GKE, Slurm) does not provide it."
 )
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes of the job; 1: this one alone", lower_bound=1)
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "number of this process, from 0", lower_bound=0)
+NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "Number of processes in the job; 1: only this one.", lower_bound=1
+)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.", lower_bound=0)
 HEARTBEAT = flags.DEFINE_integer(
-  "heartbeat_timeout_seconds",
-  30,
-  "after which a silent process is taken for dead, which ends the others",
-  lower_bound=1,
+  "heartbeat_timeout_seconds", 30, "Time after which a silent process counts as dead and the others end.", lower_bound=1
 )
 
 
 def main(_: list[str]) -> None:
-  """Trains as the flags say. Exits with 128 + the signal's number if a signal stopped the run, which can be resumed."""
+  """Trains as the flags say. Exits with 128 + N if signal N stopped the run, which can be resumed."""
   try:
     _train()
   except jax.errors.JaxRuntimeError as error:
@@ -51,13 +52,13 @@ def _train() -> None:
   run = config.from_config_dict(CONFIG.value).check()
   distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, HEARTBEAT.value)
   if not distributed.is_first():
-    cli.silence()  # one process speaks for all
+    cli.silence()  # only the first process prints
   if REPLAY.value is not None:
     print(replay.replay(run, workdir, REPLAY.value))
     return
   result = loop.train(run, workdir, profile)
   if result.stopped_by:
-    print(f"stopped at step {result.step}; the same command goes on from there", file=sys.stderr)
+    print(f"stopped at step {result.step}; the same command resumes", file=sys.stderr)
     sys.exit(128 + result.stopped_by)
 
 
@@ -66,7 +67,7 @@ if __name__ == "__main__":
   cli.run(
     main,
     CONFIG,
-    verbosity=logging.FATAL,  # Orbax prints a page per checkpoint, and several per error that reaches us
+    verbosity=logging.FATAL,  # Orbax logs a page per checkpoint, and several per error that is raised anyway
     outlives_output=True,
     hopeless=(metrics.Diverged,),
     interrupted="stopped at once; the same command resumes from the last checkpoint",

@@ -9,10 +9,8 @@ import sys
 
 import pytest
 
-from mc_jax import ablate
-from mc_jax.evaluation import ablation
-from mc_jax.training import cells
-from mc_jax.training.grid import Cell
+from mc_jax.ablation import report, runner
+from mc_jax.ablation.grid import Cell
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = {
@@ -83,25 +81,24 @@ def test_cells_are_told_what_suits_them(tmp_path):
 
 
 def test_a_cell_is_evaluated_again_where_it_is_told_otherwise(tiny, tmp_path, monkeypatch):
-  monkeypatch.setattr(cells.Job, "trained", True)
+  monkeypatch.setattr(runner.Job, "trained", True)
   told = ("--tasks=mqar", "--rows=4", "--include_path=my tasks")
   cell = Cell(0, "cell", {}, 0, (), tiny())
-  record = cells.Job(cell, tmp_path, told).commands()[0]
+  record = runner.Job(cell, tmp_path, told).commands()[0]
   (tmp_path / "evaluation").mkdir()
   facts = {"step": cell.config.train.steps, "command": shlex.join(["python", *record])}
-  (tmp_path / "evaluation" / f"{cells.EVALUATION}.json").write_text(json.dumps(facts))
-  assert cells.Job(cell, tmp_path, told).commands() == []
+  (tmp_path / "evaluation" / f"{runner.EVALUATION}.json").write_text(json.dumps(facts))
+  assert runner.Job(cell, tmp_path, told).commands() == []
   for other in (told[:2], (*told, "--limit=3"), ("--tasks=niah1", *told[1:])):
-    assert cells.Job(cell, tmp_path, other).commands() == [["-m", *record[1:3], *other, record[-1]]]
+    assert runner.Job(cell, tmp_path, other).commands() == [["-m", *record[1:3], *other, record[-1]]]
 
 
-def test_what_was_evaluated_once_stays_until_it_is_again(tmp_path, monkeypatch):
+def test_what_was_evaluated_once_stays_until_it_is_again(tmp_path):
   result = {"task": "mqar", "settings": {"pairs": 2}, "values": {"accuracy": 0.5}}
   cell = {"name": "a", "values": {"rule": "a"}, "seed": 0, "steps": 2, "tokens_per_second": 1.0, "results": [result]}
   for found, steps in ((cell, 2), (cell | {"steps": 4, "results": []}, 2), (cell | {"steps": 4}, 4)):
-    monkeypatch.setattr(cells, "collect", lambda _, found=found: [found])
-    ablate.report(tmp_path)
-    (reported,) = ablation.read(tmp_path / "report")
+    report.update(tmp_path / "report", [found])
+    (reported,) = report.read(tmp_path / "report")
     assert (reported["steps"], reported["results"]) == (steps, [result])
 
 

@@ -15,10 +15,11 @@ import traceback
 import jax
 
 for package, modules in {
+  "ablation": ("grid", "report", "runner"),
   "data": ("preparation",),
-  "evaluation": ("ablation", "tasks"),
+  "evaluation": ("tasks",),
   "inference": ("export", "prompts"),
-  "training": ("cells", "grid", "loop", "replay"),
+  "training": ("loop", "replay"),
 }.items():
   for module in modules:
     importlib.import_module(f"mc_jax.{package}.{module}")

@@ -12,10 +12,11 @@ import pytest
 import sentencepiece
 from etils import epath
 
+from mc_jax.ablation import grid
 from mc_jax.data import datasets, learning, preparation
 from mc_jax.data.config import SourceConfig
 from mc_jax.inference import export
-from mc_jax.training import grid, metrics, replay, state, trained
+from mc_jax.training import metrics, replay, state, trained
 
 BASE = """
 from mc_jax.training import config
@@ -172,7 +173,7 @@ def test_train_again_and_replay(run, door, kind, alone):
   workdir, config = run(kind)
   flags = [config, f"--workdir={workdir}", "--config.train.sample_length=0"]
   printed = _works(door("train", *flags, "--config.train.steps=3"))
-  assert "going on from the checkpoint of step 2" in printed
+  assert "resuming from the checkpoint of step 2" in printed
   assert metrics.read(workdir)[-1]["step"] == 3
   settings = grid.read([config])
   batch = next(datasets.load(settings.data).batches(alone))

@@ -67,8 +67,8 @@ def test_results_are_printed_and_written(run):
   [
     (["--tasks=perplexitty"], "or lm_eval:TASK for one of lm-evaluation-harness; got perplexitty"),
     (["--tasks=perplexity", "--lengths=16,long"], "flag --lengths=16,long: must be whole numbers, separated by commas"),
-    (["--tasks=mqar,gates_mqar"], "--tasks: gates_mqar: it needs memories that are told apart"),
-    (["--tasks=perplexity", "--config.model.layers=2"], "--config.model.layers: 1 in the checkpoint, 2 asked for"),
+    (["--tasks=mqar,gates_mqar"], "--tasks: gates_mqar: it needs gates that depend on the token"),
+    (["--tasks=perplexity", "--config.model.layers=2"], "--config.model.layers: 1 in the checkpoint, 2 requested"),
   ],
   ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

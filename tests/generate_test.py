@@ -56,10 +56,10 @@ def test_a_prompt_is_saved_and_continued_again(run, tmp_path):
     (["--prompt=x", "--max_tokens=40", "--capacity=2"], "--capacity=2 is too small: 42 tokens"),
     (["--prompt=x", "--max_tokens=40", "--context=30"], "more than the 30 that the cache is for (--context)"),
     (["--prompt=x", "--tokens=40"], "there is no flag --tokens; did you mean --max_tokens?"),
-    (["--prompt=x", "--config.model.heads=1"], "--config.model.heads: 2 in the checkpoint, 1 asked for"),
-    (["--load_prompt=nowhere"], "nowhere is not there"),
+    (["--prompt=x", "--config.model.heads=1"], "--config.model.heads: 2 in the checkpoint, 1 requested"),
+    (["--load_prompt=nowhere"], "nowhere does not exist"),
     (["--prompt=x", "--top_p=0"], "top_p must be above 0"),
-    (["--prompt=x", "--save_prompt=configs"], "configs is there already"),
+    (["--prompt=x", "--save_prompt=configs"], "configs exists already"),
   ],
   ids=lambda value: value[-1] if isinstance(value, list) and value else "",
 )

@@ -127,8 +127,8 @@ def test_two_processes_train_as_one_and_go_on_when_one_was_killed(texts, tmp_pat
   pair[1].send_signal(signal.SIGTERM)  # to one of them: both stop, with a checkpoint
   codes, (printed, silent) = _finish(*pair)
   assert codes == [128 + signal.SIGTERM] * 2, printed
-  assert "going on from the checkpoint of step" in printed
-  assert "going on" not in silent
+  assert "resuming from the checkpoint of step" in printed
+  assert "resuming" not in silent
 
   codes, (printed, _) = _finish(*_start_two(texts, tmp_path / "pair"))
   assert codes == [0, 0], printed

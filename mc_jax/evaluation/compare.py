@@ -2,8 +2,8 @@
 
     python -m mc_jax.evaluation.compare --png=OUT.png base=runs/a/evaluation/perplexity.json grm=runs/b/evaluation/...
 
-With --baseline=base, what is drawn is the difference to it. Of a FILE alone the label is its name: what mc_jax.evaluate
-drew of it is drawn again.
+With --baseline=base, differences from it are drawn. A FILE without LABEL is labelled by its name: the plot of
+mc_jax.evaluate is drawn again.
 """
 
 import json
@@ -16,23 +16,23 @@ from mc_jax.errors import ConfigError
 from mc_jax.evaluation import report
 
 PNG = cli.path_flag(
-  "png", None, "file to draw in, and X_map.png beside X.png for gates; default: only print", written=True
+  "png", None, "File to plot in, with X_map.png beside X.png for gates; default: only print.", written=True
 )
-BASELINE = flags.DEFINE_string("baseline", None, "label of what the others are compared with")
+BASELINE = flags.DEFINE_string("baseline", None, "Label of the series that the others are compared with.")
 
 
 def main(argv: list[str]) -> None:
-  """Compares the files given as LABEL=FILE, or as FILE."""
+  """Compares the files given as LABEL=FILE or FILE."""
   alone = {argument: storage.path(argument) for argument in argv[1:]}
   pairs = [(path.stem, path) if path.is_file() else name.partition("=")[::2] for name, path in alone.items()]
   if not pairs or not all(label and file for label, file in pairs):
-    raise ConfigError("what is drawn must be given as LABEL=FILE or FILE, a JSON that mc_jax.evaluate wrote")
+    raise ConfigError("give the files to compare as LABEL=FILE or FILE, each a JSON file of mc_jax.evaluate")
   series = {}
   for label, file in pairs:
     try:
       series[label] = report.from_json(json.loads(storage.path(str(file)).read_text(encoding="utf-8"))["results"])
     except (ValueError, KeyError, TypeError) as error:
-      raise ConfigError(f"{file} is no JSON that mc_jax.evaluate wrote: {error!r}") from error
+      raise ConfigError(f"{file} is not a JSON file of mc_jax.evaluate: {error!r}") from error
   if BASELINE.value and BASELINE.value not in series:
     raise ConfigError(f"--baseline must be one of {', '.join(series)}, got {BASELINE.value}")
   for label, results in series.items():

@@ -1,6 +1,6 @@
-"""What a model makes of continuations of given contexts: how likely they are, or which it writes itself.
+"""Scores continuations of given contexts, or lets the model write them.
 
-Contexts of any length come in any order; they are put into batches of few shapes, for each shape compiles a program.
+Contexts may have any length and order. They are put into batches of few shapes, because each shape compiles a program.
 """
 
 from __future__ import annotations
@@ -23,46 +23,45 @@ from mc_jax.inference import Decoder, Request, generation
 from mc_jax.inference.text import Stream, follow, stops
 from mc_jax.models import CacheConfig
 
-STEP = 32  # tokens of a forward pass that a decoding step is taken to cost: an estimate, which changes no result
+STEP = 32  # estimated cost of a decoding step in tokens of a forward pass; it does not affect results
 
 
 class Pair(NamedTuple):
-  """A context, int32 [tokens], at least one, and what may follow it, int32 [tokens]."""
+  """A context, int32 [tokens], of at least one token, and a continuation, int32 [tokens]."""
 
   context: np.ndarray
   continuation: np.ndarray
 
 
 class Likelihood(NamedTuple):
-  """log p(continuation | context) in nats, and whether each of its tokens is the likeliest after those before."""
+  """log p(continuation | context) in nats, and whether every token is the likeliest after those before it."""
 
   log_probability: float
   greedy: bool
 
 
 def likelihoods(
-  subject: Subject, pairs: Sequence[Pair], told: Callable[[int], object] = lambda count: None
+  subject: Subject, pairs: Sequence[Pair], progress: Callable[[int], object] = lambda count: None
 ) -> list[Likelihood]:
   """The likelihood of each continuation.
 
-  A forward pass reads context and continuation together. Several continuations of one context may take less: it is
-  read once, its cache repeated, and they are read from there token by token. That is done where the tokens that need
-  not be read again are more than STEP for each such token, and always where continuations are single tokens, of which
-  none need be read at all. Where sequences are cut depends on their length under segmentation="logarithmic": there it
-  is the forward pass alone.
+  A forward pass reads context and continuation together. Several continuations of one context can be cheaper: the
+  context is read once, its cache repeated, and the continuations are read from there token by token. That is done if it
+  saves more than STEP tokens per step, and always for continuations of one token, which need no step. With
+  segmentation="logarithmic" segments depend on the sequence's length: then only forward passes are used.
 
   Args:
-    subject: the model; batches have about as many tokens as those of its run.
-    pairs: in any order.
-    told: is called with the number of pairs that were just scored.
+    subject: The model; batches have about as many tokens as those of its run.
+    pairs: Contexts and continuations in any order.
+    progress: Called with the number of pairs that were just scored.
   """
-  found = [Likelihood(0.0, True)] * len(pairs)
+  likelihoods = [Likelihood(0.0, True)] * len(pairs)
   alone, shared = _plan(subject, pairs)
   for places, scores in itertools.chain(_by_steps(subject, pairs, shared), _by_forward(subject, pairs, alone)):
-    for place, score in zip(places, scores, strict=False):  # the rest fills up a batch
-      found[place] = score
-    told(len(places))
-  return found
+    for place, score in zip(places, scores, strict=False):  # the others only fill a batch
+      likelihoods[place] = score
+    progress(len(places))
+  return likelihoods
 
 
 def written(
@@ -70,23 +69,24 @@ def written(
   tokenizer: tokenizers.Tokenizer,
   requests: Sequence[Request],
   until: Sequence[Sequence[str]],
-  told: Callable[[int], object] = lambda count: None,
+  progress: Callable[[int], object] = lambda count: None,
 ) -> list[str]:
-  """The text that follows each request's prompt, up to the first of its `until` or the end of the document.
+  """The text that the model writes after each prompt, up to the first of its stop texts or the end of the document.
 
   Args:
-    subject, told: as of `likelihoods`.
-    tokenizer: of the subject's run.
-    requests: without `stop`, which follows from `until`.
-    until: texts that end each continuation; they are no part of it.
+    subject: The model, as for `likelihoods`.
+    tokenizer: The tokenizer of the subject's run.
+    requests: Requests without `stop`, which follows from `until`.
+    until: The texts that end each continuation, which does not include them.
+    progress: Called with the number of requests that were just met.
 
   Raises:
-    ConfigError: a model that cannot be decoded.
+    ConfigError: A model that cannot be decoded.
   """
-  found = [""] * len(requests)
+  texts = [""] * len(requests)
   for tokens, places in _grouped(lambda i: bucket(len(requests[i].prompt) + requests[i].max_tokens), len(requests)):
     decoder = _decoder(subject, tokens)
-    for batch in _parts(places, subject.rows_of(tokens).batch_size):
+    for batch in _chunks(places, subject.rows_of(tokens).batch_size):
       streams = {i: Stream(tokenizer.decode, until[i]) for i in batch}
       asked = [dataclasses.replace(requests[i], stop=stops(tokenizer, until[i])) for i in batch]
       missing = subject.rows_of(tokens).batch_size - len(batch)
@@ -94,9 +94,9 @@ def written(
       for _ in follow(blocks, list(streams.values()), tokenizer):
         pass
       for i, stream in streams.items():
-        found[i] = stream.text() + stream.rest()
-      told(len(batch))
-  return found
+        texts[i] = stream.text() + stream.rest()
+      progress(len(batch))
+  return texts
 
 
 def bucket(tokens: int) -> int:
@@ -106,7 +106,7 @@ def bucket(tokens: int) -> int:
 
 
 def _plan(subject: Subject, pairs: Sequence[Pair]) -> tuple[list[int], list[list[int]]]:
-  """Numbers of the pairs that a forward pass reads, and of those that share a context which is read once."""
+  """The indices of pairs to score by forward passes, and groups of indices that share a context."""
   config = nnx.merge(subject.graph, subject.params).config
   decodable = not CacheConfig(1).problems(config) and subject.mesh.shape["context"] == 1
   groups = collections.defaultdict(list)
@@ -123,7 +123,7 @@ def _plan(subject: Subject, pairs: Sequence[Pair]) -> tuple[list[int], list[list
   return alone, shared
 
 
-Scores = Iterator[tuple[list[int], Sequence[Likelihood]]]  # of these pairs, and possibly more that fill up a batch
+Scores = Iterator[tuple[list[int], Sequence[Likelihood]]]  # of these pairs, and possibly more that fill a batch
 
 
 def _by_forward(subject: Subject, pairs: Sequence[Pair], places: Sequence[int]) -> Scores:
@@ -133,16 +133,16 @@ def _by_forward(subject: Subject, pairs: Sequence[Pair], places: Sequence[int]) 
 
   for length, group in _grouped(size, len(places)):
     data = dataclasses.replace(subject.rows_of(length), documents=False, packing=PackingConfig())
-    for part in _parts([places[n] for n in group], data.batch_size):
-      batches = windows.batches([_row(pairs[i], length) for i in part], data.batch_size)
+    for chunk in _chunks([places[n] for n in group], data.batch_size):
+      batches = windows.batches([_row(pairs[i], length) for i in chunk], data.batch_size)
       (scored,) = subject.score(data, batches)
       counts = scored.batch["weights"] > 0
       sums = -np.sum(scored.loss, axis=1, where=counts, dtype=np.float64)
-      yield part, list(map(Likelihood, sums.tolist(), (scored.right | ~counts).all(1).tolist()))
+      yield chunk, list(map(Likelihood, sums.tolist(), (scored.right | ~counts).all(1).tolist()))
 
 
 def _row(pair: Pair, length: int) -> Batch:
-  """Context and continuation as a row, in which the continuation counts."""
+  """Context and continuation as a row in which only the continuation has weight."""
   ids = np.concatenate([pair.context, pair.continuation])
   row = {name: np.zeros(length, dtype) for name, dtype in (("tokens", np.int32), ("targets", np.int32))}
   row["tokens"][: len(ids) - 1] = ids[:-1]
@@ -160,11 +160,11 @@ def _by_steps(subject: Subject, pairs: Sequence[Pair], groups: Sequence[list[int
   for (tokens, count), numbers in _grouped(shape, len(groups)):
     decoder = _decoder(subject, tokens)
     rows = max(1, subject.rows_of(tokens).batch_size // count)
-    for part in _parts([groups[n] for n in numbers], rows):
-      filled = [*part, *[part[0]] * (rows - len(part))]
+    for chunk in _chunks([groups[n] for n in numbers], rows):
+      filled = [*chunk, *[chunk[0]] * (rows - len(chunk))]
       start = generation.repeat(*decoder.prefill([pairs[group[0]].context for group in filled]), count)
       scores = _steps(decoder, *start, [pairs[i].continuation for group in filled for i in group])
-      yield [i for group in part for i in group], scores
+      yield [i for group in chunk for i in group], scores
 
 
 def _steps(decoder: Decoder, logits: jax.Array, cache, continuations: list[np.ndarray]) -> list[Likelihood]:
@@ -173,18 +173,18 @@ def _steps(decoder: Decoder, logits: jax.Array, cache, continuations: list[np.nd
   longest = max(map(len, continuations))
   for i in range(longest):
     tokens = [continuation[i : i + 1] for continuation in continuations]
-    there = np.array([len(token) > 0 for token in tokens])
-    loss, right = jax.device_get(_judged(logits, np.array([token[0] if len(token) else 0 for token in tokens])))
-    sums -= np.where(there, loss, 0)
-    greedy &= right | ~there
+    present = np.array([len(token) > 0 for token in tokens])
+    loss, right = jax.device_get(_scores(logits, np.array([token[0] if len(token) else 0 for token in tokens])))
+    sums -= np.where(present, loss, 0)
+    greedy &= right | ~present
     if i + 1 < longest:
       logits, cache = decoder.extend(cache, tokens, logits)
   return list(map(Likelihood, sums.tolist(), greedy.tolist()))
 
 
 @jax.jit
-def _judged(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """-log p(target) in nats, and whether it is the likeliest: logits [b, vocab_size], targets [b]."""
+def _scores(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """-log p(target) in nats, and whether the target is the likeliest token: logits [b, vocab_size], targets [b]."""
   return scoring.losses(logits, targets), logits.argmax(-1) == targets
 
 
@@ -195,12 +195,12 @@ def _decoder(subject: Subject, tokens: int) -> Decoder:
 
 
 def _grouped(key: Callable[[int], object], count: int) -> list[tuple[object, list[int]]]:
-  """0 to count - 1 by their keys, the greatest key first: what is too much for the memory fails at once."""
+  """0 to count - 1 grouped by their keys, the greatest key first, so that a lack of memory shows at once."""
   groups = collections.defaultdict(list)
   for i in range(count):
     groups[key(i)].append(i)
   return sorted(groups.items(), reverse=True)
 
 
-def _parts(items: list, size: int) -> Iterator[list]:
+def _chunks(items: list, size: int) -> Iterator[list]:
   return (items[first : first + size] for first in range(0, len(items), size))

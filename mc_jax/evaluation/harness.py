@@ -1,6 +1,6 @@
-"""The tasks of EleutherAI's lm-evaluation-harness: its prompts, data and metrics, and a model of this project.
+"""Runs tasks of EleutherAI's lm-evaluation-harness, with its prompts, data and metrics, on a model of this project.
 
-The harness comes with the extra `eval`; this module is imported where a task of it is asked for.
+The extra `eval` installs the harness; this module is imported only if a task of it is requested.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ from mc_jax.evaluation.continuations import Likelihood, Pair
 from mc_jax.evaluation.subject import Options, Result, Subject
 from mc_jax.inference import Request
 
-BOOTSTRAPS = 1000  # resamples for the standard errors of perplexities and the like; others are exact
+BOOTSTRAPS = 1000  # bootstrap samples for standard errors that have no closed form
 
 
 class HarnessModel(TemplateLM):
-  """A subject as the harness asks it.
+  """A subject with the harness's interface.
 
   Every document starts with the tokenizer's separator, as in training.
 
   Args:
-    subject: what is evaluated.
-    length: tokens that the model is given at most. Of longer contexts the end is kept; longer texts are scored in
-      parts of as many tokens, each after one token of the part before, the last after as many as there is room for.
+    subject: The model and data under evaluation.
+    length: The largest number of tokens that the model reads. Longer contexts lose their beginning. Longer texts are
+      scored in windows of this length, each after one token of the window before it; the last one has as much context
+      as fits.
 
   Raises:
-    ConfigError: the subject's run has no text, or another tokenizer.
+    ConfigError: The subject's run has no text, or the tokenizer has changed.
   """
 
   def __init__(self, subject: Subject, length: int):
@@ -58,11 +59,11 @@ class HarnessModel(TemplateLM):
 
   @property
   def eot_token_id(self) -> int:
-    """What a document starts with, and ends with."""
+    """The id at which documents begin and end."""
     return self._tokenizer.separator
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-    """The ids of a text; of the beginning of a document, where add_special_tokens is not False."""
+    """The ids of a text, which begins a document unless add_special_tokens is False."""
     ids = self._tokenizer.encode([string])[0].tolist()
     return ids if add_special_tokens is False else [self.eot_token_id, *ids]
 
@@ -72,11 +73,11 @@ class HarnessModel(TemplateLM):
     if longest > self.max_length:
       raise ConfigError(f"--lengths={self.max_length} is less than the {longest} tokens of a continuation")
     kept = [Pair(self._end(p.context, self.max_length + 1 - len(p.continuation)), p.continuation) for p in pairs]
-    self._tell_cut([pair.context for pair in pairs], [pair.context for pair in kept])
+    self._warn_of_cuts([pair.context for pair in pairs], [pair.context for pair in kept])
     return self._likelihoods(kept, "continuations", disable_tqdm)
 
   def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-    """log p of each whole text, in nats."""
+    """log p of each text in nats."""
     pairs, owners = [], []
     for owner, (text,) in enumerate(request.args for request in requests):
       ids = self.tok_encode(text, add_special_tokens=False)
@@ -88,15 +89,15 @@ class HarnessModel(TemplateLM):
     return sums.tolist()
 
   def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-    """What the model writes after each context, up to the first of the texts in `until`."""
-    asked, until, prompts = [], [], []
+    """The text that the model writes after each context, up to the first of the texts in `until`."""
+    generations, until, prompts = [], [], []
     for i, (context, options) in enumerate(request.args for request in requests):
       options = normalize_gen_kwargs(options)
       limit = options["max_gen_toks"]
       if limit >= self.max_length:
         raise ConfigError(f"--lengths={self.max_length} must be more than the {limit} tokens that the task generates")
       prompts.append(_ids(self.tok_encode(context)))
-      asked.append(
+      generations.append(
         Request(
           self._end(prompts[-1], self.max_length - limit),
           limit,
@@ -107,9 +108,9 @@ class HarnessModel(TemplateLM):
         )
       )
       until.append([text for text in options.get("until") or [] if text])
-    self._tell_cut(prompts, [request.prompt for request in asked])
-    with tqdm(total=len(asked), desc="answers", disable=disable_tqdm or None) as progress:
-      return continuations.written(self._subject, self._tokenizer, asked, until, progress.update)
+    self._warn_of_cuts(prompts, [request.prompt for request in generations])
+    with tqdm(total=len(generations), desc="answers", disable=disable_tqdm or None) as progress:
+      return continuations.written(self._subject, self._tokenizer, generations, until, progress.update)
 
   def _likelihoods(self, pairs: Sequence[Pair], what: str, disable_tqdm: bool) -> list[Likelihood]:
     with tqdm(total=len(pairs), desc=what, disable=disable_tqdm or None) as progress:
@@ -118,7 +119,7 @@ class HarnessModel(TemplateLM):
   def _end(self, context: np.ndarray, tokens: int) -> np.ndarray:
     return context[max(len(context) - tokens, 0) :]
 
-  def _tell_cut(self, whole: Sequence[np.ndarray], kept: Sequence[np.ndarray]) -> None:
+  def _warn_of_cuts(self, whole: Sequence[np.ndarray], kept: Sequence[np.ndarray]) -> None:
     if cut := sum(len(a) > len(b) for a, b in zip(whole, kept, strict=True)):
       logging.warning(
         "%d of %d contexts are longer than --lengths=%d allows: their beginnings are cut off",
@@ -127,7 +128,7 @@ class HarnessModel(TemplateLM):
 
 
 def check(names: Sequence[str], include_path: str | None) -> None:
-  """Raises ConfigError where the harness has no task, group or tag of a name."""
+  """Raises ConfigError if the harness has no task, group or tag of a name."""
   for name in names:
     every = _manager(name, include_path).all_tasks
     if name in every:
@@ -141,16 +142,16 @@ def check(names: Sequence[str], include_path: str | None) -> None:
 
 
 def run(name: str, subject: Subject, options: Options) -> Iterator[Result]:
-  """A result for the task, or for each of a group, at each length.
+  """A result for the task, or for each task of a group, at each length.
 
   Raises:
-    ConfigError: a package that the task needs is missing, or the length is too short for it.
+    ConfigError: A package that the task needs is missing, or the length is too short for it.
   """
-  # The harness draws in processes that it forks, which hangs where JAX has threads.
+  # The harness bootstraps in forked processes, which hang because JAX has threads.
   os.environ["DISABLE_MULTIPROC"] = "1"
   for length in options.lengths or (subject.data.length,):
     try:
-      found = evaluator.simple_evaluate(
+      evaluation = evaluator.simple_evaluate(
         HarnessModel(subject, length),
         tasks=[name],
         num_fewshot=options.num_fewshot,
@@ -161,18 +162,18 @@ def run(name: str, subject: Subject, options: Options) -> Iterator[Result]:
       )
     except ImportError as error:
       raise ConfigError(f"lm_eval:{name} needs another package: {error}") from error
-    for task, metrics in found["results"].items():
+    for task, metrics in evaluation["results"].items():
       if values := _values(metrics):
-        yield _result(task, length, values, found)
+        yield _result(task, length, values, evaluation)
 
 
-def _result(task: str, length: int, values: dict[str, float], found: dict) -> Result:
+def _result(task: str, length: int, values: dict[str, float], evaluation: dict) -> Result:
   settings = {"length": length}
-  if (shots := found["n-shot"].get(task)) is not None:
+  if (shots := evaluation["n-shot"].get(task)) is not None:
     settings["shots"] = int(shots)
-  if (version := found["versions"].get(task)) is not None:
+  if (version := evaluation["versions"].get(task)) is not None:
     settings["version"] = str(version)
-  if (rows := found["n-samples"].get(task)) is not None:
+  if (rows := evaluation["n-samples"].get(task)) is not None:
     values["rows"] = int(rows["effective"])
   return Result(task, settings, values)
 
@@ -190,11 +191,11 @@ def _values(metrics: dict) -> dict[str, float]:
 
 
 def _manager(name: str, include_path: str | None) -> TaskManager:
-  """What knows the task: your own folder alone where it does, for to read the harness's 14,000 takes a while."""
+  """The manager that has the task: the user's folder alone if it does, because reading 14,000 tasks takes long."""
   if include_path is not None:
-    own = _index(include_path, False)
-    if name in own.all_subtasks:
-      return own
+    manager = _index(include_path, False)
+    if name in manager.all_subtasks:
+      return manager
   return _index(include_path, True)
 
 

@@ -1,4 +1,4 @@
-"""Gates as pictures: gamma of the memories that are read, by the memory that holds the answer (gates.py)."""
+"""Heat maps of gates: gamma of the memories that are read, by the memory that holds the answer (gates.py)."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ matplotlib.use("Agg")  # files only: no display is needed
 
 from matplotlib import pyplot
 
-_HEADS = 8  # heat maps side by side; of more layers and heads, the means over heads are drawn
+_HEADS = 8  # most heat maps side by side; beyond, means over heads are drawn
 
 
-def pooled(looks: Sequence[Sequence[dict]]) -> list[dict]:
-  """The reads of several results as of one: means over all their answer tokens."""
+def pooled(results: Sequence[Sequence[dict]]) -> list[dict]:
+  """The reads of several results as of one, averaged over all their answer tokens."""
   by_memory: dict[int, list[dict]] = {}
-  for read in (read for reads in looks for read in reads):
+  for read in (read for reads in results for read in reads):
     by_memory.setdefault(read["memory"], []).append(read)
-  found = []
+  averages = []
   for held, reads in sorted(by_memory.items()):
     tokens = [read["tokens"] for read in reads]
     gamma = np.average([read["gamma"] for read in reads], axis=0, weights=tokens)
-    found.append({"memory": held, "tokens": sum(tokens), "gamma": gamma.tolist()})
-  return found
+    averages.append({"memory": held, "tokens": sum(tokens), "gamma": gamma.tolist()})
+  return averages
 
 
 def draw(rows: Mapping[tuple[str, ...], Sequence[dict]], title: str = "") -> pyplot.Figure | None:
-  """A row of panels for each {what it is of: Result.reads}, a panel for each layer and head; None of no rows.
+  """A row of panels for each entry of {label: Result.reads}, a panel for each layer and head; None without entries.
 
-  A panel has a line for each memory that holds answers, the frame, and a column for each that is read. The rows may be
-  of models of different sizes. What they are of, such as ("length 64", "pairs 4"), is told beside them where they
-  differ in it, and after the figure's title where they do not.
+  A panel has a row for each memory that holds answers, framed in white, and a column for each memory that is read. The
+  models may have different sizes. Words of labels, such as ("length 64", "pairs 4"), are beside the rows if they differ
+  between rows, and in the figure's title if they do not.
   """
   if not rows:
     return None
-  shared = [part for part in next(iter(rows)) if all(part in row for row in rows)]
-  labels = {row: [part for part in row if part not in shared] for row in rows}
+  shared = [word for word in next(iter(rows)) if all(word in row for row in rows)]
+  labels = {row: [word for word in row if word not in shared] for row in rows}
   gammas = {row: np.array([read["gamma"] for read in reads]) for row, reads in rows.items()}  # [held, l, h, read]
   by_head = max(gamma[0, ..., 0].size for gamma in gammas.values()) <= _HEADS
   panels = {row: _panels(gamma, by_head) for row, gamma in gammas.items()}
   columns = max(map(len, panels.values()))
   heights = [0.9 + 0.2 * len(gamma) for gamma in gammas.values()]
-  margin = 2.2 + 0.07 * max((len(part) for label in labels.values() for part in label), default=0)
+  margin = 2.2 + 0.07 * max((len(word) for label in labels.values() for word in label), default=0)
   size = (margin + 2.2 * columns, 0.8 + sum(heights))
   figure, every = pyplot.subplots(
     len(rows), columns, figsize=size, height_ratios=heights, layout="constrained", squeeze=False
@@ -69,7 +69,7 @@ def draw(rows: Mapping[tuple[str, ...], Sequence[dict]], title: str = "") -> pyp
 
 
 def _panels(gamma: np.ndarray, by_head: bool) -> dict[str, np.ndarray]:
-  """{title: [held, read]} of gamma [held, layers, heads, read]."""
+  """{title: gamma [held, read]} from gamma [held, layers, heads, read]."""
   _, layers, heads, _ = gamma.shape
   if not by_head:
     return {f"layer {i}, all heads": gamma[:, i].mean(1) for i in range(layers)}

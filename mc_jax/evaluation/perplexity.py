@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte on the validation text of a run, also by position and at other lengths."""
+"""Loss, perplexity and bits per byte on a run's validation text, by position and at several lengths."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mc_jax.evaluation.subject import Options, Result, Subject
 
 
 def run(subject: Subject, options: Options) -> Iterator[Result]:
-  """A result for each length and each source of text; of several, also one of all text.
+  """A result for each length and source of text and, with several sources, one for all text.
 
-  The rows are the longest ones, cut: at every length the same targets are scored, with less or more before them.
+  Shorter rows are pieces of the longest ones: at every length the same targets are scored, with less or more context.
 
   Raises:
-    ConfigError: the lengths do not divide the longest, or the run has no text.
+    ConfigError: A length does not divide the longest, or the run has no text.
   """
   lengths = sorted(set(options.lengths)) or [subject.data.length]
   longest = lengths[-1]
@@ -32,8 +32,8 @@ def run(subject: Subject, options: Options) -> Iterator[Result]:
   data = subject.rows_of(longest)
   dataset = subject.load(data, "perplexity")
   if subject.trained is not None and (line := identity.unlike(subject.trained, dataset.identity)):
-    logging.warning("not the data that the model was trained on, which may hold out other documents: %s", line)
-  texts = {name: part for name, part in dataset.validation.items() if part.unit == "byte"}
+    logging.warning("the data differ from those of training, so other documents may be held out: %s", line)
+  texts = {name: text for name, text in dataset.validation.items() if text.unit == "byte"}
   if not texts:
     sources = ", ".join(dict.fromkeys(part.source for part in data.parts.values()))
     raise ConfigError(
@@ -41,18 +41,18 @@ def run(subject: Subject, options: Options) -> Iterator[Result]:
       "validation_bits_per_answer in metrics.jsonl, and --tasks has some for mqar and niah"
     )
   for length in lengths:
-    parts = longest // length
-    shorter = dataclasses.replace(data, length=length, batch_size=data.batch_size * parts)
-    scored = {name: subject.score(shorter, [cut(b, length) for b in part.batches]) for name, part in texts.items()}
+    pieces = longest // length
+    shorter = dataclasses.replace(data, length=length, batch_size=data.batch_size * pieces)
+    scored = {name: subject.score(shorter, [cut(b, length) for b in text.batches]) for name, text in texts.items()}
     for name in texts:
       yield _result({"length": length, "source": name}, scored[name], texts[name].count)
     if len(texts) > 1:
-      every = [batch for part in scored.values() for batch in part]
-      yield _result({"length": length, "source": "all"}, every, sum(part.count for part in texts.values()))
+      every = [batch for batches in scored.values() for batch in batches]
+      yield _result({"length": length, "source": "all"}, every, sum(text.count for text in texts.values()))
 
 
 def problem(lengths: Sequence[int]) -> str | None:
-  """Why rows cannot be cut into these lengths, or None."""
+  """Why rows cannot be cut to these lengths, or None."""
   longest = max(lengths, default=1)
   if odd := [length for length in lengths if longest % length]:
     return (
@@ -63,12 +63,12 @@ def problem(lengths: Sequence[int]) -> str | None:
 
 
 def cut(batch: Batch, length: int) -> Batch:
-  """Rows cut into as many of `length`, which divides theirs: [b, l] arrays to [b l / length, length]."""
+  """Rows cut to `length`, which divides theirs: [b, l] arrays to [b l / length, length]."""
   return {name: array.reshape(-1, length) for name, array in batch.items()}
 
 
 def positions(batch: Batch) -> np.ndarray:
-  """How many tokens of its document, or of its row, come before each token in the row: int [batch, length]."""
+  """The number of tokens before each token in its document, or in its row: int [batch, length]."""
   place = np.broadcast_to(np.arange(batch["tokens"].shape[1]), batch["tokens"].shape)
   if "segment_ids" not in batch:
     return place
@@ -78,7 +78,7 @@ def positions(batch: Batch) -> np.ndarray:
 
 
 def edges(length: int) -> list[int]:
-  """Bounds of positions, [first, end) of each bucket: 0, 16, 24, 32, 48, 64, ... up to `length`."""
+  """The edges of buckets [first, end) of positions: 0, 16, 24, 32, 48, 64, ... up to `length`."""
   bounds = [0]
   step = 16
   while step < length:
@@ -88,7 +88,7 @@ def edges(length: int) -> list[int]:
 
 
 def by_position(scored: Iterable[Scored], length: int) -> tuple[dict[str, float], ...]:
-  """Mean loss in nats of the targets in each bucket of positions, without empty ones."""
+  """The mean loss in nats in each bucket of positions, without empty buckets."""
   bounds = edges(length)
   losses, counts = np.zeros((2, len(bounds) - 1))
   for s in scored:

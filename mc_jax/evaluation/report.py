@@ -41,7 +41,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def to_csv(results: Sequence[Result]) -> str:
-  """A line for each result, without curves; columns that a task does not have are empty."""
+  """A line for each result, without curves; columns that do not apply to a task are empty."""
   columns = dict.fromkeys(["task"])
   columns |= dict.fromkeys(name for result in results for name in result.settings)
   columns |= dict.fromkeys(name for result in results for name in result.values)
@@ -53,23 +53,23 @@ def to_csv(results: Sequence[Result]) -> str:
 
 
 def to_json(results: Sequence[Result]) -> list[dict]:
-  """What `json.dump` takes and `from_json` gives back; a curve or reads that are empty are left out."""
+  """The results as JSON types, for `from_json`; empty curves and reads are left out."""
   return [
     {k: v for k, v in dataclasses.asdict(result).items() if v or k not in ("curve", "reads")} for result in results
   ]
 
 
 def from_json(results: Sequence[dict]) -> list[Result]:
-  """The results of `to_json`, also of those that were written with empty curves, or before there were `reads`."""
+  """The results from `to_json`, also from files with empty curves or without `reads`."""
   return [
     Result(**{**result, **{name: tuple(result.get(name, ())) for name in ("curve", "reads")}}) for result in results
   ]
 
 
 def dumps(record: dict) -> str:
-  """As JSON, indented but for lists of numbers, which take a line each."""
+  """JSON, indented except for lists of numbers, which are on one line."""
   text = json.dumps(record, indent=1)
-  return re.sub(r"\[\n[-+\d.e,\s]+\]", lambda found: "".join(found[0].split()).replace(",", ", "), text) + "\n"
+  return re.sub(r"\[\n[-+\d.e,\s]+\]", lambda match: "".join(match[0].split()).replace(",", ", "), text) + "\n"
 
 
 def save(figure: pyplot.Figure, path: pathlib.Path, dpi: int = 110) -> None:
@@ -81,16 +81,17 @@ def save(figure: pyplot.Figure, path: pathlib.Path, dpi: int = 110) -> None:
 
 
 def plot(path: pathlib.Path, series: Mapping[str, Sequence[Result]], baseline: str | None = None) -> list[pathlib.Path]:
-  """Draws {label: results}: what has several lengths or numbers of pairs in `path`, gates in `map_path(path)`.
+  """Draws {label: results}: tasks with several lengths or numbers of pairs in `path`, gates in `map_path(path)`.
 
-  Of perplexity there are two panels: by position in rows of the greatest length (of a single series: of every length),
-  and at each length. Of other tasks, what they measure first, such as accuracy, with its standard error. With the label
-  of a `baseline`, everything but gates is drawn as the difference to it, without errors: both are of the same rows.
+  Perplexity has two panels: by position in rows of the greatest length (of every length for a single series), and by
+  length. Other tasks show their first value, such as accuracy, with its standard error. With a `baseline`, everything
+  except gates is drawn as the difference from the series of that label, without errors, because both have the same
+  rows.
 
   Returns:
-    The files, where there was something to draw.
+    The files that were written: only those with something to draw.
   """
-  figures = {path: _lines(series, baseline), map_path(path): heatmaps.draw(_looked_at(series))}
+  figures = {path: _lines(series, baseline), map_path(path): heatmaps.draw(_reads(series))}
   figures = {path: figure for path, figure in figures.items() if figure}
   for path, figure in figures.items():
     save(figure, path)
@@ -98,19 +99,19 @@ def plot(path: pathlib.Path, series: Mapping[str, Sequence[Result]], baseline: s
 
 
 def map_path(path: pathlib.Path) -> pathlib.Path:
-  """Where gates are drawn: x_map.png beside x.png."""
+  """The file for gates: x_map.png beside x.png."""
   return path.with_stem(f"{path.stem}_map")
 
 
-def _looked_at(series: Mapping[str, Sequence[Result]]) -> dict[tuple[str, ...], Sequence[dict]]:
-  """{(label, task, each setting): reads} of what has any; a single series needs no label."""
-  found = {}
+def _reads(series: Mapping[str, Sequence[Result]]) -> dict[tuple[str, ...], Sequence[dict]]:
+  """{(label, task, each setting): reads} of results that have any; a single series needs no label."""
+  reads = {}
   for label, results in series.items():
     for result in results:
       if result.reads:
         name = result.task, *(f"{name} {value}" for name, value in result.settings.items())
-        found[(label, *name) if len(series) > 1 else name] = result.reads
-  return found
+        reads[(label, *name) if len(series) > 1 else name] = result.reads
+  return reads
 
 
 def _lines(series: Mapping[str, Sequence[Result]], baseline: str | None) -> pyplot.Figure | None:
@@ -142,7 +143,7 @@ def _panels(series: Mapping[str, Sequence[Result]]) -> Iterator[Panel]:
 
 
 def _minus(panel: Panel, baseline: str) -> Panel:
-  """The panel's lines without the baseline's, where it has a point."""
+  """The differences between a panel's lines and the baseline, where the baseline has a point."""
   title, x, y, lines = panel
   start = {place: value for place, value, _ in lines.get(baseline, ())}
   differences = {
@@ -186,11 +187,11 @@ def _measured(task: str, series: Mapping[str, Sequence[Result]]) -> Iterator[Pan
 
 
 def _label(label: str, result: Result, setting: str, series: Mapping, results: Sequence[Result]) -> str:
-  """The series' label, and the setting where the series has several of it."""
+  """The series' label, followed by the setting if the series has several values of it."""
   if len({r.settings.get(setting) for r in results}) < 2:
     return label
-  own = f"{setting} {result.settings[setting]}"
-  return f"{label}, {own}" if len(series) > 1 else own
+  words = f"{setting} {result.settings[setting]}"
+  return f"{label}, {words}" if len(series) > 1 else words
 
 
 def _by_task(results: Sequence[Result]) -> dict[str, list[Result]]:

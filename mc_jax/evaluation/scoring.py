@@ -1,4 +1,4 @@
-"""What a model makes of batches, token by token."""
+"""Scores batches token by token."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mc_jax.parallel import axes
 
 
 class Scored(NamedTuple):
-  """A batch, [batch, length] arrays all of them.
+  """A scored batch; all arrays are [batch, length].
 
   Attributes:
-    batch: as of data/windows.py.
-    loss: -log p(target) in nats, float32, wherever the target; see batch["weights"] for those that count.
-    right: whether the target is the likeliest token.
+    batch: The batch, see data/windows.py.
+    loss: -log p(target) in nats, float32, also of targets without weight.
+    right: Whether the target is the likeliest token.
   """
 
   batch: Batch
@@ -39,12 +39,12 @@ def losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def scorer(
   graph: nnx.GraphDef, config: DataConfig, mesh: jax.sharding.Mesh
 ) -> Callable[[dict, Iterable[Batch]], list[Scored]]:
-  """(params, batches) -> the batches, scored: every process has all of them. Compiled at the first call.
+  """(params, batches) -> the scored batches, in every process. Compiled at the first call.
 
   Args:
-    graph: of the model: `nnx.merge(graph, params)` is one.
-    config: of the batches: their shape, and whether documents are kept apart.
-    mesh: that the parameters lie on.
+    graph: The model's graph: `nnx.merge(graph, params)` is the model.
+    config: The data's configuration: the batches' shape, and whether documents are separate.
+    mesh: The parameters' mesh.
   """
   shapes = windows.shapes(config, mesh)
 
@@ -56,12 +56,12 @@ def scorer(
 
   def score(params: dict, batches: Iterable[Batch]) -> list[Scored]:
     with jax.set_mesh(mesh):
-      found = [(batch, jitted(params, windows.place(batch, shapes))) for batch in batches]
-    return [Scored(batch, *jax.device_get(scores)) for batch, scores in found]
+      scores = [(batch, jitted(params, windows.place(batch, shapes))) for batch in batches]
+    return [Scored(batch, *jax.device_get(arrays)) for batch, arrays in scores]
 
   return score
 
 
 def bits(scored: Iterable[Scored]) -> float:
-  """Sum of -log2 p(target) over the targets that count."""
+  """The weighted sum of -log2 p(target)."""
   return sum(float(np.sum(s.loss * s.batch["weights"], dtype=np.float64)) for s in scored) / math.log(2)

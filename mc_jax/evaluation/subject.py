@@ -1,4 +1,4 @@
-"""What tasks are given, and what they give back."""
+"""The arguments and results of tasks."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from mc_jax.parallel import axes
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """What is evaluated.
+  """The model and data under evaluation.
 
   Attributes:
-    graph, params: `nnx.merge(graph, params)` is the model.
-    vocab_size: of the model.
-    data: of its run: tasks take their settings, and the size of a batch, from it.
-    mesh: that the parameters lie on.
-    trained: The data that the model was trained on; None: unknown.
+    graph: The model's graph: `nnx.merge(graph, params)` is the model.
+    params: The model's parameters.
+    vocab_size: The model's vocabulary size.
+    data: The run's data configuration, from which tasks take their settings and the size of batches.
+    mesh: The parameters' mesh.
+    trained: The identity of the data that the model was trained on; None: unknown.
   """
 
   graph: nnx.GraphDef
@@ -40,19 +41,19 @@ class Subject:
   _scorers: dict = dataclasses.field(default_factory=dict, init=False, repr=False)  # compiled, by shape
 
   def rows_of(self, length: int) -> DataConfig:
-    """`data` with rows of another length, about as many tokens in a batch as before."""
-    together = math.prod(self.mesh.shape[axis] for axis in axes.RULES["batch"])  # each has as many of them
+    """`data` with rows of another length and about the same number of tokens in a batch."""
+    together = math.prod(self.mesh.shape[axis] for axis in axes.RULES["batch"])  # devices have equally many rows
     rows = max(1, self.data.batch_size * self.data.length // length // together) * together
     return dataclasses.replace(self.data, length=length, batch_size=rows)
 
   def load(self, data: DataConfig, what: str) -> datasets.Dataset:
-    """The data of a task.
+    """The dataset of a task, which errors call `what`.
 
     Raises:
-      ConfigError: `data` has problems, or ids that the model does not know or knows as those of another tokenizer.
+      ConfigError: `data` has problems, or ids that the model does not have or that come from another tokenizer.
     """
-    if found := data.problems():
-      raise ConfigError("\n".join(f"{what}: {problem}" for problem in found))
+    if problems := data.problems():
+      raise ConfigError("\n".join(f"{what}: {problem}" for problem in problems))
     dataset = datasets.load(data)
     identity.require_tokenizer(self.trained, dataset.identity.tokenizer, data.tokenizer)
     if dataset.vocab_size > self.vocab_size:
@@ -63,7 +64,7 @@ class Subject:
     return dataset
 
   def score(self, data: DataConfig, batches: Sequence[Batch]) -> list[Scored]:
-    """The batches that `data` describes, scored."""
+    """Scores batches of the configuration `data`."""
     shape = data.batch_size, data.length, data.segments
     if shape not in self._scorers:
       self._scorers[shape] = scoring.scorer(self.graph, data, self.mesh)
@@ -72,15 +73,15 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What the tasks can be told.
+  """The options of tasks.
 
   Attributes:
-    lengths: of rows, in tokens; empty: the run's.
-    pairs: mqar: numbers of key-value pairs; empty: those of data.mqar.pairs.
-    rows: of each setting of a recall task.
-    limit: tasks of lm-evaluation-harness: documents of each, or below 1 their share; None: all.
-    num_fewshot: the same: answered examples before each; None: as many as the task says.
-    include_path: folder with tasks of your own for the harness; None: there are none.
+    lengths: Lengths of rows in tokens; empty: the run's.
+    pairs: mqar: Numbers of key-value pairs; empty: those of data.mqar.pairs.
+    rows: Rows in each setting of a recall task.
+    limit: lm-evaluation-harness: Number of documents in each task, or their share if below 1; None: all.
+    num_fewshot: lm-evaluation-harness: Number of examples before each question; None: the task's default.
+    include_path: lm-evaluation-harness: Folder with the user's tasks; None: there are none.
   """
 
   lengths: tuple[int, ...] = ()
@@ -110,15 +111,15 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What came out in one setting.
+  """The result of a task in one setting.
 
   Attributes:
-    task: its name.
-    settings: what it was, such as {"length": 512, "pairs": 8}.
-    values: what came out, such as {"accuracy": 0.9, "stderr": 0.01}.
-    curve: values by position, {"from", "to", "tokens", "loss"} each; empty where there are none.
-    reads: which memories were read, by the one that holds the answer, {"memory", "tokens", "gamma"} each, as
-      gates.reads says; empty where nobody looked.
+    task: The task's name.
+    settings: The setting, such as {"length": 512, "pairs": 8}.
+    values: The measured values, such as {"accuracy": 0.9, "stderr": 0.01}.
+    curve: Loss by position, {"from", "to", "tokens", "loss"} each; empty for tasks without.
+    reads: Gates by the memory that holds the answer, {"memory", "tokens", "gamma"} each, see gates.reads; empty for
+      tasks without.
   """
 
   task: str

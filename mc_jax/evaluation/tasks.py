@@ -1,6 +1,6 @@
-"""The tasks by name, and what runs them one after the other.
+"""The tasks by name, and the loop that runs them.
 
-lm_eval:NAME is the task NAME of lm-evaluation-harness, which is imported where one is asked for.
+lm_eval:NAME is the task NAME of lm-evaluation-harness, which is imported only if such a task is requested.
 """
 
 from __future__ import annotations
@@ -32,42 +32,42 @@ HARNESS = "lm_eval:"
 
 
 def check(names: Sequence[str], include_path: str | None = None) -> tuple[str, ...]:
-  """The names, each once, or ConfigError; `include_path` as of Options."""
+  """The names without duplicates, or ConfigError for unknown ones; `include_path` as in Options."""
   unknown = [name for name in names if name not in TASKS and not name.startswith(HARNESS)]
   if unknown or not names:
     got = ", ".join(unknown) or "none"
     raise ConfigError(
       f"--tasks must be one or more of {', '.join(TASKS)}, or {HARNESS}TASK for one of lm-evaluation-harness; got {got}"
     )
-  if asked := [name.removeprefix(HARNESS) for name in names if name.startswith(HARNESS)]:
-    _harness().check(asked, include_path)
+  if requested := [name.removeprefix(HARNESS) for name in names if name.startswith(HARNESS)]:
+    _harness().check(requested, include_path)
   return tuple(dict.fromkeys(names))
 
 
 def unsuited(names: Sequence[str], model: ModelConfig) -> dict[str, str]:
-  """Those of the names that such a model has no answer to, and why."""
+  """The tasks that cannot be run on such a model, and why."""
   why = gates.problem(model)
   return {name: why for name in names if why and name in _GATES}
 
 
 def problems(names: Sequence[str], data: DataConfig, options: Options) -> list[str]:
-  """Why the tasks cannot be asked of models of such data, one line each, as far as can be told before there is one."""
-  found = []
+  """Why tasks cannot be run on models of such data, one line each, as far as is known before training."""
+  lines = []
   for name in names:
     if (rows := name.removeprefix("gates_")) in _RECALL:
-      found += [f"--tasks={name}: {line}" for line in recall.problems(rows, data, options)]
-    elif all(part.source in RECALL_TASKS for part in data.parts.values()):
-      found.append(f"--tasks={name} is of text; data.source={data.source} is a recall task")
+      lines += [f"--tasks={name}: {line}" for line in recall.problems(rows, data, options)]
+    elif all(source.source in RECALL_TASKS for source in data.parts.values()):
+      lines.append(f"--tasks={name} is of text; data.source={data.source} is a recall task")
     elif name == "perplexity" and (line := perplexity.problem(options.lengths)):
-      found.append(line)
-  return list(dict.fromkeys(found))
+      lines.append(line)
+  return list(dict.fromkeys(lines))
 
 
 def run(names: Sequence[str], subject: Subject, options: Options) -> Iterator[Result]:
-  """The results, as they come.
+  """The results, one by one.
 
   Raises:
-    ConfigError: an unknown task, or one that the subject or the options do not suit.
+    ConfigError: An unknown task, or one that does not suit the subject or the options.
   """
   for name in check(names, options.include_path):
     if name in TASKS:

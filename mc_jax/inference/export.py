@@ -1,8 +1,8 @@
-"""A model as safetensors and JSON, by plain names, for other programs; and back. docs/export.md lists the names.
+"""Writes a model as safetensors and JSON for other programs, and reads it back. docs/export.md lists the names.
 
-A folder holds `config.json`, the fields of ModelConfig, and `model.safetensors`; above a size several
-`model-00001-of-00003.safetensors` and `model.safetensors.index.json`, which says where each tensor is. Nothing in it is
-run when it is read.
+A folder has `config.json`, the fields of ModelConfig, and `model.safetensors`. Large models have several
+`model-00001-of-00003.safetensors`, and `model.safetensors.index.json` with the file of each tensor. Reading a folder
+executes nothing in it.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = ("float32", "bfloat16")
-_READ = ("F32", "BF16", "F16")  # in safetensors' spelling: what float32 holds without rounding
-_FILE_BYTES = 5_000_000_000  # the usual limit: uploads and file systems dislike larger ones
+_READ = ("F32", "BF16", "F16")  # safetensors' names of dtypes that float32 represents exactly
+_FILE_BYTES = 5_000_000_000  # the usual limit of uploads and file systems
 
 
 class Tensor(NamedTuple):
   """A tensor's place in the model.
 
   Attributes:
-    path: of the parameter in the nested dict.
-    index: on that parameter's leading axis "layers"; None: it has none.
-    axes: a name per axis, inputs first: y = x @ W.
-    shape: a size per axis.
+    path: The parameter's path in the nested dict.
+    index: The index on that parameter's leading axis "layers"; None: it has none.
+    axes: A name per axis, inputs first: y = x @ W.
+    shape: A size per axis.
   """
 
   path: tuple[str, ...]
@@ -55,7 +55,7 @@ class Tensor(NamedTuple):
 
 
 def tensors(config: ModelConfig) -> dict[str, Tensor]:
-  """Every tensor of a model by its name, such as "blocks.0.mixer.output.kernel"; layer after layer."""
+  """Every tensor of a model by its name, such as "blocks.0.mixer.output.kernel", layer by layer."""
   found = []
   for path, variable in nnx.to_flat_state(_abstract(config)[1]):
     first, *rest = variable.get_metadata("out_sharding")
@@ -71,10 +71,10 @@ def tensors(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def require_empty(folder: os.PathLike | str) -> pathlib.Path:
-  """The folder to write to, of this machine, which need not exist.
+  """The folder to write to, which is on this machine and need not exist.
 
   Raises:
-    ConfigError: it has something in it, or cannot be a folder.
+    ConfigError: It is not empty, or cannot be a folder.
   """
   path = pathlib.Path(folder)
   if storage.in_bucket(folder):
@@ -97,22 +97,22 @@ def save(
 ) -> list[pathlib.Path]:
   """Writes a model.
 
-  `config.json` comes last: a folder without it was not finished.
+  `config.json` is written last: a folder without it is incomplete.
 
   Args:
-    folder: empty or new.
-    config: of the model.
-    params: nested dict of arrays, blocks stacked on their first axis: TrainState.params.
-    dtype: of the tensors, one of DTYPES; bfloat16 is rounded to the nearest.
-    file_bytes: of tensors in one file, at most, but that no tensor is divided.
-    others: Files to write beside the tensors, {name: content}, such as the tokenizer.
+    folder: An empty or new folder.
+    config: The model's configuration.
+    params: Nested dict of arrays, with blocks stacked on their first axis, as TrainState.params.
+    dtype: The tensors' dtype, one of DTYPES; bfloat16 rounds to nearest.
+    file_bytes: The largest number of bytes in one file; a single tensor may exceed it.
+    others: Other files to write, {name: content}, such as the tokenizer.
 
   Returns:
     The files of tensors.
 
   Raises:
-    ConfigError: the folder is not empty, or another dtype.
-    OSError: no room, no right to write, or another process exports there.
+    ConfigError: The folder is not empty, or another dtype.
+    OSError: There is no room or no permission, or another process exports there.
   """
   if dtype not in DTYPES:
     raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
@@ -127,11 +127,11 @@ def _write(
   sizes = {name: math.prod(place.shape) * kind.itemsize for name, place in places.items()}
   files = _files(sizes, file_bytes)
   for file, names in files.items():
-    # Contiguous: safetensors writes the memory as it lies, whatever the strides are.
+    # Contiguous, because safetensors ignores strides.
     values = {name: np.ascontiguousarray(_value(flat, places[name]), kind) for name in names}
     try:
       save_file(values, folder / file)
-    except SafetensorError as error:  # which hides what the operating system says
+    except SafetensorError as error:  # which hides the operating system's error
       raise OSError(f"{folder / file} cannot be written: {error}") from error
   if len(files) > 1:
     where = {name: file for file, names in files.items() for name in names}
@@ -139,20 +139,20 @@ def _write(
   for name, content in others.items():
     (folder / name).write_bytes(content)
   _write_json(folder / CONFIG, dataclasses.asdict(config))
-  for file in files:  # safetensors makes files for their owner alone, whatever the umask says
+  for file in files:  # safetensors ignores the umask: only the owner could read its files
     shutil.copymode(folder / CONFIG, folder / file)
   return [folder / file for file in files]
 
 
 def load(folder: os.PathLike | str) -> tuple[ModelConfig, dict]:
-  """Reads a model that `save` wrote, or another program by the same names.
+  """Reads a model that `save` wrote, or another program with the same names.
 
   Returns:
-    The config, and the parameters: nested dict of float32 arrays on the default device, as TrainState.params.
+    The configuration, and the parameters as a nested dict of float32 arrays on the default device (TrainState.params).
 
   Raises:
-    ConfigError: no such folder or file, one that cannot be read, a field of the config that does not exist or has a
-      value that it cannot have, and tensors that are missing, too many, or of another shape or dtype.
+    ConfigError: A folder or file that does not exist or cannot be read; a field that does not exist or has an invalid
+      value; tensors that are missing, unknown, or of another shape or dtype.
   """
   folder = pathlib.Path(folder)
   config = _read_config(folder)
@@ -172,13 +172,13 @@ def load(folder: os.PathLike | str) -> tuple[ModelConfig, dict]:
 
 
 def load_model(folder: os.PathLike | str) -> LanguageModel:
-  """The model that `load` reads, to be called."""
+  """The model of a folder that `save` wrote, see `load`."""
   config, params = load(folder)
   return nnx.merge(_abstract(config)[0], params)
 
 
 def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-  # Not by nnx.eval_shape, which takes the logical names for axes of the mesh that is set.
+  # Not with nnx.eval_shape, which would take logical names for axes of the current mesh.
   return jax.eval_shape(lambda: nnx.split(LanguageModel(config, rngs=nnx.Rngs(0))))
 
 
@@ -187,7 +187,7 @@ def _value(flat: Mapping[tuple[str, ...], jax.Array], place: Tensor) -> jax.Arra
 
 
 def _files(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
-  """Which tensors go to which file, in order."""
+  """{file: names of its tensors}, in order."""
   files, room = [], 0
   for name, size in sizes.items():
     if not files or size > room:
@@ -211,7 +211,7 @@ def _weights(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _names(stack: contextlib.ExitStack, path: pathlib.Path) -> list[tuple[str, safe_open]]:
-  """The tensors of a file, each with the file, which is open as long as the stack is."""
+  """The names of a file's tensors, each with the file, which the stack closes."""
   if not path.is_file():
     raise ConfigError(f"{path} is missing: the folder must hold all files that mc_jax.export wrote")
   try:
@@ -222,7 +222,7 @@ def _names(stack: contextlib.ExitStack, path: pathlib.Path) -> list[tuple[str, s
 
 
 def _differences(places: Mapping[str, Tensor], holders: Mapping[str, safe_open]) -> Iterator[str]:
-  """A line for each thing that is not as the config says."""
+  """The differences from the configuration, one line each."""
   if missing := [name for name in places if name not in holders]:
     yield f"  missing: {_some(missing)}"
   if unknown := [name for name in holders if name not in places]:
@@ -239,7 +239,7 @@ def _differences(places: Mapping[str, Tensor], holders: Mapping[str, safe_open])
 def _read_config(folder: pathlib.Path) -> ModelConfig:
   path = folder / CONFIG
   if not path.is_file():
-    raise ConfigError(f"{folder} has no {CONFIG}: it must be a folder that mc_jax.export wrote to its end")
+    raise ConfigError(f"{folder} has no {CONFIG}: it must be a folder that mc_jax.export has finished")
   tree = _read_json(path)
   for name in PARTS:
     if not isinstance(part := tree.get(name, {}), dict):
@@ -280,5 +280,5 @@ def _write_json(path: pathlib.Path, tree: dict) -> None:
 
 
 def _some(names: list[str], most: int = 8) -> str:
-  """The first names, and how many more there are."""
+  """The first names, and the number of further ones."""
   return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,4 +1,4 @@
-"""Prompts that are read once and continued many times: a cache, saved with Orbax and loaded again."""
+"""Saves the cache of a prompt with Orbax and loads it again: the prompt is read once and continued many times."""
 
 from __future__ import annotations
 
@@ -18,69 +18,69 @@ from mc_jax.models import Cache, CacheConfig
 from mc_jax.models import cache as cache_lib
 from mc_jax.models.config import from_stored
 
-# How a model is computed, not what it is.
+# Fields that say how a model is computed, which may differ.
 _HOW = ("remat", "memory.implementation", "memory.segment_group", "memory.read_buffer_mib", "memory.dense_steps")
 
 
 def save(folder: epath.PathLike, decoder: Decoder, logits: jax.Array, cache: Cache) -> None:
-  """Saves what `decoder.prefill` gave, with the model's and the cache's settings and a checksum of the parameters.
+  """Saves the results of `decoder.prefill` with the configurations of model and cache and a checksum of the parameters.
 
   Raises:
-    ConfigError: the folder is there already.
-    OSError: another process saves a prompt there.
+    ConfigError: The folder exists.
+    OSError: Another process is saving a prompt there.
   """
   folder = storage.absolute(folder)
-  told = {
+  record = {
     "model": dataclasses.asdict(decoder.config),
     "cache": dataclasses.asdict(decoder.cache),
     "params": checksum(decoder.params),
     "rows": len(logits),
   }
   name = folder.name
-  own = lock.take(folder.parent, f"saves {name} in", "give another --save_prompt", f".{name}.lock")
-  with own, _checkpointer() as checkpointer:
+  held = lock.take(folder.parent, f"saves {name} in", "give another --save_prompt", f".{name}.lock")
+  with held, _checkpointer() as checkpointer:
     require_new(folder)
     arrays = ocp.args.StandardSave({"logits": logits, "cache": cache})
-    checkpointer.save(folder, ocp.args.Composite(prompt=arrays, told=ocp.args.JsonSave(told)))
+    checkpointer.save(folder, ocp.args.Composite(prompt=arrays, told=ocp.args.JsonSave(record)))
 
 
 def require_new(folder: epath.PathLike) -> None:
-  """Raises ConfigError if there is something where a prompt is to be saved."""
+  """Raises ConfigError if the folder to save a prompt in exists."""
   if epath.Path(folder).exists():
-    raise ConfigError(f"{folder} is there already: a saved prompt needs a folder of its own")
+    raise ConfigError(f"{folder} exists already: a saved prompt needs a folder of its own")
 
 
 def cache_config(folder: epath.PathLike) -> CacheConfig:
-  """What a saved cache was made for: what the decoder that loads it must have.
+  """The configuration of a saved cache, which the decoder that loads it must have.
 
   Raises:
-    ConfigError: nothing was saved there.
+    ConfigError: The folder has no saved prompt.
   """
-  return CacheConfig(**_told(folder)["cache"])
+  return CacheConfig(**_record(folder)["cache"])
 
 
 def load(folder: epath.PathLike, decoder: Decoder) -> tuple[jax.Array, Cache]:
-  """(logits, cache), to go on from with `decoder.generate`; on the decoder's mesh, one row repeated to fill it.
+  """(logits, cache) for `decoder.generate` to continue, on the decoder's mesh; a single row is repeated to fill it.
 
   Raises:
-    ConfigError: nothing was saved there, or by another model, with other parameters or for another cache.
+    ConfigError: The folder has no saved prompt, or one of another model, other parameters or another cache.
   """
-  told = _told(folder)
-  models = from_stored(told["model"]), decoder.config
+  record = _record(folder)
+  models = from_stored(record["model"]), decoder.config
   saved, here = (traverse_util.flatten_dict(dataclasses.asdict(model), sep=".") for model in models)
-  found = [
+  differences = [
     f"  model.{field}: {saved[field]!r} then, {value!r} now"
     for field, value in here.items()
     if field not in _HOW and saved[field] != value
   ]
-  if not found and told["params"] != checksum(decoder.params):
-    found.append("  the parameters: their checksums differ (another checkpoint?)")
-  if CacheConfig(**told["cache"]) != decoder.cache:
-    found.append(f"  the cache: {told['cache']} then, {dataclasses.asdict(decoder.cache)} now")
-  if found:
-    raise ConfigError(f"{folder} was saved by another model than this one:\n" + "\n".join(found))
-  logits, cache = decoder.shapes(told["rows"])
-  alone = "pattern" not in told["model"]  # saved when all layers were alike, and their cache in no tuple
+  if not differences and record["params"] != checksum(decoder.params):
+    differences.append("  the parameters: their checksums differ (another checkpoint?)")
+  if CacheConfig(**record["cache"]) != decoder.cache:
+    differences.append(f"  the cache: {record['cache']} then, {dataclasses.asdict(decoder.cache)} now")
+  if differences:
+    raise ConfigError(f"{folder} was saved by another model than this one:\n" + "\n".join(differences))
+  logits, cache = decoder.shapes(record["rows"])
+  alone = "pattern" not in record["model"]  # saved when all layers were alike, and their cache in no tuple
   target = {"logits": logits, "cache": cache._replace(layers=cache.layers[0]) if alone else cache}
   with _checkpointer() as checkpointer:
     restored = checkpointer.restore(
@@ -97,13 +97,13 @@ def load(folder: epath.PathLike, decoder: Decoder) -> tuple[jax.Array, Cache]:
 
 
 def checksum(params: dict) -> int:
-  """Of all bits of all parameters: the same on every mesh."""
+  """A checksum of all bits of all parameters, the same on every mesh."""
 
   @jax.jit
   def of_leaf(x):
     bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
-    place = jax.lax.iota(jnp.uint32, bits.size).reshape(bits.shape)
-    return ((bits ^ place) * (2 * place + 1)).sum(dtype=jnp.uint32)  # wraps around, in whatever order it is added up
+    index = jax.lax.iota(jnp.uint32, bits.size).reshape(bits.shape)
+    return ((bits ^ index) * (2 * index + 1)).sum(dtype=jnp.uint32)  # wraps around, so the order does not matter
 
   total = 0
   for leaf in jax.tree.leaves(params):
@@ -111,10 +111,10 @@ def checksum(params: dict) -> int:
   return total
 
 
-def _told(folder: epath.PathLike) -> dict:
+def _record(folder: epath.PathLike) -> dict:
   folder = epath.Path(folder)
   if not (folder / "told").exists():
-    what = "has no saved prompt in it" if folder.exists() else "is not there"
+    what = "has no saved prompt" if folder.exists() else "does not exist"
     raise ConfigError(f"{folder} {what}: mc_jax.generate saves one with --save_prompt={folder}")
   with _checkpointer() as checkpointer:
     return checkpointer.restore(storage.absolute(folder), ocp.args.Composite(told=ocp.args.JsonRestore()))["told"]

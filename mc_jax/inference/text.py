@@ -1,4 +1,4 @@
-"""Text from tokens that come a few at a time."""
+"""Text from tokens that arrive a few at a time."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -8,49 +8,49 @@ from mc_jax.data.tokenizers import Tokenizer
 
 
 def known(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-  """The ids [tokens] that the tokenizer has; a model with a larger vocabulary may write others, which are no text."""
+  """The ids [tokens] that the tokenizer has; a model with a larger vocabulary may generate others."""
   return ids[(ids >= 0) & (ids < tokenizer.vocab_size)]
 
 
 def stops(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-  """Sequences of ids that end a continuation on the device: `texts` as the tokenizer spells them, a document's end.
+  """Sequences of ids that end a continuation on the device: `texts` in the tokenizer's ids, and a document's end.
 
-  `Stream` finds the texts that other ids spell.
+  Other ids may spell the same texts: `Stream` finds those.
   """
   spelled = (tuple(ids.tolist()) for ids in tokenizer.encode(list(texts))) if texts else ()
   return (*(ids for ids in spelled if ids), (tokenizer.separator,))
 
 
 class Stream:
-  """Text that is certain: no half characters, and nothing of what may become a stop.
+  """Text that later tokens cannot change: no incomplete characters, and nothing that may become a stop text.
 
   Args:
-    decode: ids [tokens] to text.
-    stop: texts at which the text ends.
+    decode: Turns ids [tokens] into text.
+    stop: Texts at which the text ends.
   """
 
   def __init__(self, decode: Callable[[np.ndarray], str], stop: Sequence[str] = ()):
     self._decode = decode
     self._stop = tuple(text for text in stop if text)
     self._ids: list[int] = []
-    self._told = 0  # characters
+    self._shown = 0  # characters returned so far
     self.ended = False
 
   def add(self, ids: np.ndarray) -> str:
-    """What these tokens add to the text."""
+    """Adds tokens, and returns the text that they add."""
     self._ids += ids.tolist()
-    return self._tell(self._settled())
+    return self._new(self._settled())
 
   def rest(self) -> str:
-    """What is left when no more tokens come."""
-    return self._tell(self._cut()[0])
+    """The remaining text when no more tokens arrive."""
+    return self._new(self._cut()[0])
 
   def text(self) -> str:
-    """All that was told so far."""
-    return self._cut()[0][: self._told]
+    """The text returned so far."""
+    return self._cut()[0][: self._shown]
 
-  def _tell(self, text: str) -> str:
-    new, self._told = text[self._told :], max(self._told, len(text))
+  def _new(self, text: str) -> str:
+    new, self._shown = text[self._shown :], max(self._shown, len(text))
     return new
 
   def _cut(self) -> tuple[str, bool]:
@@ -74,15 +74,15 @@ class Stream:
 def follow(
   blocks: Iterable[np.ndarray], streams: Sequence[Stream], tokenizer: Tokenizer
 ) -> Iterator[tuple[np.ndarray, list[str]]]:
-  """Reads continuations until all of them have ended, also by a stop that no sequence of ids spells.
+  """Reads continuations until all have ended, also by stop texts in other ids than the tokenizer's.
 
   Args:
-    blocks: The tokens of all continuations, int32 [rows, up to block] each: see Decoder.generate.
-    streams: The text of the first rows; the other rows only fill a batch.
-    tokenizer: The tokens' tokenizer.
+    blocks: Blocks of tokens of all continuations, int32 [rows, up to block], see Decoder.generate.
+    streams: The streams of the first rows; other rows only fill the batch.
+    tokenizer: The tokenizer.
 
   Yields:
-    A block, and what it adds to each stream.
+    A block, and the text it adds to each stream.
   """
   for block in blocks:
     rows = zip(streams, block, strict=False)

@@ -1,4 +1,4 @@
-"""Checkpoints: everything that a run needs to go on as if it had never stopped."""
+"""Checkpoints: everything that a run needs to resume as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mc_jax.training import distributed
 from mc_jax.training.config import Config
 from mc_jax.training.state import TrainState
 
-# Folders are made before the arrays are handed over: where they cannot be, nobody waits for them.
+# Create folders before the arrays are handed over: if that fails, nothing waits for them.
 ASYNC = ocp.AsyncOptions(create_directories_asynchronously=False)
 
 FOLDER = "checkpoints"
@@ -37,34 +37,34 @@ DAMAGED = "damaged"
 class Checkpoints:
   """The checkpoints of a workdir: state, the position in the data, and the configuration.
 
-  None of them depends on the mesh or on the number of processes, all of which save and restore together. A checkpoint
-  counts once the digests of its files lie beside them, the last thing that is written. The newest is verified here: if
-  it is damaged, or a kill left it without its digests, it goes to DAMAGED/ and the one before it is the newest.
+  They do not depend on the mesh or on the number of processes, all of which save and restore together. A checkpoint is
+  complete once the digests of its files are beside them; they are written last. The newest is verified here: if it is
+  damaged, or a kill left it without digests, it is moved to DAMAGED/ and the one before it is the newest.
 
   Args:
-    workdir: of the run.
-    keep: newest ones kept.
-    every: those of multiples of so many steps are kept as well; 0: none.
-    best: so many of the lowest validation losses are kept as well.
+    workdir: The run's workdir.
+    keep: The number of newest checkpoints to keep.
+    every: Also keep checkpoints of steps that are multiples of this; 0: none.
+    best: Also keep this many checkpoints with the lowest validation losses.
 
   Raises:
-    ConfigError: there are checkpoints, and not one is intact; nothing was changed.
+    ConfigError: There are checkpoints and none is intact; nothing was changed.
   """
 
   def __init__(self, workdir: epath.Path, keep: int, every: int = 0, best: int = 0):
     folder = workdir / FOLDER
     self._folder = storage.absolute(folder)
-    _put_damaged_aside(self._folder, workdir / DAMAGED)
-    kept = [policies.LatestN(keep)]
+    _move_damaged(self._folder, workdir / DAMAGED)
+    preserved = [policies.LatestN(keep)]
     if every:
-      kept.append(policies.EveryNSteps(every))
+      preserved.append(policies.EveryNSteps(every))
     if best:
-      kept.append(policies.BestN(get_metric_fn=_negative, n=best, keep_checkpoints_without_metrics=False))
+      preserved.append(policies.BestN(get_metric_fn=_negative, n=best, keep_checkpoints_without_metrics=False))
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(kept),
-        best_fn=_negative if best else None,  # without it Orbax does not write down what the policy looks at
+        preservation_policy=policies.AnyPreservationPolicy(preserved),
+        best_fn=_negative if best else None,  # without it Orbax does not store the metrics that the policy needs
         create=True,
         cleanup_tmp_directories=True,
         async_options=ASYNC,
@@ -76,19 +76,23 @@ class Checkpoints:
     self._completed: concurrent.futures.Future | None = None  # of the last save
 
   def latest(self) -> int | None:
-    """Step of the newest checkpoint."""
+    """The step of the newest checkpoint."""
     return self._manager.latest_step()
 
   def save(
     self, step: int, state: TrainState, data: loader.Batches, config: Config, validation: float | None = None
   ) -> None:
-    """Saves step `step`, and returns when the arrays are copied; writing goes on behind.
+    """Saves step `step`, and returns when the arrays are copied; writing continues in the background.
 
     Args:
-      validation: the loss by which the best are kept; None: it is none of them.
+      step: The step.
+      state: The state after it.
+      data: The batches, whose position is saved.
+      config: The run's configuration.
+      validation: The loss by which the best checkpoints are chosen; None: this is not one of them.
 
     Raises:
-      OSError: no room for it, or the one before could not be written.
+      OSError: There is no room for it, or the previous checkpoint could not be written.
     """
     if step == self.latest():
       return
@@ -100,24 +104,24 @@ class Checkpoints:
       config=ocp.args.JsonSave(dataclasses.asdict(config)),
     )
     metrics = {"validation": math.inf if validation is None else validation} if self._best else None
-    with self._failures_told():
+    with self._described_failures():
       self._manager.save(step, args=args, metrics=metrics, force=True)
     self._completed = self._background.submit(self._complete, step)
 
   def wait(self) -> None:
-    """Returns when all that was saved is complete.
+    """Returns when everything saved so far is complete.
 
     Raises:
-      OSError: it could not be written; older checkpoints are as they were.
+      OSError: It could not be written; older checkpoints are unchanged.
     """
     if self._completed is None:
       return
     completed, self._completed = self._completed, None
-    with self._failures_told():
+    with self._described_failures():
       completed.result()
 
   def require_space(self, state: TrainState) -> None:
-    """Raises OSError if the workdir's file system has no room for a checkpoint; a bucket always has."""
+    """Raises OSError if the workdir's file system has no room for a checkpoint; buckets are assumed to have."""
     if storage.in_bucket(self._folder):
       return
     needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
@@ -127,7 +131,7 @@ class Checkpoints:
       raise OSError(f"{self._folder} has room for {room}, and a checkpoint takes {size}; {self._newest()}")
 
   def restore(self, step: int, target: TrainState, data: loader.Batches) -> TrainState:
-    """The state of `step`, shaped and placed like the abstract `target`; moves `data` to its position."""
+    """The state of `step`, with the shapes and shardings of the abstract `target`; moves `data` to its position."""
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -139,11 +143,11 @@ class Checkpoints:
     return restored["state"]
 
   def identity(self, step: int) -> Identity | None:
-    """The data that `step` was trained on; None where the checkpoint does not say."""
+    """The identity of the data that `step` was trained on; None if the checkpoint does not have it."""
     return identity_of(self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"])
 
   def config(self, step: int) -> dict:
-    """The configuration that `step` was saved with, as a nested dict."""
+    """The configuration of `step`, as a nested dict."""
     return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
 
   def close(self) -> None:
@@ -152,7 +156,7 @@ class Checkpoints:
       self.wait()
     finally:
       self._background.shutdown()
-      with contextlib.suppress(OSError, ValueError):  # told already
+      with contextlib.suppress(OSError, ValueError):  # already reported
         self._manager.close()
 
   def __enter__(self) -> Checkpoints:
@@ -162,10 +166,10 @@ class Checkpoints:
     self.close()
 
   @contextlib.contextmanager
-  def _failures_told(self) -> Iterator[None]:
+  def _described_failures(self) -> Iterator[None]:
     try:
       yield
-    except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+    except (OSError, ValueError) as error:  # TensorStore raises ValueErrors
       cause = str(error).strip().partition("\n")[0]
       raise OSError(f"a checkpoint could not be written to {self._folder}; {self._newest()}. {cause}") from error
 
@@ -174,56 +178,56 @@ class Checkpoints:
     return "there is none yet" if newest is None else f"the newest is that of step {newest}"
 
   def _complete(self, step: int) -> None:
-    """Writes the digests of a checkpoint that is being written, once it is committed."""
+    """Writes a checkpoint's digests once it is committed."""
     self._manager.wait_until_finished()
     if distributed.is_first():
       storage.write_digests(self._folder / str(step))
 
 
 def identity_of(data: dict) -> Identity | None:
-  """The identity in what a checkpoint has of the data, see loader.Batches.state; None where it has none."""
+  """The identity in a checkpoint's data item, see loader.Batches.state; None if it has none."""
   return Identity(**data[loader.IDENTITY]) if loader.IDENTITY in data else None
 
 
 def require_intact(checkpoint: epath.Path) -> None:
-  """Raises ConfigError, naming the files, unless those of a checkpoint are what was written."""
-  if found := storage.damage(checkpoint):
-    raise ConfigError(f"the checkpoint {checkpoint} is damaged:\n" + _listed(found))
+  """Raises ConfigError, naming the files, if a checkpoint's files are not what was written."""
+  if problems := storage.damage(checkpoint):
+    raise ConfigError(f"the checkpoint {checkpoint} is damaged:\n" + _listed(problems))
 
 
-def _put_damaged_aside(folder: epath.Path, aside: epath.Path) -> None:
-  """Moves what is newer than the newest intact checkpoint away; all processes do this together."""
+def _move_damaged(folder: epath.Path, aside: epath.Path) -> None:
+  """Moves checkpoints newer than the newest intact one away; all processes do this together."""
   damaged: dict[epath.Path, list[str]] = {}
   for checkpoint in reversed(_steps(folder)):
     if not storage.has_digests(checkpoint):
-      found = [f"{checkpoint} was not complete when the run ended: it has no {storage.DIGESTS}"]
+      problems = [f"{checkpoint} was not complete when the run ended: it has no {storage.DIGESTS}"]
     else:
-      found = storage.damage(checkpoint, jax.process_index(), jax.process_count())
-    if not _in_any_process(bool(found)):
+      problems = storage.damage(checkpoint, jax.process_index(), jax.process_count())
+    if not _in_any_process(bool(problems)):
       break
-    damaged[checkpoint] = found
+    damaged[checkpoint] = problems
   else:
     if once_complete := [checkpoint for checkpoint in damaged if storage.has_digests(checkpoint)]:
       listed = _listed([problem for checkpoint in once_complete for problem in damaged[checkpoint]])
       raise ConfigError(
-        f"{folder} has no intact checkpoint to go on from:\n{listed}\n"
+        f"{folder} has no intact checkpoint to resume from:\n{listed}\n"
         "Put a copy in its place, or use another --workdir; nothing was changed"
       )
-  for checkpoint, found in damaged.items():
+  for checkpoint, problems in damaged.items():
     if distributed.is_first():
       names = itertools.chain([checkpoint.name], (f"{checkpoint.name}.{i}" for i in itertools.count(1)))
       target = next(aside / name for name in names if not (aside / name).exists())
       aside.mkdir(parents=True, exist_ok=True)
       checkpoint.rename(target)
       print(f"the checkpoint of step {checkpoint.name} is not intact, it was moved to {target}", flush=True)
-    if found:
-      print(_listed(found), file=sys.stderr, flush=True)
+    if problems:
+      print(_listed(problems), file=sys.stderr, flush=True)
   if damaged and jax.process_count() > 1:
     multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
 
 
 def _steps(folder: epath.Path) -> list[epath.Path]:
-  """The folders of checkpoints, complete or not, oldest first."""
+  """The folders of all checkpoints, complete or not, oldest first."""
   if not folder.exists():
     return []
   return sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
@@ -241,17 +245,17 @@ def _listed(problems: list[str]) -> str:
 
 
 def _negative(metrics: dict[str, float]) -> float:
-  """What is best when it is highest; a loss that is not finite is the worst."""
+  """The negative loss, which Orbax maximises; a loss that is not finite ranks last."""
   loss = metrics["validation"]
   return -loss if math.isfinite(loss) else -math.inf
 
 
-# How a model is computed, not what it is: these may change when a run goes on.
+# How a model is computed: these may change when a run resumes.
 HOW = (
   *("model.remat", "model.memory.implementation", "model.memory.segment_group", "model.memory.read_buffer_mib"),
-  "model.memory.dense_steps",  # what training does, and the model does not
+  "model.memory.dense_steps",  # of training, not of the model
 )
-# How caches are made and read: these as well, where a new run starts from another's parameters.
+# How caches are written and read: these may also change when a new run starts from another's parameters.
 AGGREGATION = (
   *("model.memory.aggregation", "model.memory.segmentation", "model.memory.segment_length", "model.memory.top_k"),
   *("model.memory.pool", "model.memory.gate", "model.memory.gate_scale", "model.memory.shared_query"),
@@ -260,15 +264,15 @@ AGGREGATION = (
 
 
 def changed(stored: dict | Config, config: Config, workdir: epath.Path) -> dict[str, tuple]:
-  """Fields in which a run differs from the checkpoint that it goes on from, {field: (then, now)}.
+  """The fields in which a run differs from the checkpoint that it resumes from, {field: (then, now)}.
 
   Args:
-    stored: the checkpoint's configuration.
-    config: of the run.
-    workdir: of the checkpoint.
+    stored: The checkpoint's configuration.
+    config: The run's configuration.
+    workdir: The checkpoint's workdir, for the error.
 
   Raises:
-    ConfigError: the checkpoint is of another model; names what differs.
+    ConfigError: The checkpoint is of another model; the error lists the differences.
   """
   then = stored if isinstance(stored, Config) else config_lib.from_stored(stored)
   fields = config_lib.differences(then, config)
@@ -286,11 +290,11 @@ def changed(stored: dict | Config, config: Config, workdir: epath.Path) -> dict[
 
 
 def require_order(stored: Config, config: Config) -> None:
-  """Raises ConfigError, naming the fields, if a run would resume at a place in other rows than the checkpoint's.
+  """Raises ConfigError, naming the fields, if a run would resume in a different order of rows than the checkpoint's.
 
   Args:
     stored: The checkpoint's configuration.
-    config: The run's.
+    config: The run's configuration.
   """
   then, now = stored.data.order, config.data.order
   if lines := [
@@ -299,7 +303,7 @@ def require_order(stored: Config, config: Config) -> None:
     if then.get(field) != now.get(field)
   ]:
     raise ConfigError(
-      "the checkpoint's place in the data is that of other rows, or other documents were held out for validation:\n"
+      "the checkpoint's position is in a different order of rows, or other documents were held out for validation:\n"
       + "\n".join(lines)
       + "\nUse another --workdir, or the values of the checkpoint"
     )

@@ -1,7 +1,7 @@
 """The whole configuration of a run: one tree, checked at once.
 
-The fields, their defaults and their meaning are those of the dataclasses: here they become an
-`ml_collections.ConfigDict` (what configs/*.py and the command line change) and back again.
+The dataclasses have the fields, their defaults and their meaning. This module converts them to an
+`ml_collections.ConfigDict`, which configs/*.py and the command line change, and back.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from mc_jax.training.optimizer import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """How long a run is, and what it does besides training."""
+  """The length of a run, and what it does besides training."""
 
   steps: int = 1000  # optimiser steps
-  start_from: str = ""  # workdir of another run, whose parameters a new one starts with; only how caches are read may
-  # differ between the two (checkpointing.AGGREGATION); connectors and age scores that the other lacks start as
-  # train.seed has them. A run that has a checkpoint of its own goes on from that
-  microbatches: int = 1  # gradients are accumulated over this many parts of a batch
-  seed: int = 0  # of the parameters' starting values and of the sample
-  max_skipped: int = 5  # updates in a row, skipped as their loss or gradient is not finite, that end the run
-  hang_minutes: float = 30.0  # without a step, evaluation or checkpoint that ends, which end the process; 0: never
-  log_every: int = 10  # steps between two reports
-  probe_every: int = 0  # steps between two looks into the memories (norms, gates, caches read); 0: none; 10 costs a
-  # hundredth of the time (docs/stability.md)
-  eval_every: int = 100  # steps between two evaluations; the last step is always evaluated
-  checkpoint_every: int = 200  # steps between two checkpoints; the last step always leaves one
-  keep_checkpoints: int = 2  # newest ones kept; the one before the newest is there for when that is damaged
-  keep_every: int = 0  # checkpoints of multiples of so many steps are kept as well; 0: none
-  keep_best: int = 0  # so many checkpoints of the lowest validation losses are kept as well
-  sample_length: int = 200  # bytes generated at the end; 0: none
-  sample_temperature: float = 0.8  # of that sample; 0: always the likeliest byte
+  start_from: str = ""  # workdir of another run whose parameters a new run starts with. The two may differ only in how
+  # caches are read (checkpointing.AGGREGATION); connectors and age scores that the other lacks are initialised with
+  # train.seed. A run that has a checkpoint of its own resumes from that
+  microbatches: int = 1  # number of parts of a batch over which gradients are accumulated
+  seed: int = 0  # seed of the parameters and of the sample
+  max_skipped: int = 5  # consecutive updates that may be skipped (loss or gradient not finite) before the run ends
+  hang_minutes: float = 30.0  # minutes without a finished step, evaluation or checkpoint that end the process; 0: never
+  log_every: int = 10  # steps between reports
+  probe_every: int = 0  # steps between looks into the memories (norms, gates, caches read); 0: none; 10 costs about 1%
+  # of the time (docs/stability.md)
+  eval_every: int = 100  # steps between evaluations; the last step is always evaluated
+  checkpoint_every: int = 200  # steps between checkpoints; the last step always leaves one
+  keep_checkpoints: int = 2  # number of newest checkpoints to keep; the second is for when the newest is damaged
+  keep_every: int = 0  # also keep checkpoints of steps that are multiples of this; 0: none
+  keep_best: int = 0  # also keep this many checkpoints with the lowest validation losses
+  sample_length: int = 200  # bytes to generate at the end; 0: none
+  sample_temperature: float = 0.8  # temperature of that sample; 0: always the likeliest byte
 
   def problems(self, prefix: str = "train") -> list[str]:
     """Every setting that cannot work, one line each, naming the field and its valid values."""
@@ -71,27 +71,27 @@ class TrainConfig:
       "sample_temperature": 0,
       "seed": 0,
     }
-    found = [
+    problems = [
       f"{prefix}.{field} must be at least {least}, got {getattr(self, field)!r}"
       for field, least in smallest.items()
       if not getattr(self, field) >= least
     ]
-    if not found and self.keep_every % self.checkpoint_every:
-      found.append(
+    if not problems and self.keep_every % self.checkpoint_every:
+      problems.append(
         f"{prefix}.keep_every must be a multiple of {prefix}.checkpoint_every={self.checkpoint_every}, "
         f"got {self.keep_every}"
       )
-    if not found and self.keep_best and self.checkpoint_every % self.eval_every:
-      found.append(
+    if not problems and self.keep_best and self.checkpoint_every % self.eval_every:
+      problems.append(
         f"{prefix}.checkpoint_every must be a multiple of {prefix}.eval_every={self.eval_every} with "
         f"{prefix}.keep_best={self.keep_best}, got {self.checkpoint_every}"
       )
-    return found
+    return problems
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Everything that a run can be told."""
+  """The configuration of a run."""
 
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -130,7 +130,7 @@ class Config:
 
   @property
   def dense_steps(self) -> int:
-    """How many steps at the run's beginning read all caches (model.memory.dense_steps); 0 where none are chosen."""
+    """The number of initial steps that read all caches (model.memory.dense_steps); 0 without ssc."""
     if not self.model.learns_densely:
       return 0
     steps = self.model.memory.dense_steps
@@ -141,35 +141,35 @@ class Config:
     return dataclasses.replace(self, model=dataclasses.replace(self.model, memory=self.model.memory.dense()))
 
   def of_step(self, step: int) -> Config:
-    """The configuration by which a step is taken, counted from 1."""
+    """The configuration of a step, counted from 1."""
     return self.dense() if step <= self.dense_steps else self
 
   def check(self) -> Config:
     """Returns self, or raises ConfigError with all the problems at once."""
-    found = self.problems()
-    if found:
-      raise ConfigError("\n".join(found))
+    problems = self.problems()
+    if problems:
+      raise ConfigError("\n".join(problems))
     return self
 
   def check_devices(self, devices: int) -> dict[str, int]:
-    """The mesh's sizes on so many devices, {axis: size}, if everything that it splits divides.
+    """The mesh's sizes on this number of devices, {axis: size}.
 
     Raises:
-      ConfigError: naming every field that does not divide, and what would.
+      ConfigError: Fields that the mesh does not divide, each with values that would work.
     """
     try:
       sizes = self.mesh.sizes(devices)
     except ValueError as error:
       raise ConfigError(str(error)) from error
-    if found := self._indivisible(sizes):
-      raise ConfigError("\n".join(found))
+    if problems := self._indivisible(sizes):
+      raise ConfigError("\n".join(problems))
     return sizes
 
   def make_mesh(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The run's mesh of these devices (default: all of the job's).
+    """The run's mesh on these devices; None: all of the job's.
 
     Raises:
-      ConfigError: as `check_devices`, or the mesh does not fit the slices that the devices are in.
+      ConfigError: As `check_devices`, or the mesh does not fit the slices of the devices.
     """
     devices = jax.devices() if devices is None else devices
     self.check_devices(len(devices))
@@ -190,7 +190,7 @@ class Config:
 
 
 def default() -> ml_collections.ConfigDict:
-  """The default tree, locked: config files and the command line change fields, never add any but data.sources."""
+  """The default tree, locked: config files and the command line can change fields, and add only to data.sources."""
   tree = _to_config_dict(Config()).lock()
   tree.data.sources.unlock()
   return tree
@@ -200,26 +200,26 @@ def source(**fields) -> ml_collections.ConfigDict:
   """A source for `data.sources`: c.data.sources.books = config.source(source="text", paths="books/*.txt", weight=0.3).
 
   Raises:
-    ConfigError: a field that does not exist.
+    ConfigError: A field that does not exist.
   """
   return _to_config_dict(from_dict(fields, PartConfig)).lock()
 
 
 def from_config_dict(tree: ml_collections.ConfigDict) -> Config:
-  """The dataclasses of a tree that `default` made."""
+  """The dataclasses of a tree that `default` returned."""
   return from_dict(tree.to_dict())
 
 
 def to_json(config: Config) -> str:
-  """The tree as JSON, for people and for `from_dict`."""
+  """The tree as JSON, to be read by people and by `from_dict`."""
   return json.dumps(dataclasses.asdict(config), indent=2)
 
 
 def from_dict(tree: dict, cls: type = Config):
-  """The dataclass `cls` of a nested dict; fields that the dict lacks have their defaults (see `from_stored`).
+  """The dataclass `cls` from a nested dict; fields that the dict lacks have their defaults (see `from_stored`).
 
   Raises:
-    ConfigError: a field that does not exist.
+    ConfigError: A field that does not exist.
   """
   types_of = typing.get_type_hints(cls)
   unknown = sorted(set(tree) - set(types_of))
@@ -229,12 +229,12 @@ def from_dict(tree: dict, cls: type = Config):
 
 
 def from_stored(tree: dict) -> Config:
-  """The configuration that a checkpoint, a dump or a results file holds, by whatever release it was written."""
+  """The configuration in a checkpoint, a dump or a results file, whichever release wrote it."""
   return from_dict(tree | {"model": completed(tree.get("model", {}))})
 
 
 def _from_tree(value, kind):
-  """A field's value of a tree: a dataclass, a dict of dataclasses by names of the user's choice, or what it is."""
+  """A field's value from a tree: a dataclass, a dict of dataclasses under the user's names, or a plain value."""
   if not isinstance(value, dict):
     return value
   if typing.get_origin(kind) is dict:
@@ -247,7 +247,7 @@ def require_field(name: str) -> None:
   if name.startswith("model.") and (now := REPLACED.get(name.removeprefix("model."))):
     raise ConfigError(f"there is no --config.{name} any more; write {now}")
   names = list(fields(Config()))
-  if name.startswith("data.sources."):  # names there are the config file's: absl knows them
+  if name.startswith("data.sources."):  # absl checks these names, which the config file chose
     names += [f"data.sources.{name.split('.')[2]}.{field}" for field in fields(PartConfig())]
   groups = {field.rpartition(".")[0] for field in names}
   if name not in names and name not in groups:
@@ -268,16 +268,16 @@ def replaced(message: str) -> str | None:
 
 
 def replace(config: Config, fields: Mapping[str, object]) -> Config:
-  """The configuration with other values of some fields, {"model.layers": 2}.
+  """The configuration with other values for some fields, {"model.layers": 2}.
 
   Raises:
-    ConfigError: a field that does not exist, or a group of fields.
+    ConfigError: A field that does not exist, or a group of fields.
   """
   tree = dataclasses.asdict(config)
   for name, value in fields.items():
     require_field(name)
     *groups, field = name.split(".")
-    group = functools.reduce(lambda part, key: part.get(key, {}), groups, tree)
+    group = functools.reduce(lambda subtree, key: subtree.get(key, {}), groups, tree)
     if isinstance(group.get(field, {}), dict):
       there = ", ".join(group.get(field, {})) or "none here"
       raise ConfigError(f"--config.{name} is a group; change its fields one by one: {there}")
@@ -286,37 +286,37 @@ def replace(config: Config, fields: Mapping[str, object]) -> Config:
 
 
 def fields(config: Config | PartConfig) -> dict[str, object]:
-  """Every field's value, by names such as "model.layers"."""
+  """Every field's value under names such as "model.layers"."""
   return traverse_util.flatten_dict(dataclasses.asdict(config), sep=".")
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple]:
-  """Fields that differ, as {"model.layers": (old value, new value)}."""
+  """The fields that differ, {"model.layers": (old value, new value)}."""
   olds, news = fields(old), fields(new)
   return {field: (olds[field], news[field]) for field in news if olds[field] != news[field]}
 
 
 def _wrong_types(config, prefix: str = "") -> list[str]:
-  """Fields of a dataclass, and of those in it, whose values are not what they are declared to be, one line each."""
-  found, types_of = [], typing.get_type_hints(type(config))
+  """Fields of a dataclass, and of those nested in it, whose values do not have the declared type, one line each."""
+  problems, types_of = [], typing.get_type_hints(type(config))
   for field in dataclasses.fields(config):
     name, value, kind = f"{prefix}{field.name}", getattr(config, field.name), types_of[field.name]
     if dataclasses.is_dataclass(kind) and isinstance(value, kind):
-      found += _wrong_types(value, f"{name}.")
+      problems += _wrong_types(value, f"{name}.")
     elif typing.get_origin(kind) is dict and isinstance(value, dict):
-      for key, part in value.items():
-        found += _wrong_types(part, f"{name}.{key}.")
+      for key, item in value.items():
+        problems += _wrong_types(item, f"{name}.{key}.")
     elif not _fits(value, kind):
       plain = isinstance(kind, type) and not typing.get_args(kind)
-      found.append(f"{name} must be {kind.__name__ if plain else kind}, got {value!r}")
-  return found
+      problems.append(f"{name} must be {kind.__name__ if plain else kind}, got {value!r}")
+  return problems
 
 
 def _fits(value, kind) -> bool:
   if typing.get_origin(kind) is tuple:  # tuple[kind, ...]
     return isinstance(value, tuple) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
   kinds = typing.get_args(kind) or (kind,)
-  if isinstance(value, bool):  # which Python takes for a number
+  if isinstance(value, bool):  # a bool is an int in Python
     return bool in kinds
   return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
 
@@ -333,7 +333,7 @@ def _to_config_dict(config) -> ml_collections.ConfigDict:
     if dataclasses.is_dataclass(value):
       tree[field.name] = _to_config_dict(value)
     elif value is None:
-      # None or a value of one type: an empty placeholder still checks what it is given.
+      # None or a value of one type: an empty placeholder checks the type of what is assigned to it.
       (kind,) = set(typing.get_args(types_of[field.name])) - {types.NoneType}
       tree[field.name] = ml_collections.config_dict.placeholder(kind)
     else:

@@ -1,4 +1,4 @@
-"""Several processes as one job: they find each other, read the same, and stop together."""
+"""Several processes as one job: they find each other, check that they read the same, and stop together."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def initialize(
   process_id: int | None = None,
   heartbeat_timeout_seconds: int = 30,
 ) -> None:
-  """Joins the job's other processes, if there are any; before anything asks JAX for a device.
+  """Joins the job's other processes, if there are any. Must be called before JAX is asked for devices.
 
-  On Cloud TPU, GKE, Slurm and Open MPI, JAX finds in the environment what is not given here. Where it finds nothing,
-  and nothing is given, the process is a job of its own.
+  On Cloud TPU, GKE, Slurm and Open MPI, JAX finds missing values in the environment. If it finds nothing, and nothing
+  is given, the process is a job of its own.
 
   Args:
     coordinator: HOST:PORT on which process 0 listens.
-    num_processes: of the job; 1 joins nobody, whatever the environment says.
-    process_id: of this process, from 0.
-    heartbeat_timeout_seconds: after which a process that is silent is taken for dead, which ends the others.
+    num_processes: The number of processes in the job; 1 ignores the environment.
+    process_id: The index of this process, from 0.
+    heartbeat_timeout_seconds: Time after which a silent process counts as dead and the others end.
 
   Raises:
-    ConfigError: values that cannot be.
+    ConfigError: Values that are invalid or incomplete.
   """
   if num_processes == 1:
     return
@@ -53,17 +53,17 @@ def initialize(
     if named := [name for name, value in given.items() if value is not None]:
       missing = ", ".join(name for name, value in given.items() if value is None)
       raise ConfigError(
-        f"{', '.join(named)} without {missing}, which the environment does not tell: {error}"
+        f"{', '.join(named)} without {missing}, which the environment does not provide: {error}"
       ) from error
 
 
 def is_first() -> bool:
-  """Whether this is the process that prints and writes for all."""
+  """Whether this is the process that prints and writes files for the job."""
   return jax.process_index() == 0
 
 
 def from_first(text: str) -> str:
-  """The text that the first process gives, at most 1,024 bytes of it, in every process; a collective."""
+  """The first process's text, at most 1,024 bytes of it, in every process; a collective."""
   if jax.process_count() == 1:
     return text
   padded = np.zeros(1024, np.uint8)
@@ -73,21 +73,21 @@ def from_first(text: str) -> str:
 
 
 def leave(error: jax.errors.JaxRuntimeError) -> NoReturn:
-  """Ends a process whose computation failed, at once: an orderly end would wait for the others, which may be gone."""
+  """Ends a process whose computation failed, at once: an orderly exit would wait for others that may be gone."""
   if jax.process_count() == 1:
     raise error
-  again = "If another process has ended, that is why; the same command, given to all, goes on from the last checkpoint"
+  again = "If another process has ended, that is why; the same command, given to all, resumes from the last checkpoint"
   print(f"error: process {jax.process_index()} of {jax.process_count()}: {error}\n{again}", file=sys.stderr, flush=True)
   os._exit(1)
 
 
 def require_equal(what: str, *data: bytes | np.ndarray) -> None:
-  """Raises ConfigError, in every process, unless all have the same data; a collective."""
+  """Raises ConfigError in every process unless all have the same data; a collective."""
   if jax.process_count() == 1:
     return
   checksum = 0
-  for part in data:
-    checksum = zlib.crc32(part, checksum)
+  for item in data:
+    checksum = zlib.crc32(item, checksum)
   checksums = np.ravel(multihost_utils.process_allgather(np.uint32(checksum)))
   if (checksums != checksums[0]).any():
     others = ", ".join(str(i) for i in np.flatnonzero(checksums != checksums[0]))

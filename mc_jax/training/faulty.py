@@ -1,7 +1,7 @@
-"""Steps whose loss or gradient is not finite, or whose gradient is far larger than usual: told, and ended if they last.
+"""Reports steps whose loss or gradient is not finite or unusually large, and ends a run that has too many in a row.
 
-The step itself skips such an update, and changes its state no more once train.max_skipped were skipped in a row (see
-step.py): the state that is dumped here is the one that the last of them met.
+The step itself skips an update that is not finite, and stops updating once train.max_skipped were skipped in a row (see
+step.py): the state dumped here is the one in which the last of them failed.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from mc_jax.training.metrics import Diverged, Record
 from mc_jax.training.state import TrainState
 from mc_jax.training.step import Batch
 
-_SPIKE = 10.0  # times the median of the gradient norms before it
-_REMEMBERED = 100  # of them
-_ENOUGH = 20  # for a median worth comparing with
+_SPIKE = 10.0  # a spike is a gradient norm this many times the median of those before it
+_REMEMBERED = 100  # norms in the median, at most
+_ENOUGH = 20  # norms in the median, at least
 
 
 class Faulty:
-  """Looks at the records of steps.
+  """Examines the records of steps.
 
   Args:
-    config: of the run.
-    workdir: of the run.
-    records: of its steps so far, whose gradient norms new ones are compared with.
+    config: The run's configuration.
+    workdir: The run's workdir.
+    records: The records of its steps so far, with whose gradient norms new ones are compared.
   """
 
   def __init__(self, config: Config, workdir: epath.Path, records: Iterable[Record] = ()):
@@ -40,18 +40,18 @@ class Faulty:
     self._batches: dict[int, tuple[Batch, range]] = {}
 
   def keep(self, step: int, batch: Batch, rows: range) -> None:
-    """Keeps a step's batch until its record was seen; `rows` are their numbers in the run."""
+    """Keeps a step's batch until its record is examined; `rows` are the rows' numbers in the run."""
     self._batches[step] = batch, rows
 
   def look(self, records: list[Record], current: TrainState) -> None:
-    """Tells what is wrong with the steps since the last look, and marks spikes in their records.
+    """Reports faulty steps since the last call, and marks spikes in their records.
 
     Args:
-      records: of the steps, see metrics.Meter.collect.
-      current: after them.
+      records: The steps' records, see metrics.Meter.collect.
+      current: The state after them.
 
     Raises:
-      Diverged: train.max_skipped updates in a row were skipped; what is needed to repeat the last is dumped.
+      Diverged: train.max_skipped updates in a row were skipped; the last one's state and batch are dumped.
     """
     most = self._config.train.max_skipped
     for record in records:
@@ -60,14 +60,14 @@ class Faulty:
         continue
       step, skipped = record["step"], int(record["skipped"])
       batch, rows = self._batches[step]
-      told = f"step {step}: the loss or its gradient is not finite, on rows {rows[0]:,} to {rows[-1]:,} of the run"
+      line = f"step {step}: the loss or its gradient is not finite, on rows {rows[0]:,} to {rows[-1]:,} of the run"
       if skipped >= most:
         dumped = replay.dump(self._workdir, step, current, batch, self._config)
         raise Diverged(
-          f"{told}. That makes {skipped} updates in a row that were skipped (train.max_skipped={most}). {dumped}. "
+          f"{line}. That makes {skipped} updates in a row that were skipped (train.max_skipped={most}). {dumped}. "
           "Checkpoints before are kept; a lower optimizer.learning_rate or optimizer.clip_norm may get past it"
         )
-      tqdm.tqdm.write(f"{told}; its update is skipped (after {most} in a row the run ends, this is number {skipped})")
+      tqdm.tqdm.write(f"{line}; its update is skipped (after {most} in a row the run ends, this is number {skipped})")
     self._batches.clear()
 
   def _compare(self, record: Record) -> None:

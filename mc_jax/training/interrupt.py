@@ -1,8 +1,9 @@
-"""Stopping between two steps on Ctrl-C, a scheduler's SIGTERM or a closed terminal's SIGHUP, so that nothing is lost.
+"""Stops a run between two steps on Ctrl-C, a scheduler's SIGTERM or a closed terminal's SIGHUP, so that nothing is
+lost.
 
-A run that was stopped ends with the status 128 + the signal's number, 143 after SIGTERM, like a process that a signal
-ends at once: that is what SIGTERM does before the first step and after the last checkpoint, when there is nothing to
-lose.
+A stopped run exits with 128 + the signal's number, 143 after SIGTERM, like a process that the signal ends at once.
+Before the first step and after the last checkpoint, when there is nothing to lose, SIGTERM does end the process at
+once.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupt:
-  """Whether the job was asked to stop, and by which signal."""
+  """The signal that requested a stop, if one did."""
 
   signal: signal.Signals | None = None
 
   def stops_after(self, step: int) -> bool:
-    """Whether the run ends with this step. All processes are told the same, if all ask after every step.
+    """Whether the run ends with this step. All processes must call it after every step, and get the same answer.
 
-    A signal to any one of several processes stops them all. They may be some steps apart when it comes, and end with
-    one that none has begun.
+    A signal to one of several processes stops them all, at a step that none of them has begun: they may be a few steps
+    apart when it arrives.
     """
     if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
       self.signal = signal.SIGTERM
@@ -36,26 +37,27 @@ class Interrupt:
 
 
 @contextlib.contextmanager
-def heard(
+def handled(
   first: Callable[[signal.Signals], None],
   again: Callable[[signal.Signals], None],
   numbers: tuple[signal.Signals, ...] = STOPPING,
 ) -> Iterator[None]:
-  """Within it, signals that ask the process to stop call a function instead.
+  """Calls functions on signals that request a stop, while its block runs.
 
-  A SIGHUP never makes a second signal of itself or of another: a terminal that closes sends several, and the end of a
-  session SIGTERM beside it. One that is ignored stays ignored, as nohup has it; after one that was heard, the rest are.
+  SIGHUP never counts as a second signal, nor does a signal after it as one: a closing terminal sends several SIGHUPs,
+  and the end of a session SIGTERM as well. An ignored SIGHUP, as under nohup, stays ignored; after a handled one, later
+  ones are ignored.
 
   Args:
     first: Called with the first signal.
-    again: Called with the second SIGINT or SIGTERM, and those after it.
+    again: Called with the second SIGINT or SIGTERM, and with later ones.
     numbers: The signals.
   """
-  came: set[signal.Signals] = set()
+  received: set[signal.Signals] = set()
 
   def note(number: int, _) -> None:
-    number, earlier = signal.Signals(number), frozenset(came)
-    came.add(number)
+    number, earlier = signal.Signals(number), frozenset(received)
+    received.add(number)
     if not earlier:
       first(number)
     elif number != signal.SIGHUP and earlier - {signal.SIGHUP}:
@@ -67,29 +69,29 @@ def heard(
     yield
   finally:
     for number, handler in previous.items():
-      signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP and number in came else handler)
+      signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP and number in received else handler)
 
 
-def tell(text: str) -> None:
-  """Prints a line on standard error from a signal's handler, which may have interrupted another print."""
+def print_line(text: str) -> None:
+  """Prints a line on standard error from a signal handler, which may have interrupted another print."""
   with contextlib.suppress(OSError):
     os.write(2, f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Interrupt]:
-  """Within it, signals that ask to stop are noted instead of obeyed; the second one is obeyed.
+  """Records the first signal that requests a stop while its block runs, and raises KeyboardInterrupt on the second.
 
-  In a job of several processes SIGTERM is JAX's, whose handler tells the others; SIGINT and SIGHUP become one.
+  In a job of several processes JAX handles SIGTERM and notifies the others; SIGINT and SIGHUP are turned into it.
   """
   interrupt = Interrupt()
   several = jax.process_count() > 1
   if threading.current_thread() is not threading.main_thread():
-    yield interrupt  # only the main thread may set handlers
+    yield interrupt  # only the main thread can set handlers
     return
 
   def first(number: signal.Signals) -> None:
-    tell("\nstopping after this step, with a checkpoint; again to stop at once")
+    print_line("\nstopping after this step, with a checkpoint; again to stop at once")
     if several:
       signal.raise_signal(signal.SIGTERM)
     else:
@@ -98,5 +100,5 @@ def deferred() -> Iterator[Interrupt]:
   def again(number: signal.Signals) -> None:
     raise KeyboardInterrupt(number)
 
-  with heard(first, again, tuple(number for number in STOPPING if not (several and number == signal.SIGTERM))):
+  with handled(first, again, tuple(number for number in STOPPING if not (several and number == signal.SIGTERM))):
     yield interrupt

@@ -1,4 +1,4 @@
-"""The tokenizer that a run keeps in its workdir: what its ids mean, wherever the run is moved."""
+"""The copy of the tokenizer in a run's workdir, so that the run can be moved."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mc_jax.training.outputs import Outputs
 
 
 def name(data: DataConfig) -> str | None:
-  """What the copy is called; None where there is none, because tokens are bytes or stand for no text."""
+  """The copy's name; None if there is none, because tokens are bytes or stand for no text."""
   if data.tokenizer == "bytes" or not data.has_text:
     return None
   return "tokenizer.model" if data.tokenizer.endswith(".model") else "tokenizer.json"
 
 
-def own(workdir: epath.Path, data: DataConfig) -> DataConfig:
-  """`data` with the run's copy as the tokenizer; as it is where the run has none."""
+def with_copy(workdir: epath.Path, data: DataConfig) -> DataConfig:
+  """`data` with the run's copy as the tokenizer; unchanged if the run has none."""
   copy = name(data)
   if copy is None or not (workdir / copy).exists():
     return data
@@ -27,17 +27,17 @@ def own(workdir: epath.Path, data: DataConfig) -> DataConfig:
 
 
 def available(workdir: epath.Path, data: DataConfig) -> DataConfig:
-  """`data`, with the run's copy as the tokenizer where data.tokenizer is gone."""
+  """`data`, with the run's copy as the tokenizer if data.tokenizer no longer exists."""
   if name(data) is None or storage.path(data.tokenizer).exists():
     return data
-  found = own(workdir, data)
-  if found != data:
-    print(f"data.tokenizer={data.tokenizer} is not there: using the run's own copy, {found.tokenizer}")
-  return found
+  copied = with_copy(workdir, data)
+  if copied != data:
+    print(f"data.tokenizer={data.tokenizer} does not exist: using the run's own copy, {copied.tokenizer}")
+  return copied
 
 
 def keep(outputs: Outputs, data: DataConfig) -> None:
-  """Writes the copy, all or nothing, unless it is there."""
+  """Writes the copy, whole or not at all, unless it is up to date."""
   copy = name(data)
   if copy is None:
     return

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: metrics.jsonl and TensorBoard events, one record a step."""
+"""The records of a run: metrics.jsonl and TensorBoard events, one record per step."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ import jax.numpy as jnp
 import tensorboardX
 
 from mc_jax import storage
-from mc_jax.parallel import chips
+from mc_jax.planning import chips
 
 JSONL = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 
-Record = dict[str, float]  # "step" and what belongs to it
+Record = dict[str, float]  # "step" and the values of that step
 
 
 def device_memory(device: jax.Device) -> dict[str, float]:
-  """{"device_memory_gib", "device_memory_peak_gib"} where the platform tells, else {}."""
+  """{"device_memory_gib", "device_memory_peak_gib"} if the platform reports them, else {}."""
   stats = device.memory_stats() or {}
   names = {"device_memory_gib": "bytes_in_use", "device_memory_peak_gib": "peak_bytes_in_use"}
   return {name: stats[key] / 2**30 for name, key in names.items() if key in stats}
 
 
 class Diverged(RuntimeError):
-  """The loss, its gradient or a parameter is not a finite number; the message names the step."""
+  """The loss, its gradient or a parameter is not finite; the message names the step."""
 
 
 def require_finite(step: int, params: object) -> None:
   """Raises Diverged if any parameter is not finite: such a state must not become a checkpoint."""
   if not _all_finite(params):
     raise Diverged(
-      f"step {step}: a parameter is not finite. No checkpoint of it was made, older ones are kept; "
+      f"step {step}: a parameter is not finite. No checkpoint of it was written, older ones are kept; "
       "a lower optimizer.learning_rate may get past it"
     )
 
@@ -47,10 +47,10 @@ def _all_finite(tree: object) -> jax.Array:
 
 
 class MetricsLog:
-  """Appends records to a workdir; a run that goes on from step s first drops those after s.
+  """Appends records to a workdir; a run that resumes from step s first drops the records after s.
 
-  A run that was killed has logged steps that its last checkpoint does not know. They will be
-  logged again, so the file never holds a step twice.
+  A run that was killed has logged steps after its last checkpoint. They are run and logged again, so that the file
+  never has a step twice.
   """
 
   def __init__(self, workdir: pathlib.Path, step: int):
@@ -60,7 +60,7 @@ class MetricsLog:
     self._events = tensorboardX.SummaryWriter(str(workdir / TENSORBOARD), purge_step=step + 1)
 
   def write(self, records: list[Record]) -> None:
-    """Appends records and hands them to the operating system: they survive the process."""
+    """Appends records and flushes them to the operating system, so that they survive the process."""
     for record in records:
       self._file.write(json.dumps(record) + "\n")
       for name, value in record.items():
@@ -78,11 +78,11 @@ class MetricsLog:
 
 
 class Meter:
-  """Collects what steps compute without waiting for it, and measures how fast they go.
+  """Collects the steps' values without waiting for them, and measures the steps' speed.
 
   Args:
-    tokens: in a step.
-    devices: that share the step.
+    tokens: Tokens in a step.
+    devices: The devices that share the step.
   """
 
   def __init__(self, tokens: int, devices: Sequence[jax.Device]):
@@ -90,28 +90,28 @@ class Meter:
     self._devices = devices
     self._pending: list[tuple[int, dict[str, jax.Array]]] = []
     self._flops = 0
-    self.seconds = 0.0  # in steps alone, since the meter exists
+    self.seconds = 0.0  # in steps alone
     self.steps = 0
     self.restart()
 
   def restart(self) -> None:
-    """Steps are timed from here on: what came between was not training."""
+    """Starts timing steps: the time since the last `collect` was not training."""
     self._since = time.monotonic()
 
   def add(self, step: int, values: dict[str, jax.Array], flops: int = 0) -> None:
-    """Notes a step's scalars, which may not be computed yet, and its useful FLOPs, if the devices' peak is known."""
+    """Adds a step's scalars, which may still be being computed, and its useful FLOPs if the devices' peak is known."""
     self._pending.append((step, values))
     self._flops += flops
 
   @property
   def tokens_per_second(self) -> float:
-    """Over all the steps collected."""
+    """Speed over all collected steps."""
     return self.steps * self._tokens / self.seconds
 
   def collect(self) -> list[Record]:
-    """Waits for the steps added since the last call; one record each, the last with the speed.
+    """Waits for the steps added since the last call, and returns a record for each; the last has the speed.
 
-    Only the records of skipped updates have "skipped", and no value that is not finite.
+    Only records of skipped updates have "skipped". Values that are not finite are left out.
     """
     steps, values = zip(*self._pending, strict=True)
     values = jax.device_get(values)
@@ -135,7 +135,7 @@ class Meter:
 
 
 def read(workdir: pathlib.Path) -> list[Record]:
-  """The records of a workdir, in order; a torn last line, left by a kill, is left out."""
+  """The records of a workdir, in order, without a last line that a kill cut short."""
   path = workdir / JSONL
   if not path.exists():
     return []

@@ -13,23 +13,23 @@ import optax
 class OptimizerConfig:
   """AdamW (arXiv:1711.05101), its schedule and its clipping."""
 
-  learning_rate: float = 2e-3  # at the end of the warmup
-  warmup_steps: int = 50  # linear from 0
-  final_fraction: float = 0.1  # of the learning rate, reached by a cosine at decay_steps
-  decay_steps: int = 0  # step at which the cosine ends, after which the rate stays as it is; 0: train.steps
+  learning_rate: float = 2e-3  # peak, at the end of the warmup
+  warmup_steps: int = 50  # steps of linear warmup from 0
+  final_fraction: float = 0.1  # final learning rate as a fraction of the peak, reached by a cosine at decay_steps
+  decay_steps: int = 0  # step at which the cosine ends and the rate becomes constant; 0: train.steps
   beta1: float = 0.9  # decay of the gradient's running mean
-  beta2: float = 0.95  # decay of its running square
+  beta2: float = 0.95  # decay of the gradient's running mean square
   epsilon: float = 1e-8
-  weight_decay: float = 0.1  # times the learning rate; on the weights that `decayed` names
-  clip_norm: float = 1.0  # global norm that gradients are scaled down to; 0: never
+  weight_decay: float = 0.1  # multiplied by the learning rate; applies to the weights selected by `decayed`
+  clip_norm: float = 1.0  # largest global norm of the gradient, scaled down if above; 0: no clipping
 
   def problems(self, prefix: str = "optimizer") -> list[str]:
     """Every setting that cannot work, one line each, naming the field and its valid values."""
-    found = []
+    problems = []
 
     def require(condition: bool, field: str, valid: str) -> None:
       if not condition:
-        found.append(f"{prefix}.{field} must be {valid}, got {getattr(self, field)!r}")
+        problems.append(f"{prefix}.{field} must be {valid}, got {getattr(self, field)!r}")
 
     require(0 < self.learning_rate < float("inf"), "learning_rate", "positive")
     require(self.warmup_steps >= 0, "warmup_steps", "at least 0")
@@ -39,15 +39,15 @@ class OptimizerConfig:
     require(0 <= self.beta2 < 1, "beta2", "at least 0 and below 1")
     require(self.epsilon > 0, "epsilon", "positive")
     require(self.weight_decay >= 0, "weight_decay", "at least 0")
-    require(self.clip_norm >= 0, "clip_norm", "positive, or 0 to switch clipping off")
-    return found
+    require(self.clip_norm >= 0, "clip_norm", "positive, or 0 for no clipping")
+    return problems
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """Learning rate of update 0, 1, ...: linear to the peak, then a cosine to its final fraction.
 
-  Update t of W warmup steps has peak * (t + 1) / W: the first one is not wasted. The cosine ends
-  at update `decay_steps`, or at `steps` where that is 0; runs shorter than their warmup only warm up.
+  Update t of W warmup steps has peak * (t + 1) / W, so that the first one counts. The cosine ends at update
+  `decay_steps`, or at `steps` if that is 0; runs shorter than their warmup only warm up.
   """
   peak, warmup = config.learning_rate, config.warmup_steps
   end = config.decay_steps or steps
@@ -59,11 +59,14 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def schedule_changes(then: OptimizerConfig, then_steps: int, now: OptimizerConfig, steps: int, done: int) -> list[str]:
-  """Lines about the next learning rate of a run that resumes after `done` updates; none if it is the same, or none is.
+  """Lines about a change of the next learning rate in a run that resumes; none if it does not change.
 
   Args:
-    then, then_steps: The schedule that the run had: its settings and train.steps.
-    now, steps: The schedule that it resumes with.
+    then: The settings that the run had.
+    then_steps: The train.steps that it had.
+    now: The settings that it resumes with.
+    steps: The train.steps that it resumes with.
+    done: The number of updates so far.
   """
   expected, rate = (float(schedule(*at)(done)) for at in ((then, then_steps), (now, steps)))
   if done >= steps or math.isclose(rate, expected, rel_tol=1e-3):
@@ -77,22 +80,22 @@ def schedule_changes(then: OptimizerConfig, then_steps: int, now: OptimizerConfi
   return [line]
 
 
-# Modules of models/ whose kernels set time scales or choices, not features.
+# Modules of models/ whose kernels set time scales or make choices.
 _NOT_DECAYED = ("_convolution", "token_gates", "age_scores")
 
 
 def decayed(params: dict) -> dict:
-  """Which parameters weight decay pulls to zero: the kernels of the projections alone.
+  """The parameters with weight decay: only the kernels of the projections.
 
-  Not the embedding, norms and biases, and not what sets time scales or starting points: the gates'
-  maps, the short convolution, a memory's M_0. (Stacked layers give every array one more axis, so
-  the number of axes would not tell a matrix from a vector: the names do.)
+  Excluded are the embedding, norms and biases, and parameters that set time scales or initial states: the gates' maps,
+  the short convolution, a memory's M_0. Parameters are chosen by name, because stacked layers add an axis to every
+  array.
 
   Args:
-    params: nested dict of arrays.
+    params: Nested dict of arrays.
 
   Returns:
-    The same tree of bools.
+    The same tree with bools.
   """
 
   def decays(path, _) -> bool:

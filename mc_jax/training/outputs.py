@@ -1,4 +1,4 @@
-"""What a run writes besides checkpoints: appended to in a local folder, and sent whole to a bucket if it is for one."""
+"""The files of a run besides checkpoints, which are written to a local folder and copied to a bucket if need be."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from mc_jax.training import distributed, profiling
 
 
 def workdir(text: str) -> epath.Path:
-  """A run's folder, DIR on this machine or gs://BUCKET/DIR, as a user typed it.
+  """A run's folder from the user's text, DIR on this machine or gs://BUCKET/DIR.
 
   Raises:
-    ConfigError: another scheme, a bucket without what it needs, or a file where a folder should be.
+    ConfigError: Another scheme, a bucket without the package gcsfs, or a file where a folder should be.
   """
-  scheme, found, _ = text.partition("://")
-  if found and scheme != "gs":
+  scheme, in_bucket, _ = text.partition("://")
+  if in_bucket and scheme != "gs":
     raise ConfigError(f"--workdir must be a folder of this machine or gs://BUCKET/FOLDER, got {text}")
-  if found and importlib.util.find_spec("gcsfs") is None:
+  if in_bucket and importlib.util.find_spec("gcsfs") is None:
     raise missing_package(f"--workdir={text}", "gcsfs", "gcs")
   path = storage.path(text)
-  if not found:
+  if not in_bucket:
     try:
       str(path).encode()
     except UnicodeError as error:
       raise ConfigError(
-        f"--workdir={text!a} is not UTF-8, as checkpoints need it. If it was typed as UTF-8, set PYTHONUTF8=1"
+        f"--workdir={text!a} is not UTF-8, which checkpoints require. If it was typed as UTF-8, set PYTHONUTF8=1"
       ) from error
     if file := next((part for part in (path, *path.parents) if part.is_file()), None):
       raise ConfigError(f"--workdir={text} must be a folder, and {file} is a file")
@@ -43,10 +43,10 @@ def workdir(text: str) -> epath.Path:
 
 @contextlib.contextmanager
 def occupied(workdir: epath.Path) -> Iterator[None]:
-  """Within it no other run has the workdir; all processes of a job enter it together, and the first holds the lock.
+  """Keeps other runs out of the workdir. All processes of a job enter it together; the first holds the lock.
 
   Raises:
-    OSError: Another run has it, or it cannot be written; in all processes.
+    OSError: In all processes: another run uses the workdir, or it cannot be written.
   """
   with contextlib.ExitStack() as stack:
     problem = ""
@@ -61,12 +61,12 @@ def occupied(workdir: epath.Path) -> Iterator[None]:
 
 
 class Outputs:
-  """Files of a run.
+  """The files of a run.
 
   Attributes:
-    folder: to write them in. The workdir itself, if it is a folder of this machine and this is the job's first
-      process. Else a temporary one: nothing can be appended to in a bucket, and only one process may write. Of the
-      other processes' files only traces are kept, by the process's number.
+    folder: The folder to write them in. It is the workdir if that is on this machine and this is the job's first
+      process. Otherwise it is a temporary one, because nothing can be appended to in a bucket and only one process may
+      write. Of the other processes' files only traces are kept, under the process's index.
   """
 
   def __init__(self, workdir: epath.Path, folder: pathlib.Path):
@@ -75,21 +75,21 @@ class Outputs:
     self._sent: dict[pathlib.Path, tuple[int, int]] = {}
 
   def fetch(self, name: str) -> None:
-    """Gets a file that is to be gone on with, if it is there."""
+    """Copies a file from the workdir, to append to it, if it exists."""
     if self._staged and distributed.is_first() and (self._workdir / name).exists():
       (self.folder / name).write_bytes((self._workdir / name).read_bytes())
 
   def send(self) -> None:
-    """Sends what is new or has changed; without effect if it is in its place already."""
+    """Copies new and changed files to the workdir, unless `folder` is the workdir."""
     if not self._staged:
       return
     first = distributed.is_first()
-    kept = self.folder if first else self.folder / profiling.FOLDER
-    for path in sorted(path for path in kept.rglob("*") if path.is_file()):
+    source = self.folder if first else self.folder / profiling.FOLDER
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
       stat = path.stat()
       version = (stat.st_mtime_ns, stat.st_size)
       if self._sent.get(path) != version:
-        # Traces have the names of their hosts, on which more than one process may run.
+        # Traces are named after their hosts, on which several processes may run.
         name = path.name if first else f"process_{jax.process_index()}_{path.name}"
         target = self._workdir / path.relative_to(self.folder).with_name(name)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -98,13 +98,13 @@ class Outputs:
 
   @property
   def _staged(self) -> bool:
-    """Whether what is in `folder` is to go elsewhere."""
+    """Whether `folder` is not the workdir."""
     return str(self.folder) != str(self._workdir)
 
 
 @contextlib.contextmanager
 def outputs(workdir: epath.Path) -> Iterator[Outputs]:
-  """The outputs of a run, which are sent a last time at its end, whatever ended it."""
+  """The outputs of a run, which are sent once more at its end, whatever ended it."""
   if distributed.is_first() and not storage.in_bucket(workdir):
     yield Outputs(workdir, pathlib.Path(workdir))
     return

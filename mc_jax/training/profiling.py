@@ -14,10 +14,10 @@ FOLDER = "profile"
 
 
 def parse(text: str) -> range:
-  """ "10-12" as the steps 10, 11, 12; "10" as step 10.
+  """The steps of a text: 10, 11, 12 of "10-12", 10 of "10".
 
   Raises:
-    ConfigError: anything else.
+    ConfigError: The text has another form.
   """
   match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
   if match:
@@ -36,23 +36,23 @@ class Trace:
     self._running = False
 
   def before(self, step: int) -> None:
-    """Called ahead of every step."""
+    """Must be called before every step."""
     if step in self._steps and not self._running:
       jax.profiler.start_trace(str(self._folder))
       self._running = True
 
   def after(self, step: int, results: object) -> None:
-    """Called after every step, with arrays that the step computes."""
+    """Must be called after every step, with arrays that the step computes."""
     if self._running and step + 1 not in self._steps:
       jax.block_until_ready(results)
       self.close()
 
   def close(self) -> None:
-    """Ends a trace that is still open."""
+    """Ends a trace that is running."""
     if self._running:
       jax.profiler.stop_trace()
       self._running = False
-      tqdm.tqdm.write(f"a trace of the steps is in the workdir, under {FOLDER}")  # also where a progress bar is drawn
+      tqdm.tqdm.write(f"a trace of the steps is in the workdir, under {FOLDER}")  # does not break a progress bar
 
   def __enter__(self) -> Trace:
     return self

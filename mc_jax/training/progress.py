@@ -1,4 +1,4 @@
-"""Showing how far a run is: a bar on a terminal, plain lines elsewhere."""
+"""Shows the progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from mc_jax.training import distributed
 
 
 class Progress:
-  """Steps done of steps to do, the latest figures and an estimate of the time left.
+  """Finished steps out of all, the latest figures and an estimate of the remaining time.
 
   Args:
-    step: done before.
-    steps: to do, those included.
-    unit: that losses are told in.
-    units_per_token: such as bytes.
+    step: Steps already done.
+    steps: All steps, including those done.
+    unit: The unit of losses, such as "byte".
+    units_per_token: Units per token of the training data.
   """
 
   def __init__(self, step: int, steps: int, unit: str = "byte", units_per_token: float = 1.0):
@@ -34,7 +34,7 @@ class Progress:
 
   def report(self, record: dict[str, float]) -> None:
     """Shows the record of a step, see metrics.Meter.collect."""
-    step, loss = record["step"], record.get("loss", math.nan)  # nan where the update was skipped
+    step, loss = record["step"], record.get("loss", math.nan)  # nan if the update was skipped
     bits = loss / math.log(2) / self._units_per_token
     figures = f"{bits:.3f} bits per {self._unit}, {record['tokens_per_second']:,.0f} tokens/s"
     if "mfu" in record:
@@ -61,7 +61,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-  """12.3 s as "0:12", an hour and a bit as "1:02:03"."""
+  """12.3 s as "0:12", 3723 s as "1:02:03"."""
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

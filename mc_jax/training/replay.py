@@ -1,4 +1,4 @@
-"""A step that ended a run, written down with all that it needs, and run again."""
+"""Dumps the step that ended a run with everything it needs, and runs it again."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from mc_jax.training.step import Batch, token_losses
 
 FOLDER = "replay"
 _CONFIG = "config.json"
-_SHOWN = 8  # names in a line
+_SHOWN = 8  # most names in a line
 
 
 def dump(workdir: epath.Path, step: int, current: TrainState, batch: Batch, config: Config) -> str:
-  """Writes what `step` needs to `workdir`/replay/STEP; all processes together.
+  """Writes the state and batch of `step` to `workdir`/replay/STEP; all processes call this together.
 
   Returns:
-    In words, where it is; or, as the step is what matters, why it could not be written.
+    A sentence with the folder, or with the reason why it could not be written: that must not hide the step's own error.
   """
   folder = _folder(workdir, step)
   try:
@@ -42,25 +42,25 @@ def dump(workdir: epath.Path, step: int, current: TrainState, batch: Batch, conf
     if distributed.is_first():
       (folder / _CONFIG).write_text(config_lib.to_json(config), encoding="utf-8")
       storage.write_digests(folder)
-  except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+  except (OSError, ValueError) as error:  # TensorStore raises ValueErrors
     return f"Its state and batch could not be written to {folder}: {str(error).strip().splitlines()[0]}"
-  return f"Its state and batch are in {folder}: the same command with --replay={step} tells where it comes from"
+  return f"Its state and batch are in {folder}: the same command with --replay={step} shows where it comes from"
 
 
 def replay(config: Config, workdir: epath.PathLike, step: int, devices: Sequence[jax.Device] | None = None) -> str:
-  """Runs a dumped step again, but for its update.
+  """Runs a dumped step again, without its update.
 
   Args:
-    config: of the run; may differ from the dump's where a resumed run's may. Data are those of the dump.
-    workdir: of the run.
-    step: that was dumped there.
-    devices: that config.mesh is made of; None: all of the job's.
+    config: The run's configuration; it may differ from the dump's where a resumed run's may. The dump's data are used.
+    workdir: The run's workdir.
+    step: The step that was dumped.
+    devices: The devices of config.mesh; None: all of the job's.
 
   Returns:
     A table of what is not finite: parameters, losses of the batch's rows, gradients.
 
   Raises:
-    ConfigError: there is no intact dump of the step, or it is of another model.
+    ConfigError: There is no intact dump of the step, or it is of another model.
   """
   folder = _folder(epath.Path(workdir), step)
   if not storage.has_digests(folder):
@@ -88,12 +88,12 @@ def replay(config: Config, workdir: epath.PathLike, step: int, devices: Sequence
     return {"loss": mean, "rows": rows, "squares": squares, "finite": finite}
 
   with jax.set_mesh(mesh):
-    found = jax.device_get(jax.jit(examine, out_shardings=axes.sharding(mesh, ()))(params, batch))
-  squares, finite = _by_name(found["squares"]), _by_name(found["finite"])
-  rows = [f"row {i} of {len(found['rows'])}" for i in np.flatnonzero(~np.isfinite(found["rows"]))]
+    values = jax.device_get(jax.jit(examine, out_shardings=axes.sharding(mesh, ()))(params, batch))
+  squares, finite = _by_name(values["squares"]), _by_name(values["finite"])
+  rows = [f"row {i} of {len(values['rows'])}" for i in np.flatnonzero(~np.isfinite(values["rows"]))]
   return report.table(
     {
-      "loss": f"{found['loss']:.6g} nats",
+      "loss": f"{values['loss']:.6g} nats",
       "gradient's norm": f"{np.sqrt(sum(squares.values())):.6g}",
       "losses not finite": _named(rows),
       "parameters not finite": _named([name for name, good in finite.items() if not good]),
@@ -108,7 +108,7 @@ def _folder(workdir: epath.Path, step: int) -> epath.Path:
 
 
 def _by_name(tree: dict) -> dict[str, np.ndarray]:
-  """{"blocks.mixer.norm.scale": leaf} of a nested dict."""
+  """A nested dict's leaves under names such as "blocks.mixer.norm.scale"."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 

@@ -1,4 +1,4 @@
-"""What is left of a run at its end: a table, a curve, a sample."""
+"""The report of a run: a table, a curve, a sample."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAMPLE = "sample.txt"
 
 
 def table(rows: dict[str, str], title: str) -> str:
-  """`rows` under a title, names and values in columns."""
+  """Rows under a title, with names and values in columns."""
   width = max(map(len, rows))
   lines = [f"  {name:<{width}}  {value}" for name, value in rows.items()]
   return "\n".join([title, *lines])
@@ -36,11 +36,11 @@ def curve(
   """Draws training and validation bits per byte, or per other unit, against steps.
 
   Args:
-    path: of the PNG.
-    records: of metrics.read.
-    lines: {name: bits per byte} of what to compare with, drawn across.
-    unit: of the validation's records.
-    units_per_token: by which training's loss, which is per token, becomes comparable.
+    path: The PNG to write.
+    records: The records of metrics.read.
+    lines: {name: bits per byte} of references, drawn as horizontal lines.
+    unit: The unit of the validation's records.
+    units_per_token: Divides the training loss, which is per token.
   """
   steps = np.array([record["step"] for record in records if "loss" in record])
   bits = np.array([record["loss"] for record in records if "loss" in record]) / math.log(2) / units_per_token
@@ -61,7 +61,7 @@ def curve(
 
 
 def _smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Means over windows of 2 % of the run."""
+  """Means over windows of 2% of the run."""
   window = max(1, len(values) // 50)
   if len(values) < window:
     return steps, values

@@ -1,4 +1,4 @@
-"""A sample of what a model has learned, by full forward passes over a fixed window."""
+"""Samples text from a model by full forward passes over a fixed window."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def sample(
 ) -> np.ndarray:
   """Continues `prompt` by `length` tokens.
 
-  Every token costs a forward pass over the last `window` tokens, which is simple and slow; the
-  model sees nothing of what lies before the window.
+  Every token takes a forward pass over the last `window` tokens, which is simple and slow. The model does not see
+  tokens before the window.
 
   Args:
-    graph: of the model, see state.graph.
-    params: of the model.
+    graph: The model's graph, see state.graph.
+    params: The model's parameters.
     prompt: int [tokens], at least one.
-    mesh: that the parameters lie on; every process of the job must take part.
-    length: tokens to generate.
-    window: tokens in a forward pass.
-    temperature: logits are divided by it; 0 takes the likeliest token.
-    seed: of the draws.
+    mesh: The parameters' mesh; every process of the job must take part.
+    length: The number of tokens to generate.
+    window: The number of tokens in a forward pass.
+    temperature: Divides the logits; 0 takes the likeliest token.
+    seed: The seed of the draws.
 
   Returns:
-    The continuation alone, int32 [length].
+    The continuation without the prompt, int32 [length].
   """
 
-  rows = math.prod(mesh.shape[axis] for axis in axes.RULES["batch"])  # the same one for all
+  rows = math.prod(mesh.shape[axis] for axis in axes.RULES["batch"])  # the same row for all
 
   @functools.partial(jax.jit, out_shardings=axes.sharding(mesh, ()))
   def next_token(params: dict, tokens: jax.Array, last: jax.Array, i: jax.Array) -> jax.Array:
@@ -57,7 +57,7 @@ def sample(
   tokens = [int(token) for token in prompt]
   for i in range(length):
     seen = tokens[-window:]
-    row = np.zeros(window, np.int32)  # what follows the last token is padding: the model is causal
+    row = np.zeros(window, np.int32)  # padding follows the last token: the model is causal
     row[: len(seen)] = seen
     tokens.append(int(next_token(params, row, np.int32(len(seen) - 1), np.int32(i))))
   return np.array(tokens[len(prompt) :], np.int32)

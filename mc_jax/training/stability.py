@@ -1,4 +1,4 @@
-"""How the memories are inside, while a model trains: their norms, their gates, and which caches nobody reads."""
+"""Looks into the memories while a model trains: their norms, their gates, and caches that no token reads."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from mc_jax.training.step import Batch
 
 
 def probe(config: Config, mesh: jax.sharding.Mesh) -> Callable[[dict, Batch], dict[str, jax.Array]]:
-  """(params, batch) -> float32 scalars of the batch's first rows, one for each device that holds other rows.
+  """(params, batch) -> float32 scalars for the batch's first rows, one row per data-parallel device.
 
-  * memory_norm, memory_norm_max: Frobenius norm of the online memories at the ends of segments, all matrices of a
-    memory together; the mean and the largest of all layers, heads, rows and segments. momentum_norm, momentum_norm_max:
-    the same, of rules with a momentum.
-  * gate_entropy: of how a token shares its attention between its online memory and caches, in nats; the mean over the
-    tokens that have a cache to read. Gates that do not sum to 1 are scaled to.
-  * caches_never_selected: under ssc the share of caches that tokens of their row could have read, and none did.
+  * memory_norm, memory_norm_max: Frobenius norm of the online memories at the ends of segments, over all matrices of a
+    memory; the mean and the maximum over layers, heads, rows and segments. momentum_norm, momentum_norm_max: the same
+    for the momentum, in rules that have one.
+  * gate_entropy: Entropy in nats of a token's gates over its online memory and caches, normalised to sum to 1; the mean
+    over tokens that have a cache to read.
+  * caches_never_selected: With ssc, the share of caches that tokens of their row could have read and none did.
 
-  One forward pass of these rows, by XLA: no small part of a step, but done every few steps (docs/stability.md).
+  It takes a forward pass of these rows with XLA, which is done only every few steps (docs/stability.md).
   """
   graph = state.graph(config)
   rows = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -35,8 +35,8 @@ def probe(config: Config, mesh: jax.sharding.Mesh) -> Callable[[dict, Batch], di
   def look(params: dict, batch: Batch) -> dict[str, jax.Array]:
     model = nnx.merge(graph, params)
     batch = {name: axes.constrain(x[:rows], axes.TOKENS) for name, x in batch.items()}
-    found = inspection.look(model, batch["tokens"], batch.get("segment_ids"), _of_layer)
-    return {name: values.max() if name.endswith("_max") else values.mean() for name, values in found.items()}
+    layers = inspection.look(model, batch["tokens"], batch.get("segment_ids"), _of_layer)
+    return {name: values.max() if name.endswith("_max") else values.mean() for name, values in layers.items()}
 
   jitted = jax.jit(look, out_shardings=axes.sharding(mesh, ()))
 
@@ -49,14 +49,14 @@ def probe(config: Config, mesh: jax.sharding.Mesh) -> Callable[[dict, Batch], di
 
 def _of_layer(cached: caching.Cached) -> dict[str, jax.Array]:
   """The scalars of one layer."""
-  found = _norms("memory", cached.states.memory)
+  scalars = _norms("memory", cached.states.memory)
   if cached.states.momentum is not None:
-    found |= _norms("momentum", cached.states.momentum)
+    scalars |= _norms("momentum", cached.states.momentum)
   if cached.reads is not None:
-    found["gate_entropy"] = _entropy(cached.reads)
+    scalars["gate_entropy"] = _entropy(cached.reads)
     if cached.reads.index is not None:
-      found["caches_never_selected"] = _never_selected(cached.reads)
-  return found
+      scalars["caches_never_selected"] = _never_selected(cached.reads)
+  return scalars
 
 
 def _norms(name: str, weights: Weights) -> dict[str, jax.Array]:

@@ -1,4 +1,4 @@
-"""What a step of training changes: parameters, the optimiser's moments, the step; and where it lies on a mesh."""
+"""The state of training, parameters, the optimiser's moments and the step, and its sharding on a mesh."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mc_jax.training.optimizer import adamw
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """A pytree of arrays, and nothing else: what a checkpoint holds."""
+  """The state of training, a pytree of arrays, as stored in checkpoints."""
 
   params: dict  # nested dict of float32 arrays
   opt_state: optax.OptState
-  step: jax.Array  # int32 scalar: steps done
-  skipped: jax.Array  # int32 scalar: of the last ones, in a row, how many were not finite and updated nothing
+  step: jax.Array  # int32 scalar: number of steps done
+  skipped: jax.Array  # int32 scalar: number of latest consecutive steps that were not finite and updated nothing
 
 
 def graph(config: Config) -> nnx.GraphDef:
@@ -32,7 +32,7 @@ def graph(config: Config) -> nnx.GraphDef:
 
 
 def create(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
-  """The state before the first step, each device making its own part; the same for the same train.seed on any mesh."""
+  """The initial state, initialised shard by shard; it depends on train.seed and not on the mesh."""
 
   def init() -> TrainState:
     params = nnx.to_pure_dict(nnx.state(_model(config), nnx.Param))
@@ -45,10 +45,10 @@ def create(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 def abstract(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
-  """Shapes, dtypes and shardings of `create`'s state; nothing runs, so the mesh's devices need not exist.
+  """Shapes, dtypes and shardings of `create`'s state. Nothing runs, so the mesh's devices need not exist.
 
-  Parameters lie as the logical names of their axes say (parallel/axes.py), the optimiser's moments like their
-  parameters, and scalars on every device.
+  Parameters are sharded by the logical names of their axes (parallel/axes.py), the optimiser's moments like their
+  parameters, and scalars are replicated.
   """
 
   def placed(x, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -72,12 +72,12 @@ def abstract(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 def shardings(tree):
-  """Where the arrays of a tree, real or abstract, lie."""
+  """The shardings of a tree's arrays, concrete or abstract."""
   return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def parameter_count(state: TrainState) -> int:
-  """Numbers that are learned."""
+  """The number of learned parameters."""
   return sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 
@@ -86,5 +86,5 @@ def _model(config: Config) -> models.LanguageModel:
 
 
 def _abstract_model(config: Config) -> tuple[nnx.GraphDef, nnx.State]:
-  # Not by nnx.eval_shape, which takes the logical names for axes of the mesh that is set.
+  # Not with nnx.eval_shape, which would take logical names for axes of the current mesh.
   return jax.eval_shape(lambda: nnx.split(_model(config)))

@@ -1,4 +1,4 @@
-"""A trained model of a workdir: its configuration, changed where asked, and its parameters alone."""
+"""Loads a trained model from a workdir: its configuration, with changes, and its parameters."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from mc_jax.training.config import Config
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-  """What a checkpoint holds of a model, ready to be evaluated, asked or exported.
+  """The model of a checkpoint, ready for evaluation, generation or export.
 
   Attributes:
     config: The run's configuration with the overrides; data.tokenizer is the copy in the workdir, if there is one.
-    stored: the same without the overrides.
-    params: nested dict of float32 arrays, as TrainState.params; `nnx.merge(state.graph(config), params)` is the model.
-    step: of the checkpoint.
-    mesh: that the parameters lie on.
-    changes: how the parameters differ from the checkpoint's, a line each; see `scores_may_differ` of `load`.
-    identity: The data that the model was trained on; None where the checkpoint does not say.
+    stored: The configuration without the overrides.
+    params: Nested dict of float32 arrays, as TrainState.params; `nnx.merge(state.graph(config), params)` is the model.
+    step: The checkpoint's step.
+    mesh: The mesh that the parameters are on.
+    changes: Differences between the parameters and the checkpoint's, one line each; see `scores_may_differ` of `load`.
+    identity: The identity of the data that the model was trained on; None if the checkpoint does not have it.
   """
 
   config: Config
@@ -51,18 +51,18 @@ class Trained:
     """The tokenizer of the run's text.
 
     Raises:
-      ConfigError: it cannot be read, or is not the one that the model was trained with.
+      ConfigError: It cannot be read, or is not the one that the model was trained with.
     """
     data = self.config.data
-    found = tokenizers.load(data.tokenizer, data.separator)
-    identity.require_tokenizer(self.identity, found.fingerprint, data.tokenizer)
-    return found
+    tokenizer = tokenizers.load(data.tokenizer, data.separator)
+    identity.require_tokenizer(self.identity, tokenizer.fingerprint, data.tokenizer)
+    return tokenizer
 
   def tokenizer_file(self) -> dict[str, bytes]:
-    """The file of the run's own tokenizer, {name: content}; {} where tokens are bytes or stand for no text.
+    """The file of the run's tokenizer, {name: content}; {} if tokens are bytes or stand for no text.
 
     Raises:
-      ConfigError: it cannot be read, or has changed since the run.
+      ConfigError: It cannot be read, or has changed since the run.
     """
     name, where = kept.name(self.stored.data), self.stored.data.tokenizer
     if name is None:
@@ -81,23 +81,23 @@ def load(
   mesh: jax.sharding.Mesh | None = None,
   scores_may_differ: bool = False,
 ) -> Trained:
-  """The model of a checkpoint; the optimiser's moments are not read.
+  """Loads the model of a checkpoint, without the optimiser's moments.
 
-  The overrides may change all that leaves the parameters as they are: how caches are read, where sequences are cut, the
-  dtype, the data, the mesh. The run's own mesh is not looked at. With model.memory.after_training, segments have
-  the training length and start from M_0, if model.memory.segment_length and model.memory.carry are not given.
+  The overrides may change everything that does not affect the parameters: how caches are read, where sequences are cut,
+  the dtype, the data, the mesh. The run's own mesh is ignored. With model.memory.after_training, segments have the
+  training length and start from M_0 unless model.memory.segment_length and model.memory.carry are given.
 
   Args:
-    workdir: of the run, on this machine or gs://BUCKET/FOLDER.
-    overrides: {"data.length": 2048}: fields of the configuration that differ from the run's.
-    step: of the checkpoint; None: the newest.
-    mesh: where the parameters go; None: all devices if the overrides say how (mesh.*), else the first one.
-    scores_may_differ: the overrides may also add and drop what tells caches apart, connectors and age scores. What the
-      checkpoint lacks starts as train.seed of the overrides has it.
+    workdir: The run's workdir, on this machine or gs://BUCKET/FOLDER.
+    overrides: Fields of the configuration that differ from the run's, {"data.length": 2048}.
+    step: The checkpoint's step; None: the newest.
+    mesh: The mesh for the parameters; None: all devices if the overrides set mesh.*, else the first device.
+    scores_may_differ: Whether the overrides may also add and remove the parameters that distinguish caches, connectors
+      and age scores. Those that the checkpoint lacks are initialised with train.seed of the overrides.
 
   Raises:
-    ConfigError: no such folder, checkpoint or field; a damaged checkpoint; settings that do not go together; or
-      overrides under which the parameters would be others.
+    ConfigError: A folder, checkpoint or field that does not exist; a damaged checkpoint; settings that do not work
+      together; or overrides that change the parameters' names or shapes.
   """
   overrides = dict(overrides or {})
   with _open(epath.Path(workdir)) as manager:
@@ -105,15 +105,15 @@ def load(
     args = ocp.args.Composite(config=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
     restored = manager.restore(step, args=args)
     stored = config_lib.from_stored(restored["config"])
-    stored = dataclasses.replace(stored, mesh=MeshConfig(), data=kept.own(epath.Path(workdir), stored.data))
+    stored = dataclasses.replace(stored, mesh=MeshConfig(), data=kept.with_copy(epath.Path(workdir), stored.data))
     config = config_lib.replace(stored, _defaults(stored, overrides) | overrides)
     if new := [problem for problem in config.problems() if problem not in stored.problems()]:
-      raise ConfigError("\n".join(new))  # what the run itself did is not questioned again
+      raise ConfigError("\n".join(new))  # the run itself worked with its problems
     if mesh is None:
       everywhere = any(name.startswith("mesh.") for name in overrides)
       mesh = config.make_mesh(None if everywhere else jax.devices()[:1])
     target = {"params": state.abstract(stored, mesh).params}
-    new_scores = _differ_in_scores_alone(target["params"], state.abstract(config, mesh).params)
+    new_scores = _differ_only_in_scores(target["params"], state.abstract(config, mesh).params)
     if not (new_scores and scores_may_differ):
       _require_parameters_of(stored, config, overrides, mesh)
     args = ocp.args.PyTreeRestore(
@@ -122,21 +122,21 @@ def load(
     params = manager.restore(step, args=ocp.args.Composite(state=args))["state"]["params"]
   changes = ()
   if new_scores:
-    params, changes = _put_into(params, state.create(config, mesh).params)
+    params, changes = _merge(params, state.create(config, mesh).params)
   return Trained(config, stored, params, step, mesh, changes, identity_of(restored["data"]))
 
 
 def _open(workdir: epath.Path) -> ocp.CheckpointManager:
-  """The checkpoints of a workdir, to be read only: a run may still be writing there."""
+  """The checkpoints of a workdir, read only, because a run may still be writing there."""
   folder = workdir / FOLDER
   if not workdir.is_dir():
-    raise ConfigError(f"--workdir={workdir} is no folder: it must be that of a run, which mc_jax.train writes")
+    raise ConfigError(f"--workdir={workdir} is not a folder: it must be the workdir of a run of mc_jax.train")
   if not folder.is_dir():
     names = sorted(path.name for path in workdir.iterdir())
     there = f"it holds {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "it is empty"
     raise ConfigError(f"--workdir={workdir} has no folder {FOLDER}/, as runs of mc_jax.train have: {there}")
   verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)  # Orbax warns of what read_only means
+  logging.set_verbosity(logging.ERROR)  # Orbax warns about the consequences of read_only
   try:
     return ocp.CheckpointManager(
       storage.absolute(folder),
@@ -148,7 +148,7 @@ def _open(workdir: epath.Path) -> ocp.CheckpointManager:
 
 
 def _step(manager: ocp.CheckpointManager, folder: epath.Path, step: int | None) -> int:
-  """The step asked for, or the newest: of a checkpoint that is there, complete and as it was written."""
+  """The requested step or the newest, of a checkpoint that is complete and undamaged."""
   steps = [step for step in sorted(manager.all_steps()) if storage.has_digests(folder / str(step))]
   if not steps:
     raise ConfigError(f"{folder} holds no complete checkpoint: did the run reach its first one?")
@@ -164,21 +164,21 @@ def _step(manager: ocp.CheckpointManager, folder: epath.Path, step: int | None) 
 
 
 def _defaults(stored: Config, overrides: dict) -> dict[str, object]:
-  """What follows from the overrides where they do not say otherwise."""
+  """Further fields that follow from the overrides; the overrides take precedence."""
   if overrides.get("model.memory.after_training") is None:
     return {}
-  # A state that has read no more than in training, and each time from M_0: on longer rows states that go on wear out,
-  # and their average with them (docs/extrapolation.md).
+  # Segments as long as in training, each from M_0: on longer rows states that carry over wear out, and their average
+  # with them (docs/extrapolation.md).
   return {"model.memory.segment_length": stored.data.length, "model.memory.carry": "independent"}
 
 
-# What a model has to tell caches apart, and may lack: the projection's last part, the connectors W_u, and age scores.
+# Optional parameters that distinguish caches: the projection's last slice, the connectors W_u, and age scores.
 _PROJECTION, _PROJECTIONS = ("projection", "kernel"), -3  # the axis of queries, keys, values, output gates, connectors
 _AGE_SCORES = ("age_scores", "kernel")
 
 
-def _differ_in_scores_alone(stored: dict, wanted: dict) -> bool:
-  """Whether two models differ in their parameters, and that in connectors and age scores alone."""
+def _differ_only_in_scores(stored: dict, wanted: dict) -> bool:
+  """Whether two models' parameters differ, and only in connectors and age scores."""
   stored, wanted = (
     {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree).items()} for tree in (stored, wanted)
   )
@@ -193,15 +193,15 @@ def _differ_in_scores_alone(stored: dict, wanted: dict) -> bool:
   return stored != wanted and all(map(fits, stored | wanted))
 
 
-def _put_into(stored: dict, fresh: dict) -> tuple[dict, tuple[str, ...]]:
-  """The parameters `stored`, with what they lack from `fresh` and without what that has not; and a line for each."""
+def _merge(stored: dict, fresh: dict) -> tuple[dict, tuple[str, ...]]:
+  """`stored` with missing parameters taken from `fresh` and superfluous ones dropped; and a line for each."""
   stored, fresh = traverse_util.flatten_dict(stored), traverse_util.flatten_dict(fresh)
   changes = []
 
-  def told(path: tuple[str, ...], name: str, lacking: bool) -> None:
+  def note(path: tuple[str, ...], name: str, lacking: bool) -> None:
     place = "/".join(path)
     if lacking:
-      changes.append(f"the checkpoint has no {name} ({place}): they start as train.seed has them")
+      changes.append(f"the checkpoint has no {name} ({place}): they are initialised with train.seed")
     else:
       changes.append(f"the checkpoint has {name} ({place}): they are left out")
 
@@ -213,17 +213,17 @@ def _put_into(stored: dict, fresh: dict) -> tuple[dict, tuple[str, ...]]:
   for path, new in fresh.items():
     old = params[path] = stored.get(path, new)
     if old is new:
-      told(path, "age scores", lacking=True)
+      note(path, "age scores", lacking=True)
     elif old.shape != new.shape:
-      told(path, "connectors", lacking=old.shape < new.shape)
+      note(path, "connectors", lacking=old.shape < new.shape)
       params[path] = jax.jit(joined, out_shardings=new.sharding)(old, new)
   for path in stored.keys() - fresh.keys():
-    told(path, "age scores", lacking=False)
+    note(path, "age scores", lacking=False)
   return traverse_util.unflatten_dict(params), tuple(changes)
 
 
 def _require_parameters_of(stored: Config, config: Config, overrides: dict, mesh: jax.sharding.Mesh) -> None:
-  """Raises ConfigError, naming the fields, if the overrides change which parameters there are or their shapes."""
+  """Raises ConfigError, naming the fields, if the overrides change the parameters' names or shapes."""
 
   def shapes(config: Config) -> dict:
     params = state.abstract(config, mesh).params
@@ -233,20 +233,20 @@ def _require_parameters_of(stored: Config, config: Config, overrides: dict, mesh
   if wanted == trained:
     return
 
-  def alone(name: str) -> bool:  # changes them whatever the others do
+  def suffices(name: str) -> bool:  # to change them without the others
     one = config_lib.replace(stored, {name: overrides[name]})
     return not one.problems() and shapes(one) != trained
 
   differences = config_lib.differences(stored, config)
   changed = {name: differences[name] for name in differences if name.startswith("model.") and name in overrides}
   lines = [
-    f"  --config.{name}: {then!r} in the checkpoint, {now!r} asked for"
-    for name, (then, now) in ({name: changed[name] for name in changed if alone(name)} or changed).items()
+    f"  --config.{name}: {then!r} in the checkpoint, {now!r} requested"
+    for name, (then, now) in ({name: changed[name] for name in changed if suffices(name)} or changed).items()
   ]
   path = next(path for path in {**trained, **wanted} if trained.get(path) != wanted.get(path))
   raise ConfigError(
     "the checkpoint has other parameters than a model with\n"
     + "\n".join(lines)
-    + f"\nsuch as {path}: {trained.get(path, 'none')} in the checkpoint, {wanted.get(path, 'none')} asked for. "
-    "Only what leaves the parameters as they are can be changed after training"
+    + f"\nsuch as {path}: {trained.get(path, 'none')} in the checkpoint, {wanted.get(path, 'none')} requested. "
+    "Only fields that do not affect the parameters can be changed after training"
   )

@@ -1,4 +1,4 @@
-"""Ends a process that hangs, and says where it does; tells that what is slow goes on."""
+"""Ends a process that hangs and prints where; prints a heartbeat during work that is slow."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import TextIO
 
 from mc_jax.training.progress import duration
 
-_HELD = 1.5  # times the limit, after which the interpreter's lock is taken to be held: only C code gets to run then
+_HELD = 1.5  # times the limit: by then the interpreter's lock must be held, and only C code can run
 
 
 class Watchdog:
-  """Prints every thread's stack and ends the process with status 1 when nothing was finished for too long.
+  """Prints every thread's stack and ends the process with status 1 if `finished` is not called for too long.
 
-  The same command, given again, goes on from the last checkpoint.
+  The same command, given again, resumes from the last checkpoint.
 
   Args:
-    minutes: between two calls of `finished`; 0: it never ends anything.
+    minutes: Longest time between two calls of `finished`; 0: the process is never ended.
   """
 
   def __init__(self, minutes: float):
@@ -31,7 +31,7 @@ class Watchdog:
     self._deadline = float("inf")
 
   def finished(self) -> None:
-    """Something was: a step, an evaluation, a checkpoint."""
+    """Restarts the clock: a step, an evaluation or a checkpoint has ended."""
     if self._seconds:
       self._deadline = time.monotonic() + self._seconds
       faulthandler.dump_traceback_later(_HELD * self._seconds, exit=True, file=sys.__stderr__)
@@ -52,7 +52,7 @@ class Watchdog:
       if time.monotonic() >= self._deadline:
         print(
           f"error: no step, evaluation or checkpoint has ended for {duration(self._seconds)} (train.hang_minutes). "
-          "Every thread's stack follows; the same command goes on from the last checkpoint",
+          "Every thread's stack follows; the same command resumes from the last checkpoint",
           file=sys.__stderr__,
           flush=True,
         )
@@ -61,24 +61,24 @@ class Watchdog:
 
 
 @contextlib.contextmanager
-def telling(what: str, every: float = 30.0, file: TextIO | None = None) -> Iterator[None]:
-  """Within it, reports every so many seconds that `what`, such as "compiling the training step", still goes on.
+def heartbeat(work: str, every: float = 30.0, file: TextIO | None = None) -> Iterator[None]:
+  """Prints "still compiling, for 1:30 now" at intervals while its block runs.
 
   Args:
-    what: The work.
+    work: The work, such as "compiling".
     every: Seconds between two lines.
     file: Where to print them; default: standard output.
   """
   done, begin = threading.Event(), time.monotonic()
 
-  def tell() -> None:
+  def beat() -> None:
     while not done.wait(every):
-      print(f"still {what}, for {duration(time.monotonic() - begin)} now", file=file, flush=True)
+      print(f"still {work}, for {duration(time.monotonic() - begin)} now", file=file, flush=True)
 
-  teller = threading.Thread(target=tell, name="telling", daemon=True)
-  teller.start()
+  thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+  thread.start()
   try:
     yield
   finally:
     done.set()
-    teller.join()
+    thread.join()

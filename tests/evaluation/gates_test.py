@@ -122,5 +122,5 @@ def test_models_without_gates_are_told(model, message):
 def test_models_with_gates_have_them_looked_at(subject):
   for options in (dict(), dict(aggregation="soup", gate="token"), dict(aggregation="ssc", gate="constant")):
     assert not tasks.unsuited(["mqar", "gates_mqar"], ModelConfig(memory=MemoryConfig(**options)))
-  with pytest.raises(ConfigError, match="gates_mqar: it needs memories that are told apart"):
+  with pytest.raises(ConfigError, match="gates_mqar: it needs gates that depend on the token"):
     next(tasks.run(["gates_mqar"], subject(aggregation="residual"), Options(rows=1)))

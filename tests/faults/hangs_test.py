@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from mc_jax.training.watchdog import telling
+from mc_jax.training.watchdog import heartbeat
 
 # Steps that end, then one that never does: in Python, or in C code that holds the interpreter's lock.
 HANGS = """
@@ -54,11 +54,11 @@ def test_without_a_limit_and_after_its_end_nothing_is_ended():
 
 
 def test_what_is_slow_says_so(capsys):
-  with telling("compiling", every=0.2):
+  with heartbeat("compiling", every=0.2):
     time.sleep(0.5)
   printed = capsys.readouterr().out.splitlines()
   assert printed[:2] == ["still compiling, for 0:00 now"] * 2
-  with telling("compiling", every=10):
+  with heartbeat("compiling", every=10):
     pass
   assert capsys.readouterr().out == ""
 

@@ -47,10 +47,10 @@ def test_sigterm_ends_a_quickstart_within_30_seconds_and_the_same_command_goes_o
   assert time.monotonic() - begin < 30
   assert process.returncode == 128 + signal.SIGTERM, printed
   step = max(record["step"] for record in metrics.read(tmp_path))
-  assert f"stopped at step {step}; the same command goes on from there" in printed
+  assert f"stopped at step {step}; the same command resumes" in printed
   assert (tmp_path / "checkpoints" / str(step)).is_dir()
   process = _start(tmp_path)
-  _wait_for_line(process, f"going on from the checkpoint of step {step}")
+  _wait_for_line(process, f"resuming from the checkpoint of step {step}")
   process.kill()
   process.communicate()
 

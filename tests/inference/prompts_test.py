@@ -109,9 +109,9 @@ def test_another_models_prompt_is_refused(saved):
 def test_what_is_not_there_is_named(saved, tmp_path):
   with pytest.raises(ConfigError, match="nowhere is not there"):
     prompts.load(tmp_path / "nowhere", decoder())
-  with pytest.raises(ConfigError, match="has no saved prompt in it"):
+  with pytest.raises(ConfigError, match="has no saved prompt"):
     prompts.cache_config(tmp_path)
-  with pytest.raises(ConfigError, match="is there already"):
+  with pytest.raises(ConfigError, match="exists already"):
     prompts.save(saved[0], decoder(), *saved[1:])
 
 

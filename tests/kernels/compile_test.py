@@ -5,17 +5,17 @@ import itertools
 import jax
 import jax.numpy as jnp
 import pytest
-import tpu_cases
 
 from mc_jax import memory
+from mc_jax.bench import kernel_cases
 from mc_jax.memory import fused
-from mc_jax.parallel import topology
+from mc_jax.planning import topology
 
 pytest.importorskip("libtpu", reason="holds the TPUs' compiler; wheels for Linux on x86_64 only")
 
 CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 # The backward cases of writing have the forward kernels in them.
-CASES = [name for name in tpu_cases.SCORED if not name.endswith("write_fwd")]
+CASES = [name for name in kernel_cases.SCORED if not name.endswith("write_fwd")]
 # Whole networks of head_dim 256 do not fit in the 16 MiB of VMEM that a v4 has: the last test here has the reason.
 TOO_LARGE = {("v4", 256, "titans_write_bwd"), ("v4", 256, "cached_read_deep_bwd")}
 
@@ -42,17 +42,17 @@ def compile_for(chip, fn, args):
 def test_kernels_compile(chip, head_dim, name):
   options = {"chunk": 128} if chip == "v4" and name == "titans_write_bwd" else {}  # 256 do not fit
   with jax.set_mesh(topology.one_chip(CHIPS[chip]).mesh):  # whose VMEM says how long blocks are
-    fn, args, flops = getattr(tpu_cases, name)(head_dim, **options)
+    fn, args, flops = getattr(kernel_cases, name)(head_dim, **options)
   text = compile_for(chip, fn, args).as_text()
   assert all(kernel in text for kernel in flops)
 
 
 def layer(rule, head_dim, *, heads=2, length=1024, documents=False, **options):
   """(the gradient of a layer, its arguments): bfloat16 tokens, segments of 256."""
-  vector = tpu_cases.array(1, length, heads, head_dim, dtype=jnp.bfloat16)
-  gates = {name: tpu_cases.array(1, length, heads) for name in rule.gates}
+  vector = kernel_cases.array(1, length, heads, head_dim, dtype=jnp.bfloat16)
+  gates = {name: kernel_cases.array(1, length, heads) for name in rule.gates}
   init = jax.eval_shape(lambda: rule.init(jax.random.key(0), heads=heads, head_dim=head_dim))
-  ids = tpu_cases.array(1, length, dtype=jnp.int32) if documents else None
+  ids = kernel_cases.array(1, length, dtype=jnp.int32) if documents else None
 
   def loss(args, ids):
     segmentation = memory.segments.constant(256)
@@ -81,14 +81,14 @@ def test_every_rule_compiles_with_documents(name):
 @pytest.mark.parametrize(("chip", "head_dim", "chunk"), [("v5e", 256, 256), ("v6e", 128, 256), ("v4", 96, 128)])
 def test_the_printed_rule_compiles(chip, head_dim, chunk):
   with jax.set_mesh(topology.one_chip(CHIPS[chip]).mesh):
-    fn, args, _ = tpu_cases.titans_printed_write_bwd(head_dim, chunk)
+    fn, args, _ = kernel_cases.titans_printed_write_bwd(head_dim, chunk)
   assert "titans_write_bwd" in compile_for(chip, fn, args).as_text()
 
 
 @pytest.mark.parametrize("aggregation", ["grm", "ssc"])
 def test_a_layer_compiles_under_vmap(aggregation):
   fn, ((*tokens, init), _) = layer(memory.rules.get("linear", chunk=128), 128, aggregation=aggregation)
-  tokens = jax.tree.map(lambda x: tpu_cases.array(2, *x.shape, dtype=x.dtype), tokens)
+  tokens = jax.tree.map(lambda x: kernel_cases.array(2, *x.shape, dtype=x.dtype), tokens)
   text = compile_for(
     "v5e", jax.vmap(lambda tokens, init: fn((*tokens, init), None), (0, None)), (tokens, init)
   ).as_text()
@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_refused_with_the_reason():
   """By the chip of the mesh in context: a v4 has too little VMEM for a network of head_dim 256, a v5p has enough."""
   rule = memory.rules.get("titans", chunk=128)
   init = jax.eval_shape(lambda: rule.init(jax.random.key(0), heads=2, head_dim=256))
-  q = tpu_cases.array(1, 1024, 2, 256, dtype=jnp.bfloat16)
+  q = kernel_cases.array(1, 1024, 2, 256, dtype=jnp.bfloat16)
   fn, args = layer(rule, 256, aggregation="none", implementation="pallas")
   with jax.set_mesh(topology.one_chip(CHIPS["v4"]).mesh):
     assert "15 MiB of VMEM" in fused.unsupported(rule, (256,) * 4, q, init)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 
-import cache_errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import samples
 
 from mc_jax import memory
+from mc_jax.bench import cache_errors
 from mc_jax.memory import decode
 
 COMBINATIONS = list(itertools.product(memory.RULES, memory.AGGREGATIONS, memory.CARRIES))

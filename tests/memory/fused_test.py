@@ -19,7 +19,7 @@ from mc_jax.kernels import vmem
 from mc_jax.memory import documents as memory_documents
 from mc_jax.memory import fused, passes, rules, segments
 from mc_jax.memory.tokens import Tokens
-from mc_jax.parallel import topology
+from mc_jax.planning import topology
 
 LENGTH, SEGMENT, CHUNK = 51, 16, 8
 SEGMENT_IDS = np.array(

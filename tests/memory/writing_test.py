@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import samples
-import stored_pairs
 
+from mc_jax.bench import stored_pairs
 from mc_jax.memory import arithmetic, networks, rules, segments
 
 

@@ -8,8 +8,8 @@ from flax import nnx
 from mc_jax.models import CacheConfig, LanguageModel, MemoryConfig, ModelConfig
 from mc_jax.models import cache as cache_lib
 from mc_jax.parallel import mesh as meshes
-from mc_jax.parallel import topology
 from mc_jax.parallel.mesh import MeshConfig
+from mc_jax.planning import topology
 
 pytest.importorskip("libtpu", reason="holds the TPUs' compiler; wheels for Linux on x86_64 only")
 

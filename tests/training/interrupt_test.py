@@ -33,7 +33,7 @@ def handlers():
 )
 def test_a_hangup_never_makes_a_second_signal(sent, at_once):
   first, again = [], []
-  with interrupt.heard(first.append, again.append):
+  with interrupt.handled(first.append, again.append):
     for number in sent:
       signal.raise_signal(number)
   assert (first, again) == (sent[:1], at_once)

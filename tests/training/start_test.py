@@ -16,7 +16,7 @@ from mc_jax.training import loop, metrics, state, trained
 
 CONNECTORS = "connectors (blocks/mixer/projection/kernel)"
 AGE_SCORES = "age scores (blocks/mixer/age_scores/kernel)"
-LACKS = "the checkpoint has no {}: they start as train.seed has them"
+LACKS = "the checkpoint has no {}: they are initialised with train.seed"
 HAS = "the checkpoint has {}: they are left out"
 
 
@@ -78,7 +78,7 @@ def test_connectors_that_the_checkpoint_lacks_start_anew(origin):
 
 
 def test_who_evaluates_gets_no_new_connectors(origin):
-  with pytest.raises(ConfigError, match=r"aggregation: 'none' in the checkpoint, 'grm' asked for"):
+  with pytest.raises(ConfigError, match=r"aggregation: 'none' in the checkpoint, 'grm' requested"):
     trained.load(origin[0], {"model.memory.aggregation": "grm"})
 
 

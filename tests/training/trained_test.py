@@ -75,8 +75,8 @@ def test_after_training_a_state_is_made_and_cached_each_training_length(run):
 @pytest.mark.parametrize(
   ("overrides", "message"),
   [
-    ({"model.layers": 2, "model.dtype": "bfloat16"}, r"with\n  --config\.model\.layers: 1 in the .*, 2 asked for\n"),
-    ({"model.memory.aggregation": "grm"}, r"model\.memory\.aggregation: 'none' in the checkpoint, 'grm' asked for"),
+    ({"model.layers": 2, "model.dtype": "bfloat16"}, r"with\n  --config\.model\.layers: 1 in the .*, 2 requested\n"),
+    ({"model.memory.aggregation": "grm"}, r"model\.memory\.aggregation: 'none' in the checkpoint, 'grm' requested"),
     ({"model.memory.aggregation": "soup", "model.memory.agregation": "x"}, "nearest field is model.memory.aggregation"),
     ({"model.memory": "linear"}, r"model\.memory is a group; change its fields one by one: rule, chunk"),
     ({"data.length": 0}, r"data\.length"),

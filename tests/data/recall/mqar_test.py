@@ -1,9 +1,9 @@
 import itertools
 
-import mqar_statistics as statistics
 import numpy as np
 import pytest
 
+from mc_jax.bench import mqar_statistics as statistics
 from mc_jax.data.recall import TASKS, MQARConfig, mqar
 from mc_jax.errors import ConfigError
 
