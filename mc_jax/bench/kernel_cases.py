@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import megablox
 
 from mc_jax.kernels import cost, gated_sum, grouped
-from mc_jax.memory import aggregate, arithmetic, fused, networks, passes, rules, segments
+from mc_jax.memory import aggregate, arithmetic, networks, pallas, rules, segments, xla
 from mc_jax.memory.tokens import Tokens
 from mc_jax.parallel import attention
 
@@ -41,7 +41,7 @@ def write(rule, head_dim, *, carries=True):
 
   def fn(fresh, tokens):
     lengths = segments.constant(SEGMENT).lengths(LENGTH)
-    written = fused.write(rule, fresh, tokens, lengths, read=reading(rule), carries=carries, side_by_side=1)
+    written = pallas.write(rule, fresh, tokens, lengths, read=reading(rule), carries=carries, side_by_side=1)
     return written.y, written.states.memory
 
   return fn, (fresh, Tokens(vector, vector, vector, None, gates))
@@ -54,7 +54,7 @@ def write_flops(rule, head_dim):
   fresh = jax.eval_shape(lambda: rule.init(jax.random.key(0), heads=1, head_dim=head_dim))
   state = jax.eval_shape(rule.start, fresh, vector)
   tokens = Tokens(vector, vector, vector, None, gates)
-  step = functools.partial(passes.write_chunk, rule, reading(rule), solve=arithmetic.solve_in_kernel)
+  step = functools.partial(xla.write_chunk, rule, reading(rule), solve=arithmetic.solve_in_kernel)
   return cost.work(step, fresh, state, tokens).flops
 
 
@@ -110,7 +110,7 @@ def read_flops(memories, tokens):
 
 
 def cached_read_fwd(kind, head_dim):
-  contribution, memories = aggregate.whole(NETWORKS[kind]), states(kind, head_dim, jnp.bfloat16)
+  contribution, memories = aggregate.ReadNetwork(NETWORKS[kind]), states(kind, head_dim, jnp.bfloat16)
   x, gates = array(ROWS, LENGTH, head_dim, dtype=jnp.bfloat16), array(CACHES, ROWS, LENGTH)
   tile = gated_sum.query_tile(contribution, x, memories)
   counts = np.arange(tile - 1, LENGTH, tile) // SEGMENT
@@ -157,7 +157,7 @@ def selected_read_fwd(head_dim=128):
 
   def fn(x, gates, owner, memories):
     with jax.named_scope("memory_read_selected"):
-      return grouped.grouped(aggregate.whole(NETWORKS["deep"]), x, gates, owner, memories)
+      return grouped.grouped(aggregate.ReadNetwork(NETWORKS["deep"]), x, gates, owner, memories)
 
   return fn, (x, array(ROWS, blocks, block), owner, memories), {"selected_read_fwd": read_flops(memories, block)}
 

@@ -35,7 +35,7 @@ import tqdm
 from absl import flags
 
 from mc_jax import cli, memory
-from mc_jax.memory import decode, passes, segments
+from mc_jax.memory import decode, segments, xla
 from mc_jax.memory.tokens import Tokens, heads_first
 
 _TOKENS = flags.DEFINE_integer("tokens", 10_000_000, "Tokens that each combination reads.", lower_bound=1)
@@ -99,7 +99,7 @@ def write_block(rule, x, init, start):
   x = heads_first(x)
   lengths = segments.constant(SEGMENT).lengths(x.k.shape[2])
   nothing = x._replace(q=x.k[..., :0])
-  done = passes.write(rule, init, nothing, lengths, read=lambda _, q: q, carries=True, side_by_side=1, start=start)
+  done = xla.write(rule, init, nothing, lengths, read=lambda _, q: q, carries=True, side_by_side=1, start=start)
   return done.end, done.states.memory
 
 

@@ -1,10 +1,10 @@
 """Memory Caching as pure functions over arrays and pytrees (arXiv:2602.24281)."""
 
-from mc_jax.memory import aggregate, decode, documents, gates, networks, rules, segments, tokens
+from mc_jax.memory import aggregate, decode, documents, networks, routing, rules, segments, tokens
 from mc_jax.memory.caching import memory_caching, run
-from mc_jax.memory.gates import NAMES as GATES
-from mc_jax.memory.gates import POOLS
 from mc_jax.memory.options import CARRIES, IMPLEMENTATIONS, Options
+from mc_jax.memory.routing import NAMES as GATES
+from mc_jax.memory.routing import POOLS
 from mc_jax.memory.tokens import Tokens
 
 RULES = rules.names()  # those that come with the package
@@ -22,9 +22,9 @@ __all__ = [
   "aggregate",
   "decode",
   "documents",
-  "gates",
   "memory_caching",
   "networks",
+  "routing",
   "rules",
   "run",
   "segments",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mc_jax.memory import gates as gating
+from mc_jax.memory import routing
 from mc_jax.memory.arithmetic import dense, product, state_dtype
 from mc_jax.memory.networks import Linear, Network, Weights
 
@@ -32,7 +32,7 @@ class Contribution(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class whole:
+class ReadNetwork:
   """M(x): what a cached memory contributes to residual and grm (Eq. 7, 9), its hidden layers included."""
 
   network: Network
@@ -48,7 +48,7 @@ class whole:
 
 
 @dataclasses.dataclass(frozen=True)
-class layer:
+class ReadLayer:
   """x W: what a cached memory contributes to one layer of a soup (Eq. 14-15)."""
 
   name: str
@@ -113,28 +113,28 @@ class Aggregation(NamedTuple):
 
 def none(options, q, scores, visible, memories):
   """The online memory alone: the recurrence itself."""
-  return memories.online(whole(options.rule.network), q), None
+  return memories.online(ReadNetwork(options.rule.network), q), None
 
 
 def residual(options, q, scores, visible, memories):
   """The sum of all (Eq. 7)."""
-  return _read_all(options, q, gating.weigh("constant", 1.0, *scores, visible), visible, memories)
+  return _read_all(options, q, routing.weigh("constant", 1.0, *scores, visible), visible, memories)
 
 
 def grm(options, q, scores, visible, memories):
   """Gated residual memory: the sum of all, weighed (Eq. 9)."""
-  return _read_all(options, q, gating.weigh(options.gate, options.gate_scale, *scores, visible), visible, memories)
+  return _read_all(options, q, routing.weigh(options.gate, options.gate_scale, *scores, visible), visible, memories)
 
 
 def soup(options, q, scores, visible, memories):
   """Memory soup: one read of weights that are a mixture (Eq. 14-15)."""
-  gamma_online, gamma = gating.weigh(options.gate, options.gate_scale, *scores, visible)
+  gamma_online, gamma = routing.weigh(options.gate, options.gate_scale, *scores, visible)
 
   # The network runs once: each layer writes the online memory for its own read of it and makes one gated read over all
   # memories. The mixture is never built.
   def mixed(name, x):
     x = x.astype(q.dtype)
-    return gamma_online[..., None] * memories.online(layer(name), x) + memories.cached(layer(name), x, gamma)
+    return gamma_online[..., None] * memories.online(ReadLayer(name), x) + memories.cached(ReadLayer(name), x, gamma)
 
   return options.rule.network(q, mixed), Reads(visible, gamma_online, gamma)
 
@@ -142,16 +142,16 @@ def soup(options, q, scores, visible, memories):
 def ssc(options, q, scores, visible, memories):
   """Sparse selective caching: the online memory, and the top_k caches by score, weighed (Eq. 16-17)."""
   network = options.rule.network
-  index, kept_scores, kept = gating.select(scores[1], visible, options.top_k)
-  gamma_online, gamma = gating.weigh(options.gate, options.gate_scale, scores[0], kept_scores, kept)
-  y = gamma_online[..., None] * memories.online(whole(network), q)
+  index, kept_scores, kept = routing.select(scores[1], visible, options.top_k)
+  gamma_online, gamma = routing.weigh(options.gate, options.gate_scale, scores[0], kept_scores, kept)
+  y = gamma_online[..., None] * memories.online(ReadNetwork(network), q)
   if index.shape[-1]:  # a single segment has no caches
     y += memories.selected(network, q, index, gamma)
   return y, Reads(visible, gamma_online, gamma, index, kept)
 
 
 def _read_all(options, q, gamma, visible, memories):
-  read, (gamma_online, gamma) = whole(options.rule.network), gamma
+  read, (gamma_online, gamma) = ReadNetwork(options.rule.network), gamma
   y = gamma_online[..., None] * memories.online(read, q) + memories.cached(read, q, gamma)
   return y, Reads(visible, gamma_online, gamma)
 
@@ -179,7 +179,7 @@ def register(name: str, aggregation: Aggregation) -> None:
 def scored(name: str, gate: str) -> bool:
   """Whether an aggregation tells memories apart by scores: not where none is read, nor where all weigh the same."""
   aggregation = AGGREGATIONS[name]
-  return aggregation.caches == "selected" or (aggregation.gated and gate not in gating.BLIND)
+  return aggregation.caches == "selected" or (aggregation.gated and gate not in routing.BLIND)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -246,218 +246,3 @@ gated_sum.defvjp(_gated_sum_forward, _gated_sum_backward)
 
 def _at(states: Weights, i: jax.Array) -> Weights:
   return {name: lax.dynamic_index_in_dim(w, i, 0, keepdims=False) for name, w in states.items()}
-
-
-def read_selected(network: Network, q: jax.Array, index: jax.Array, gates: jax.Array, states: Weights) -> jax.Array:
-  """sum over a token's selected memories of gamma M(q) (Eq. 17): a mixture of experts whose experts are the caches.
-
-  (token, slot) pairs are sorted by the memory they chose and read in blocks of one memory each; cost k / n of reading
-  them all.
-
-  Args:
-    network: the memory's network.
-    q: [b, h, length, d].
-    index: [b, h, length, k] int, the memories chosen.
-    gates: [b, h, length, k]; where 0 the slot is empty.
-    states: {name: [n, b, h, in, out]}.
-
-  Returns:
-    [b, h, length, d], at least float32.
-  """
-
-  def read_blocks(x, gates, owner, states):
-    gates = gates[..., None]
-    return gates * jnp.where(gates == 0, 0.0, _read_in_turn(network, x, owner, states))
-
-  return select_and_read(read_blocks, 32, q, index, gates, states)
-
-
-def read_few(
-  network: Network, q: jax.Array, index: jax.Array, gates: jax.Array, fetch: Callable[[jax.Array], Weights]
-) -> jax.Array:
-  """`read_selected` for single tokens: fetches each one's memories, slot by slot.
-
-  Args:
-    q, index, gates: as of `read_selected`, length 1.
-    fetch: index [b, h] to those memories, {name: [b, h, in, out]}.
-  """
-  y = 0.0
-  for slot in range(index.shape[-1]):
-    gate = gates[..., slot, None]
-    y += jnp.where(gate == 0, 0.0, gate * whole(network)(q, fetch(index[:, :, 0, slot])))
-  return y
-
-
-def select_and_read(
-  read_blocks: Callable[[jax.Array, jax.Array, jax.Array, Weights], jax.Array],
-  block: int,
-  q: jax.Array,
-  index: jax.Array,
-  gates: jax.Array,
-  states: Weights,
-) -> jax.Array:
-  """`read_selected`, its blocks of `block` tokens read by a function handed in.
-
-  read_blocks: (x [b, h, blocks, block, d], gates [b, h, blocks, block], owner [b, h, blocks] int32 ascending, states)
-  to gated answers like x, 0 where a gate is. Every memory owns a block at least; an owner of n marks a block that
-  nobody looks at.
-  """
-  index, gates = jnp.moveaxis(index, -1, 2), jnp.moveaxis(gates, -1, 2)
-  layout = _layout(index, lax.stop_gradient(gates), len(jax.tree.leaves(states)[0]), block)
-  x, gates = spread(q, layout), _spread_gates(gates, layout)
-  blocks = (*layout.owner.shape, block)
-  y = read_blocks(x.reshape(*blocks, x.shape[-1]), gates.reshape(blocks), layout.owner, states)
-  return _combine(y.reshape(*y.shape[:2], -1, y.shape[-1]), layout)
-
-
-class Layout(NamedTuple):
-  """Where (slot, token) pairs go, so that every block of places belongs to one memory.
-
-  Attributes:
-    owner: [b, h, blocks] int32, the memory of each block, ascending; n for blocks of no pairs.
-    pair: [b, h, places] int32, what is in each place, slot * length + token; from k * length on, nothing.
-    gate: [b, h, places], its gate; 0 for nothing.
-    place: [b, h, k, length] int32, where each pair is.
-  """
-
-  owner: jax.Array
-  pair: jax.Array
-  gate: jax.Array
-  place: jax.Array
-
-
-def _layout(index: jax.Array, gates: jax.Array, memories: int, block: int) -> Layout:
-  """Sorts pairs [b, h, k, length] by the memory they chose, with as many fillers as make every memory's blocks whole.
-
-  A memory that nobody chose has a block of fillers. Empty slots, whose gate is 0, come last, in blocks of no memory. By
-  sorts alone, because a TPU is at its worst at looking up single numbers.
-  """
-  chosen = jnp.where(gates == 0, memories, index).reshape(*index.shape[:2], -1)
-  pairs, names = chosen.shape[-1], jnp.arange(memories)
-  sizes = (chosen[..., None, :] == names[:, None]).sum(-1)
-  lacking = jnp.where(sizes == 0, block, -sizes % block)
-  fillers = jnp.where(jnp.arange(block) < lacking[..., None], names[:, None], memories)
-  keys = jnp.concatenate([chosen, fillers.reshape(*chosen.shape[:-1], -1)], -1).astype(jnp.int32)
-  rest = -keys.shape[-1] % block
-  keys = jnp.pad(keys, ((0, 0), (0, 0), (0, rest)), constant_values=memories)
-  gates = jnp.pad(gates.reshape(chosen.shape), ((0, 0), (0, 0), (0, keys.shape[-1] - pairs)))
-  places = lax.broadcasted_iota(jnp.int32, keys.shape, 2)
-  keys, pair, gates = lax.sort((keys, places, gates), num_keys=1, is_stable=False)
-  _, place = lax.sort((pair, places), num_keys=1, is_stable=False)
-  return Layout(keys[..., ::block], pair, gates, place[..., :pairs].reshape(index.shape))
-
-
-def take(x: jax.Array, index: jax.Array) -> jax.Array:
-  """Rows of x: [b, h, n, d], [b, h, m] int to [b, h, m, d]."""
-  return jnp.take_along_axis(x, index[..., None], axis=-2, mode="clip")
-
-
-def take_pairs(x: jax.Array, layout: Layout) -> jax.Array:
-  """What is in every pair's place: x [b, h, places, d] to [b, h, k, length, d]."""
-  place = layout.place
-  return take(x, place.reshape(*place.shape[:2], -1)).reshape(*place.shape, x.shape[-1])
-
-
-# Every pair has one place: a gather, or a sort, does what the transpose of a gather would scatter.
-
-
-@jax.custom_vjp
-def spread(q: jax.Array, layout: Layout) -> jax.Array:
-  """The query in every place: q [b, h, length, d] to [b, h, places, d]; anything where there is no pair."""
-  return take(q, layout.pair % q.shape[2])
-
-
-spread.defvjp(
-  lambda q, layout: (spread(q, layout), layout),
-  lambda layout, cotangent: (_sum_of_pairs(cotangent, layout).astype(cotangent.dtype), None),
-)
-
-
-@jax.custom_vjp
-def _spread_gates(gates: jax.Array, layout: Layout) -> jax.Array:
-  """The gate in every place: gates [b, h, k, length] to [b, h, places]; 0 where there is no pair."""
-  return layout.gate
-
-
-def _spread_gates_backward(layout, cotangent):
-  shape = layout.place.shape
-  _, d_gates = lax.sort((layout.pair, cotangent), num_keys=1, is_stable=False)
-  return d_gates[..., : shape[2] * shape[3]].reshape(shape), None
-
-
-_spread_gates.defvjp(lambda gates, layout: (layout.gate, layout), _spread_gates_backward)
-
-
-@jax.custom_vjp
-def _combine(y: jax.Array, layout: Layout) -> jax.Array:
-  """The sum over a token's slots: y [b, h, places, d] to [b, h, length, d], at least float32."""
-  return _sum_of_pairs(y, layout)
-
-
-def _combine_backward(residuals, cotangent):
-  layout, like = residuals
-  # Anything in places of no pair: their gates are 0.
-  return take(cotangent.astype(like.dtype), layout.pair % cotangent.shape[2]), None
-
-
-_combine.defvjp(lambda y, layout: (_combine(y, layout), (layout, jnp.empty((0,), y.dtype))), _combine_backward)
-
-
-def _sum_of_pairs(x: jax.Array, layout: Layout) -> jax.Array:
-  # Slot by slot: for a sum over their axis XLA:TPU takes ten times as long.
-  slots = jnp.unstack(layout.place, axis=2)
-  return sum(take(x, place).astype(state_dtype(x.dtype)) for place in slots)
-
-
-def _read_in_turn(network: Network, x: jax.Array, owner: jax.Array, states: Weights) -> jax.Array:
-  """M^(owner)(x) block by block, each multiplied by its memory, gathered, a few at a time."""
-  states = {name: jnp.moveaxis(w, 0, 2) for name, w in states.items()}  # [b, h, n, in, out]
-  memories, blocks = jax.tree.leaves(states)[0].shape[2], owner.shape[-1]
-  together = max(1, memories // 4)  # blocks whose gathered memories exist at one time
-  steps = -(-blocks // together)
-
-  def cut(x):
-    x = jnp.pad(x, [(0, 0)] * 2 + [(0, steps * together - blocks)] + [(0, 0)] * (x.ndim - 3))
-    return jnp.moveaxis(x.reshape(*x.shape[:2], steps, together, *x.shape[3:]), 2, 0)
-
-  y = _read_blocks(network, cut(x), cut(jnp.minimum(owner, memories - 1)), states)
-  y = jnp.moveaxis(y, 0, 2)
-  return y.reshape(*y.shape[:2], -1, *y.shape[4:])[:, :, :blocks]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _read_blocks(network: Network, x: jax.Array, owner: jax.Array, states: Weights) -> jax.Array:
-  """M^(owner)(x): x [steps, b, h, g, block, d], owner [steps, b, h, g], states {name: [b, h, n, in, out]}."""
-
-  def read(_, xs):
-    return None, whole(network)(xs[0], _gather(states, xs[1]))
-
-  return lax.scan(read, None, (x, owner))[1]
-
-
-def _read_blocks_forward(network, x, owner, states):
-  return _read_blocks(network, x, owner, states), (x, owner, states)
-
-
-def _read_blocks_backward(network, residuals, cotangent):
-  x, owner, states = residuals
-  batch, heads = (
-    jnp.arange(n).reshape(shape) for n, shape in zip(owner.shape[1:3], ((-1, 1, 1), (1, -1, 1)), strict=True)
-  )
-
-  def read(totals, xs):
-    x, owner, cotangent = xs
-    _, pull = jax.vjp(whole(network), x, _gather(states, owner))
-    x_part, state_part = pull(cotangent)
-    # In place: through the transpose of the gather every step would add up n states.
-    return jax.tree.map(lambda total, part: total.at[batch, heads, owner].add(part), totals, state_part), x_part
-
-  state_totals, x_total = lax.scan(read, jax.tree.map(jnp.zeros_like, states), (x, owner, cotangent))
-  return x_total, None, state_totals
-
-
-_read_blocks.defvjp(_read_blocks_forward, _read_blocks_backward)
-
-
-def _gather(states: Weights, owner: jax.Array) -> Weights:
-  return {name: jnp.take_along_axis(w, owner[..., None, None], axis=2) for name, w in states.items()}

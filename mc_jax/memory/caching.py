@@ -1,7 +1,7 @@
 """Memory Caching: the public function (arXiv:2602.24281, section 3).
 
 A sequence is written (every token's online read, every segment's final memory), scored, and read, by a backend: passes
-over the sequence by XLA (passes.py) or as TPU kernels (fused.py). Scores and gates are one number per token and cache.
+over the sequence by XLA (xla.py) or as TPU kernels (pallas.py). Scores and gates are one number per token and cache.
 """
 
 import functools
@@ -12,31 +12,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mc_jax.memory import aggregate, fused, passes, reference, segments
+from mc_jax.memory import aggregate, pallas, reference, routing, segments, selection, xla
 from mc_jax.memory import documents as documents_lib
-from mc_jax.memory import gates as gating
 from mc_jax.memory import tokens as tokens_lib
 from mc_jax.memory.aggregate import Contribution, Reads
 from mc_jax.memory.arithmetic import state_dtype
 from mc_jax.memory.documents import Documents
 from mc_jax.memory.networks import Network, Weights
 from mc_jax.memory.options import Options
-from mc_jax.memory.passes import Written
 from mc_jax.memory.rules import Online, State
 from mc_jax.memory.tokens import Tokens
+from mc_jax.memory.xla import Written
 
 
 class Backend(NamedTuple):
-  """A way to run the passes over a sequence: functions with the arguments of those of passes.py and aggregate.py."""
+  """A way to run the passes over a sequence: functions with the arguments of those of xla.py and aggregate.py."""
 
   write: Callable[..., Written]
   read_caches: Callable[..., jax.Array]
   read_selected: Callable[..., jax.Array]
 
 
-_KERNELS = Backend(fused.write, fused.read_caches, fused.read_selected)
+_KERNELS = Backend(pallas.write, pallas.read_caches, pallas.read_selected)
 _BACKENDS = {
-  "xla": Backend(passes.write, passes.read_caches, aggregate.read_selected),
+  "xla": Backend(xla.write, xla.read_caches, selection.read_selected),
   "pallas": _KERNELS,
   "interpreted": Backend(*(functools.partial(function, interpret=True) for function in _KERNELS)),
 }
@@ -140,11 +139,11 @@ def run_part(
   run_by = functools.partial(functools.partial, _run, options, parts, keep)
   if options.implementation == "xla":
     return run_by("xla")(tokens, init)
-  unsupported = fused.unsupported(options.rule, options.segmentation.lengths(tokens.q.shape[1]), tokens.q, init)
+  unsupported = pallas.unsupported(options.rule, options.segmentation.lengths(tokens.q.shape[1]), tokens.q, init)
   if unsupported:
     if options.implementation == "pallas":
       raise ValueError(f"implementation='pallas' does not support {unsupported}")
-    fused.log_fallback(unsupported)
+    pallas.log_fallback(unsupported)
     return run_by("xla")(tokens, init)
   # Off TPU the kernels are only for tests: interpreted, and slow.
   elsewhere = "xla" if options.implementation is None else "interpreted"
@@ -167,10 +166,10 @@ def _run(
   summaries = None
   scored = aggregate.scored(options.aggregation, options.gate)
   if scored and options.gate == "token":
-    scores = gating.scores_by_age(tokens.token_scores.astype(wide), segment[:, None] - jnp.arange(caches))
+    scores = routing.scores_by_age(tokens.token_scores.astype(wide), segment[:, None] - jnp.arange(caches))
   elif scored:
-    own, summaries = passes.summarize(options.rule, tokens, lengths, options.pool, side_by_side=options.segment_group)
-    scores = own, gating.cached_scores(tokens.u, parts.gather(summaries)[:-1])
+    own, summaries = xla.summarize(options.rule, tokens, lengths, options.pool, side_by_side=options.segment_group)
+    scores = own, routing.cached_scores(tokens.u, parts.gather(summaries)[:-1])
   else:
     shape = tokens.q.shape[:3]
     scores = jnp.zeros(shape, wide), jnp.zeros((*shape, caches), wide)

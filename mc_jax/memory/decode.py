@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mc_jax.memory import aggregate, caching, pages, passes, segments
+from mc_jax.memory import aggregate, caching, pages, routing, segments, selection, xla
 from mc_jax.memory import documents as documents_lib
-from mc_jax.memory import gates as gating
 from mc_jax.memory import options as options_lib
 from mc_jax.memory import tokens as tokens_lib
 from mc_jax.memory.arithmetic import solve, state_dtype
@@ -212,7 +211,7 @@ def prefill(
       before = _of_rows(cached.states, jnp.maximum(segment - 1, 0))
       first = _where(segment > 0, before, first)
     whole = into // options.chunk * options.chunk  # tokens in whole chunks
-    first = passes.write(
+    first = xla.write(
       *(rule, fresh, _valid(tokens, jnp.arange(size) < whole[:, None])._replace(q=tokens.k[..., :0]), (size,)),
       **dict(read=lambda _, x: x, carries=True, side_by_side=1, start=first),
     ).end
@@ -304,7 +303,7 @@ def _append(options: Options, cache: Cache, finished: jax.Array, dtype: jnp.dtyp
   """Caches the state and the summary of a segment that is finished, where it is."""
   slot = (_segment(options, cache.position) - 1) % options.slots
   rows = jnp.arange(len(slot))
-  pool = gating.Pool(cache.keys, jnp.asarray(options.segment_length, cache.keys.dtype))
+  pool = routing.Pool(cache.keys, jnp.asarray(options.segment_length, cache.keys.dtype))
 
   def put(slots, new):  # rows that are not finished point behind the end
     return slots.at[jnp.where(finished, cache.first + slot, len(slots)), rows].set(new, mode="drop")
@@ -318,7 +317,7 @@ def _append(options: Options, cache: Cache, finished: jax.Array, dtype: jnp.dtyp
     memories = pages.write(cache.memories, cache.first + slot, finished, of_row)
   else:
     memories = jax.tree.map(put, cache.memories, _store(options, cache.state.memory, dtype))
-  return cache._replace(summaries=put(cache.summaries, gating.summary(pool, options.pool)), memories=memories)
+  return cache._replace(summaries=put(cache.summaries, routing.summary(pool, options.pool)), memories=memories)
 
 
 def _read(options: Options, x: Tokens, cache: Cache) -> jax.Array:
@@ -329,12 +328,12 @@ def _read(options: Options, x: Tokens, cache: Cache) -> jax.Array:
   scored = options.slots and aggregate.scored(options.aggregation, options.gate)
   if scored and options.gate == "token":
     ages = (segment[:, None] - held)[:, None, None]
-    scores = gating.scores_by_age(x.token_scores.astype(wide), ages)
+    scores = routing.scores_by_age(x.token_scores.astype(wide), ages)
   elif scored:
     tokens = (cache.position % options.segment_length + 1).astype(wide)
-    own = gating.summary(gating.Pool(cache.keys, _rows(tokens, cache.keys.ndim)), options.pool)
+    own = routing.summary(routing.Pool(cache.keys, _rows(tokens, cache.keys.ndim)), options.pool)
     summaries = jax.lax.dynamic_slice_in_dim(cache.summaries, cache.first, options.slots)
-    scores = gating.online_scores(x.u, own[:, :, None]), gating.cached_scores(x.u, summaries)
+    scores = routing.online_scores(x.u, own[:, :, None]), routing.cached_scores(x.u, summaries)
   else:
     scores = jnp.zeros(shape, wide), jnp.zeros((*shape, options.slots), wide)
   count = jnp.minimum(segment.max(), options.slots)
@@ -375,7 +374,7 @@ class _Memories(NamedTuple):
       cache = self.cache
       return _load(_selected(cache.memories, cache.state.memory, cache.first + index), self.dtype)
 
-    return aggregate.read_few(network, x, index, gamma, fetch)
+    return selection.read_few(network, x, index, gamma, fetch)
 
 
 def _segment(options: Options, position: jax.Array) -> jax.Array:

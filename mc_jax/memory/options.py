@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from mc_jax.memory import aggregate, gates, segments
+from mc_jax.memory import aggregate, routing, segments
 from mc_jax.memory.rules import Rule
 
 CARRIES = ("checkpoint", "independent")
@@ -52,8 +52,8 @@ class Options:
       )
     one_of("aggregation", self.aggregation, tuple(aggregate.AGGREGATIONS))
     one_of("carry", self.carry, CARRIES)
-    one_of("pool", self.pool, gates.POOLS)
-    one_of("gate", self.gate, gates.NAMES)
+    one_of("pool", self.pool, routing.POOLS)
+    one_of("gate", self.gate, routing.NAMES)
     one_of("implementation", self.implementation, (None, *IMPLEMENTATIONS))
     at_least_one("top_k", self.top_k)
     at_least_one("segment_group", self.segment_group)

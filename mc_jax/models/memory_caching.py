@@ -16,10 +16,10 @@ from mc_jax.memory import arithmetic, caching, decode
 from mc_jax.models import layer, problems
 from mc_jax.models.cache import CacheConfig, LayerCache
 from mc_jax.models.convolution import CausalConvolution
-from mc_jax.models.gates import TokenGates
 from mc_jax.models.layer import PLAIN, Context, Work
 from mc_jax.models.linear import Linear, parameter, residual_scale
 from mc_jax.models.norms import RMSNorm, l2_normalize
+from mc_jax.models.token_gates import TokenGates
 from mc_jax.parallel import axes, decoding
 from mc_jax.parallel import context as on_mesh
 
@@ -55,22 +55,20 @@ class MemoryConfig:
   max_step: float | None = None  # swla, dla, titans: the largest step size; None: as the rule
   window: int = 2  # swla: tokens written at each step
 
-  aggregation: str = "grm"  # how cached memories are read: none, residual, grm, soup, ssc
+  aggregation: str = memory.Options.aggregation  # how cached memories are read: none, residual, grm, soup, ssc
   segmentation: str = "constant"  # constant, or logarithmic (by the powers of two in the length)
   segment_length: int = 256  # tokens between two cached states (segmentation="constant")
-  carry: str = "checkpoint"  # a segment starts from the last state, or "independent" from M_0
-  top_k: int = 2  # ssc: cached memories that a token reads
+  carry: str = memory.Options.carry  # a segment starts from the last state, or "independent" from M_0
+  top_k: int = memory.Options.top_k  # ssc: cached memories that a token reads
   dense_steps: int | None = None  # ssc: first training steps, which read all caches; None: a third of them, 0: none
-  pool: str = "mean"  # a segment's summary is the mean or the sum of its keys
-  gate: str = (
-    "softmax"  # softmax, sigmoid, constant (1), uniform (equal shares), token (scores that ignore the segments)
-  )
-  gate_scale: float = 1.0  # multiplies the scores before the gate's nonlinearity
+  pool: str = memory.Options.pool  # a segment's summary is the mean or the sum of its keys
+  gate: str = memory.Options.gate  # softmax, sigmoid, constant (1), uniform (equal shares), token (blind to segments)
+  gate_scale: float = memory.Options.gate_scale  # multiplies the scores before the gate's nonlinearity
   shared_query: bool = False  # u = q instead of a projection of its own: an ablation
   after_training: str | None = None  # moving_average, grm: caches put on a model trained with aggregation="none"
-  segment_group: int = 8  # carry="independent": segments that run side by side
+  segment_group: int = memory.Options.segment_group  # carry="independent": segments that run side by side
   read_buffer_mib: int = 256  # mesh.context > 1: what a device gathers at a time to read the others' caches, MiB
-  implementation: str | None = None  # None: the best for the platform; or xla, reference
+  implementation: str | None = memory.Options.implementation  # None: the best for the platform; or xla, reference
 
   def problems(self, prefix: str = "memory") -> list[str]:
     """Everything wrong with these values, each line naming the field and the valid values."""
@@ -116,8 +114,8 @@ class MemoryConfig:
         f"{prefix}.after_training={self.after_training!r} is for models trained with {prefix}.aggregation='none', "
         f"got {self.aggregation!r}: use after_training=None"
       )
-    if self.dense_steps and self.selects and self.gate in memory.gates.BLIND:
-      sighted = [gate for gate in memory.GATES if gate not in memory.gates.BLIND]
+    if self.dense_steps and self.selects and self.gate in memory.routing.BLIND:
+      sighted = [gate for gate in memory.GATES if gate not in memory.routing.BLIND]
       found.append(
         f"{prefix}.dense_steps={self.dense_steps} has no effect with {prefix}.gate={self.gate!r}, through which scores "
         f"learn nothing: use 0, or one of {', '.join(sighted)} as gate"
@@ -152,7 +150,7 @@ class MemoryConfig:
   @property
   def learns_densely(self) -> bool:
     """Whether scores choose caches, so that training does well to begin with reading them all: see `dense`."""
-    return self.selects and self.gate not in memory.gates.BLIND
+    return self.selects and self.gate not in memory.routing.BLIND
 
   def dense(self) -> MemoryConfig:
     """These values for the first steps of training: every cache is read, weighed by the scores that will choose later.

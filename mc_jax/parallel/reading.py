@@ -30,10 +30,10 @@ def read_caches(
   lengths: tuple[int, ...],
   counts: jax.Array,
 ) -> jax.Array:
-  """`passes.read_caches` of the queries here, x [b, h, length, in], over all parts' memories, {name: [n, b, h, ...]}.
+  """`xla.read_caches` of the queries here, x [b, h, length, in], over all parts' memories, {name: [n, b, h, ...]}.
 
   gamma [b, h, length, count * n - 1] and counts are those of the whole sequence's caches. `local` is
-  `passes.read_caches` of what is here.
+  `xla.read_caches` of what is here.
   """
   gamma = jnp.pad(gamma, ((0, 0), (0, 0), (0, 0), (0, 1)))  # the sequence's last state is read by nobody
   to_queries, to_states = traffic(parts, contribution, x, memories)

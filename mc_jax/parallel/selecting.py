@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mc_jax.memory import aggregate
+from mc_jax.memory import selection
 from mc_jax.memory.arithmetic import state_dtype
 from mc_jax.memory.networks import Network, Weights
 from mc_jax.parallel import mesh
@@ -32,10 +32,10 @@ def read_selected(
   gates: jax.Array,
   states: Weights,
 ) -> jax.Array:
-  """`aggregate.read_selected` of the queries here, index being that of the whole sequence's memories.
+  """`selection.read_selected` of the queries here, index being that of the whole sequence's memories.
 
   q [b, h, length, d], index and gates [b, h, length, k], states {name: [n, b, h, in, out]}. `local` is
-  `aggregate.read_selected` of what is here.
+  `selection.read_selected` of what is here.
   """
   n = len(next(iter(states.values())))
   away = jnp.where(gates == 0, 0, parts.index() - index // n)  # how many parts back
@@ -97,7 +97,7 @@ def _rounds(parts: Parts, q: jax.Array, away: jax.Array) -> jax.Array:
 def _round(read, parts, i, q, chosen, gates, states):
   room = rooms(parts, q, gates.shape[-1])
   layout, gates, wanted = _layout(room, i, chosen, gates)
-  x = aggregate.spread(q, layout)
+  x = selection.spread(q, layout)
   ends = [sum(room[: by + 1]) for by in range(len(room))]
 
   def exchanged(x, send):
@@ -112,13 +112,13 @@ def _round(read, parts, i, q, chosen, gates, states):
 
 
 @jax.custom_vjp
-def _combine(y: jax.Array, gates: jax.Array, layout: aggregate.Layout) -> jax.Array:
+def _combine(y: jax.Array, gates: jax.Array, layout: selection.Layout) -> jax.Array:
   """The gated sum over a token's slots: y [b, h, places, d], gates [b, h, k, length] to [b, h, length, d]."""
   return _combine_forward(y, gates, layout)[0]
 
 
 def _combine_forward(y, gates, layout):
-  y, gate = aggregate.take_pairs(y, layout), gates[..., None]
+  y, gate = selection.take_pairs(y, layout), gates[..., None]
   return jnp.where(gate == 0, 0.0, gate * y).sum(2), (y, gates, layout)
 
 
@@ -126,7 +126,7 @@ def _combine_backward(residuals, cotangent):
   y, gates, layout = residuals
   d_gates = jnp.where(gates == 0, 0.0, (cotangent[:, :, None] * y).sum(-1))
   gate = layout.gate[..., None]
-  d_y = jnp.where(gate == 0, 0.0, gate * aggregate.take(cotangent, layout.pair % gates.shape[-1]))
+  d_y = jnp.where(gate == 0, 0.0, gate * selection.take(cotangent, layout.pair % gates.shape[-1]))
   return d_y.astype(y.dtype), d_gates, None
 
 
@@ -163,7 +163,7 @@ def _layout(room, i, chosen, gates):
   taken = [jnp.concatenate([*xs, jnp.zeros_like(xs[0][..., :1])], -1) for xs in zip(*taken, strict=True)]
   _, place = lax.sort((pair, place), num_keys=1, is_stable=False)
   place = place.reshape(shape)
-  layout = aggregate.Layout(None, taken[0], taken[2], place)
+  layout = selection.Layout(None, taken[0], taken[2], place)
   return layout, jnp.where(place < places, gates, 0.0), taken[1]
 
 

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mc_jax.memory import passes
+from mc_jax.memory import xla
 from mc_jax.memory.arithmetic import state_dtype
 from mc_jax.memory.networks import Weights
-from mc_jax.memory.passes import Written
 from mc_jax.memory.rules import Rule, State
 from mc_jax.memory.tokens import Tokens
+from mc_jax.memory.xla import Written
 from mc_jax.parallel.parts import Parts, largest_divisor
 
 Pytree = Any
@@ -39,11 +39,11 @@ def write(
   tokens: Tokens,
   lengths: tuple[int, ...],
   *,
-  read: passes.Read,
+  read: xla.Read,
   carries: bool,
   side_by_side: int,
 ) -> Written:
-  """`passes.write` of the segments here; `local` does it where the state that comes in is known."""
+  """`xla.write` of the segments here; `local` does it where the state that comes in is known."""
   tokens = tokens._replace(u=None, token_scores=None)
   run = functools.partial(local, rule, lengths=lengths, read=read, carries=carries, side_by_side=side_by_side)
   if not carries:
@@ -66,7 +66,7 @@ def _composed_start(parts: Parts, rule: Rule, fresh: Weights, tokens: Tokens, le
       owner = parts.ahead(jnp.where(valid, number, -1)[..., -rule.lookback :])
       tail = tuple(jnp.where((owner == before[..., :1])[..., None], x, 0) for x in tail)
     start, own = start._replace(tail=tail), own._replace(tail=tail)
-  ends = passes.write(
+  ends = xla.write(
     rule, fresh, tokens, lengths, read=_read_nothing, carries=True, side_by_side=1, start=own
   ).states.memory
   written = {name: w[-1] for name, w in ends.items()}

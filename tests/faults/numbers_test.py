@@ -12,7 +12,7 @@ from etils import epath
 
 from mc_jax.data import datasets, loader
 from mc_jax.errors import ConfigError
-from mc_jax.models import gates
+from mc_jax.models import token_gates
 from mc_jax.training import faulty, loop, metrics, replay, state, step
 
 
@@ -141,12 +141,12 @@ def test_a_parameter_that_is_not_finite_is_named(tiny, tmp_path, monkeypatch):
 def test_the_inner_loop_that_is_not_finite_ends_the_run(tiny, tmp_path, monkeypatch):
   """A learning rate of the memory is NaN at one token of one row."""
   memory = dataclasses.replace(tiny().model.memory, rule="titans")
-  config, call = tiny(memory=memory, max_skipped=2), gates.TokenGates.__call__
+  config, call = tiny(memory=memory, max_skipped=2), token_gates.TokenGates.__call__
 
   def broken(self, x):
     return {name: gate.at[1, 7].set(jnp.nan) for name, gate in call(self, x).items()}
 
-  monkeypatch.setattr(gates.TokenGates, "__call__", broken)
+  monkeypatch.setattr(token_gates.TokenGates, "__call__", broken)
   with pytest.raises(metrics.Diverged, match=r"step 2: .* 2 updates in a row"):
     _train(config, tmp_path)
   table = _replay(config, tmp_path, 2)

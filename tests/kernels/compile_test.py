@@ -8,7 +8,7 @@ import pytest
 
 from mc_jax import memory
 from mc_jax.bench import kernel_cases
-from mc_jax.memory import fused
+from mc_jax.memory import pallas
 from mc_jax.planning import topology
 
 pytest.importorskip("libtpu", reason="holds the TPUs' compiler; wheels for Linux on x86_64 only")
@@ -102,8 +102,8 @@ def test_what_does_not_fit_is_refused_with_the_reason():
   q = kernel_cases.array(1, 1024, 2, 256, dtype=jnp.bfloat16)
   fn, args = layer(rule, 256, aggregation="none", implementation="pallas")
   with jax.set_mesh(topology.one_chip(CHIPS["v4"]).mesh):
-    assert "15 MiB of VMEM" in fused.unsupported(rule, (256,) * 4, q, init)
+    assert "15 MiB of VMEM" in pallas.unsupported(rule, (256,) * 4, q, init)
     with pytest.raises(ValueError, match="implementation='pallas' does not support rule 'titans' at head_dim 256"):
       jax.eval_shape(fn, *args)
   with jax.set_mesh(topology.one_chip(CHIPS["v5p"]).mesh):
-    assert fused.unsupported(rule, (256,) * 4, q, init) is None
+    assert pallas.unsupported(rule, (256,) * 4, q, init) is None

@@ -10,7 +10,7 @@ import pytest
 import samples
 from jax.extend import core
 
-from mc_jax.memory import aggregate, networks, rules, segments
+from mc_jax.memory import aggregate, networks, rules, segments, selection
 
 FLOAT64 = pytest.mark.usefixtures("float64")
 NETWORKS = pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_gated_read_is_the_gated_sum_of_reads(network, count):
     return jnp.einsum("nbht,bhtnd->bhtd", gates, reads(network, q, states))
 
   def read(q, gates, states):
-    return aggregate.gated_sum(aggregate.whole(network), q, gates, states, count)
+    return aggregate.gated_sum(aggregate.ReadNetwork(network), q, gates, states, count)
 
   actual = value_and_gradients(read, cotangent)(q, gates, states)
   expected = value_and_gradients(expected, cotangent)(q, gates, states)
@@ -89,7 +89,7 @@ def test_a_layer_of_a_soup_is_read_through_its_mixed_weights():
     return jnp.einsum("bhti,bhtio->bhto", x, mixed)
 
   def read(x, gates, w):
-    return aggregate.gated_sum(aggregate.layer("w1"), x, gates, {"w1": w}, 4)
+    return aggregate.gated_sum(aggregate.ReadLayer("w1"), x, gates, {"w1": w}, 4)
 
   actual, expected = (value_and_gradients(f, cotangent)(x, gates, w) for f in (read, soup))
   chex.assert_trees_all_close(actual, expected, rtol=1e-9, atol=1e-9)
@@ -131,8 +131,8 @@ def test_a_selective_read_is_the_sum_over_what_was_selected(network, block):
 
   def read(q, gates, states):
     if block is None:
-      return aggregate.read_selected(network, q, index, gates, states)
-    return aggregate.select_and_read(read_blocks, block, q, index, gates, states)
+      return selection.read_selected(network, q, index, gates, states)
+    return selection.select_and_read(read_blocks, block, q, index, gates, states)
 
   actual, expected = (value_and_gradients(f, cotangent)(q, gates, states) for f in (read, expected))
   chex.assert_trees_all_close(actual, expected, rtol=1e-9, atol=1e-9)
@@ -147,7 +147,7 @@ def test_blocks_are_one_memorys_each_in_ascending_order():
     seen.extend((x, owner))
     return x
 
-  aggregate.select_and_read(read_blocks, block, q, index, gates, memories(networks.Matrix()))
+  selection.select_and_read(read_blocks, block, q, index, gates, memories(networks.Matrix()))
   x, owner = map(np.asarray, seen)
   assert owner.shape[-1] <= -(-index[0, 0].size // block) + MEMORIES + 1
   assert (np.diff(owner) >= 0).all()

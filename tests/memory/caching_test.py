@@ -11,7 +11,7 @@ import samples
 from samples import CHUNK
 
 from mc_jax import memory
-from mc_jax.memory import passes, rules, segments
+from mc_jax.memory import rules, segments, xla
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -187,7 +187,7 @@ def test_every_cut_gives_what_the_reference_gives(rule, aggregation, carry, segm
 def test_queries_are_read_in_tiles_of_several_segments():
   rule = rules.get("linear", chunk=10)
   x = samples.inputs(rule, batch=1, length=350, heads=1)
-  assert segments.tiles((40,) * 8 + (30,), passes.QUERY_TILE) == (160, 160, 30)
+  assert segments.tiles((40,) * 8 + (30,), xla.QUERY_TILE) == (160, 160, 30)
   samples.assert_equals_reference(x, rule=rule, aggregation="grm", segmentation=segments.constant(40))
 
 

@@ -16,7 +16,7 @@ import pytest
 import quick_compile
 import samples
 
-from mc_jax.memory import arithmetic, fused, passes, rules, segments
+from mc_jax.memory import arithmetic, pallas, rules, segments, xla
 from mc_jax.memory.tokens import Tokens
 
 HEAD_DIM, CHUNK, SEGMENT = 32, 64, 256
@@ -93,8 +93,8 @@ def state_errors(name, forgetful, broken=contextlib.nullcontext):
   rule = printed(name, chunk=CHUNK)
   x = stream(rule, 16_384, forgetful)
   with broken():
-    state = last_state(rule, functools.partial(fused.write, interpret=True), x)
-  expected = in_float64(functools.partial(last_state, rule, passes.write), x)
+    state = last_state(rule, functools.partial(pallas.write, interpret=True), x)
+  expected = in_float64(functools.partial(last_state, rule, xla.write), x)
   return [distance(a, b) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True)]
 
 
@@ -124,13 +124,13 @@ def patched(monkeypatch, *attribute):
 
 @pytest.mark.parametrize(("name", "forgetful"), LONG_LIVED)
 def test_states_kept_in_bfloat16_would_not(name, forgetful, monkeypatch):
-  exact = passes.write_chunk
+  exact = xla.write_chunk
 
   def write_chunk(*args, **kwargs):
     state, y = exact(*args, **kwargs)
     return jax.tree.map(lambda w: jax.lax.reduce_precision(w, 8, 7), state), y
 
-  broken = functools.partial(patched, monkeypatch, passes, "write_chunk", write_chunk)
+  broken = functools.partial(patched, monkeypatch, xla, "write_chunk", write_chunk)
   assert min(state_errors(name, forgetful, broken)) > 2 * STATE_BOUNDS[name]
 
 
@@ -210,9 +210,9 @@ def test_states_scores_and_summaries_are_float32(carry):
   def read(memory, q):
     return rule.network(q, lambda name, z: memory.read(name, z, q.dtype))
 
-  write = functools.partial(passes.write, rule, lengths=lengths, read=read, carries=carry, side_by_side=1)
+  write = functools.partial(xla.write, rule, lengths=lengths, read=read, carries=carry, side_by_side=1)
   written = jax.eval_shape(write, x.init, tokens)
-  summarize = functools.partial(passes.summarize, rule, lengths=lengths, kind="mean", side_by_side=1)
+  summarize = functools.partial(xla.summarize, rule, lengths=lengths, kind="mean", side_by_side=1)
   scores, summaries = jax.eval_shape(summarize, tokens)
   assert jax.tree.leaves(written.states)[0].shape[0] == len(summaries) == len(lengths)
   for leaf in jax.tree.leaves((written, scores, summaries)):

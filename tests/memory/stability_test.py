@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mc_jax.memory import documents, passes, rules, segments
+from mc_jax.memory import documents, rules, segments, xla
 from mc_jax.memory.arithmetic import solve
 from mc_jax.memory.tokens import Tokens
 
@@ -50,7 +50,7 @@ def write(rule, k, v, gates):
   @jax.jit
   def run(tokens):
     lengths = segments.constant(SEGMENT).lengths(LENGTH)
-    written = passes.write(rule, init, tokens, lengths, read=read, carries=True, side_by_side=1)
+    written = xla.write(rule, init, tokens, lengths, read=read, carries=True, side_by_side=1)
     return written.y[0, 0], norms(written.states.memory), norms(written.states.momentum)
 
   return jax.tree.map(np.asarray, run(tokens))

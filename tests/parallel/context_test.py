@@ -127,7 +127,7 @@ def test_the_cheaper_way_of_reading():
     rows, length, n, parts = 2, 4096, 4096 // segment // 4, context.Parts(4, "context", 1 << 28)
     x = jax.ShapeDtypeStruct((1, rows, length // 4, width), jnp.bfloat16)
     memories = {"w": jax.ShapeDtypeStruct((n, 1, rows, width, width), jnp.float32)}
-    return reading.traffic(parts, memory.aggregate.layer("w"), x, memories)
+    return reading.traffic(parts, memory.aggregate.ReadLayer("w"), x, memories)
 
   to_queries, to_states = moves(segment=512, width=64)
   assert to_queries < to_states

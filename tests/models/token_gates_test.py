@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from mc_jax import memory
-from mc_jax.models.gates import TokenGates
+from mc_jax.models.token_gates import TokenGates
 
 
 @pytest.mark.parametrize("name", ["swla", "dla", "titans"])

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from mc_jax import memory
 from mc_jax.kernels import vmem
 from mc_jax.memory import documents as memory_documents
-from mc_jax.memory import fused, passes, rules, segments
+from mc_jax.memory import pallas, rules, segments, xla
 from mc_jax.memory.tokens import Tokens
 from mc_jax.planning import topology
 
@@ -75,11 +75,11 @@ def assert_kernels_are_xla(case):
   x, segment_ids = inputs_of(case)
   options = dict(rule=case.rule, segmentation=segments.constant(case.segment), **case.options)
   cotangent = samples.like(x.q)
-  kernels, xla = (
+  kernels, plain = (
     samples.forward_and_back(implementation=name, **options)(x, segment_ids, cotangent) for name in ("pallas", "xla")
   )
-  chex.assert_trees_all_equal_shapes_and_dtypes(kernels, xla)
-  for (path, a), b in zip(jax.tree.leaves_with_path(kernels), jax.tree.leaves(xla), strict=True):
+  chex.assert_trees_all_equal_shapes_and_dtypes(kernels, plain)
+  for (path, a), b in zip(jax.tree.leaves_with_path(kernels), jax.tree.leaves(plain), strict=True):
     a, b, name = np.asarray(a, np.float64), np.asarray(b, np.float64), jax.tree_util.keystr(path)
     tolerance = (name.endswith(".u") and case.connector_tolerance) or case.tolerance
     assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), name
@@ -224,9 +224,9 @@ def test_a_ragged_end_leaves_the_states_as_they_are(rule, documents):
     run = functools.partial(write, rule, lengths=lengths, read=read, carries=True, side_by_side=1)
     return samples.jit(lambda init, tokens: run(init, tokens).states)(x.init, tokens)
 
-  kernels, xla = states(functools.partial(fused.write, interpret=True)), states(passes.write)
-  assert len(xla.memory[next(iter(xla.memory))]) == len(lengths)
-  chex.assert_trees_all_close(kernels, xla, rtol=1e-5, atol=1e-5)
+  kernels, plain = states(functools.partial(pallas.write, interpret=True)), states(xla.write)
+  assert len(plain.memory[next(iter(plain.memory))]) == len(lengths)
+  chex.assert_trees_all_close(kernels, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -308,8 +308,8 @@ def test_what_kernels_do_not_support_is_named_or_left_to_xla(dtype, options, mes
     x = rounded(samples.inputs(TITANS, batch=1, length=LENGTH, heads=1, head_dim=8), dtype)
     with pytest.raises(ValueError, match=re.escape(f"implementation='pallas' does not support {message}")):
       jax.eval_shape(layer("pallas", **options), x)
-    y, xla = (samples.jit(layer(name, **options))(x) for name in (None, "xla"))
-    chex.assert_trees_all_equal(y, xla)
+    y, plain = (samples.jit(layer(name, **options))(x) for name in (None, "xla"))
+    chex.assert_trees_all_equal(y, plain)
     assert y.dtype == dtype
 
 
@@ -323,11 +323,11 @@ def test_what_does_not_fit_in_vmem_is_named(monkeypatch):
 
 def test_a_fallback_is_logged_once_where_there_is_a_tpu(monkeypatch, caplog):
   with caplog.at_level(logging.WARNING):
-    fused.log_fallback("a test on a CPU")
+    pallas.log_fallback("a test on a CPU")
     assert not caplog.records
     monkeypatch.setattr(pltpu, "is_tpu_device", lambda: True)
-    fused.log_fallback("a test on a TPU")
-    fused.log_fallback("a test on a TPU")
+    pallas.log_fallback("a test on a TPU")
+    pallas.log_fallback("a test on a TPU")
   assert [record.getMessage() for record in caplog.records] == [
     "memory_caching runs without kernels: they do not support a test on a TPU"
   ]

@@ -5,7 +5,7 @@ the cache. READING takes the cache to the queries. A segment is computed again i
 started with, and the states that the scan keeps for that are the cache's own: activation memory is O(states + one
 segment), never O(length x state).
 
-fused.py has the same passes as TPU kernels, which run the same functions.
+pallas.py has the same passes as TPU kernels, which run the same functions.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mc_jax.memory import aggregate, arithmetic, pieces, segments
-from mc_jax.memory import gates as gating
+from mc_jax.memory import aggregate, arithmetic, pieces, routing, segments
 from mc_jax.memory.arithmetic import Solve
 from mc_jax.memory.documents import visible
 from mc_jax.memory.networks import Weights
@@ -111,12 +110,12 @@ def summarize(
 
   def step(keys, x, _, __):
     seen = visible(x.documents, x.k.shape[-2])
-    keys, so_far = gating.pool_keys(keys, x.k, seen)
-    return keys, gating.online_scores(x.u, gating.summary(so_far, kind)), ()
+    keys, so_far = routing.pool_keys(keys, x.k, seen)
+    return keys, routing.online_scores(x.u, routing.summary(so_far, kind)), ()
 
   def pool_segment(_, x, __, ___):
-    keys, scores, _ = pieces.scan(step, gating.empty_pool(x.k), x, _chunks(rule, x.k))
-    return None, scores, gating.summary(keys, kind)
+    keys, scores, _ = pieces.scan(step, routing.empty_pool(x.k), x, _chunks(rule, x.k))
+    return None, scores, routing.summary(keys, kind)
 
   tokens = tokens._replace(q=None, v=None, gates={}, token_scores=None)
   return pieces.scan(pool_segment, None, tokens, lengths, together=side_by_side, remat=True)[1:]

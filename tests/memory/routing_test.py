@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import samples
 
-from mc_jax.memory import documents, gates, rules, segments
+from mc_jax.memory import documents, routing, rules, segments
 
 SEGMENT_IDS = np.array([[1] * 7 + [0] + [2] * 4, [3] * 12])
 
@@ -43,9 +43,9 @@ def test_token_scores_at_padding_do_not_matter():
   chex.assert_trees_all_equal(run(padded, SEGMENT_IDS, cotangent), run(x, SEGMENT_IDS, cotangent))
 
 
-weigh = samples.numpy(samples.jit(gates.weigh, static_argnums=0))
-select = samples.numpy(samples.jit(gates.select, static_argnums=2))
-pool_keys = samples.numpy(samples.jit(gates.pool_keys))
+weigh = samples.numpy(samples.jit(routing.weigh, static_argnums=0))
+select = samples.numpy(samples.jit(routing.select, static_argnums=2))
+pool_keys = samples.numpy(samples.jit(routing.pool_keys))
 
 
 def test_gates_weigh_what_is_visible():
@@ -79,7 +79,7 @@ def test_large_scores_leave_gates_and_their_gradients_finite(kind):
   online, cached = np.float32([-3e4, 3e4]), np.float32([[3e4, -3e4], [-3e4, 3e4]])
 
   def value(online, cached):
-    gamma = gates.weigh(kind, 2.0, online, cached, jnp.array([True, False]))
+    gamma = routing.weigh(kind, 2.0, online, cached, jnp.array([True, False]))
     return gamma[0].sum() + gamma[1].sum(), gamma[1]
 
   (_, gamma), gradient = samples.jit(jax.value_and_grad(value, (0, 1), has_aux=True))(online, cached)
@@ -106,7 +106,7 @@ def test_pools_hold_the_documents_keys_up_to_and_including_each_token():
   ids = np.array([[1, 1, 2, 0, 3, 3], [1, 1, 1, 1, 1, 1]])
   k = rng.normal(size=(2, 3, 6, 4)).astype(np.float32) * (ids > 0)[:, None, :, None]
   seen = samples.jit(lambda ids: documents.visible(jax.tree.map(lambda x: x[:, None], documents.index(ids)), 6))(ids)
-  before = gates.Pool(np.full((2, 3, 4), 7, np.float32), np.full((2, 3, 1), 2, np.float32))  # of another document
+  before = routing.Pool(np.full((2, 3, 4), 7, np.float32), np.full((2, 3, 1), 2, np.float32))  # of another document
   after, so_far = pool_keys(before, k, seen)
   for row, t in np.ndindex(2, 6):
     number = max(ids[row, : t + 1]) if ids[row, t] == 0 else ids[row, t]
@@ -114,16 +114,16 @@ def test_pools_hold_the_documents_keys_up_to_and_including_each_token():
     chex.assert_trees_all_close(so_far.total[row, :, t], k[row, :, own].sum(0), atol=1e-6)
     chex.assert_trees_all_equal(so_far.count[row, :, t], np.full((3, 1), len(own), np.float32))
   chex.assert_trees_all_equal(after, jax.tree.map(lambda x: x[:, :, 5], so_far))
-  mean, total = gates.summary(so_far, "mean"), gates.summary(so_far, "sum")
+  mean, total = routing.summary(so_far, "mean"), routing.summary(so_far, "sum")
   chex.assert_trees_all_close(mean * so_far.count, total, rtol=1e-6)
-  chex.assert_trees_all_equal(gates.summary(gates.empty_pool(k), "mean"), np.zeros((2, 3, 4), np.float32))
+  chex.assert_trees_all_equal(routing.summary(routing.empty_pool(k), "mean"), np.zeros((2, 3, 4), np.float32))
 
 
 def test_an_open_pool_goes_on():
   rng = np.random.default_rng(3)
   k = rng.normal(size=(1, 2, 6, 4)).astype(np.float32)
-  whole, _ = pool_keys(gates.empty_pool(k), k, documents.visible(None, 6))
-  half, _ = pool_keys(gates.empty_pool(k), k[:, :, :3], documents.visible(None, 3))
+  whole, _ = pool_keys(routing.empty_pool(k), k, documents.visible(None, 6))
+  half, _ = pool_keys(routing.empty_pool(k), k[:, :, :3], documents.visible(None, 3))
   end, _ = pool_keys(half, k[:, :, 3:], documents.visible(None, 3))
   chex.assert_trees_all_close(end, whole, rtol=1e-5)
   assert whole.count.tolist() == [[[6.0], [6.0]]]
@@ -132,7 +132,7 @@ def test_an_open_pool_goes_on():
 def test_scores_of_tokens_are_looked_up_by_age():
   scores = np.random.default_rng(4).normal(size=(2, 3, 7, 5)).astype(np.float32)
   segment = segments.index((3, 3, 1))
-  online, cached = samples.numpy(samples.jit(gates.scores_by_age))(scores, segment[:, None] - np.arange(2))
+  online, cached = samples.numpy(samples.jit(routing.scores_by_age))(scores, segment[:, None] - np.arange(2))
   chex.assert_trees_all_equal(online, scores[..., 0])
   for t in range(7):
     for i in range(segment[t]):

@@ -1,4 +1,4 @@
-"""The passes as Pallas TPU kernels: the functions of passes.py, handed to the drivers of mc_jax/kernels."""
+"""The passes as Pallas TPU kernels: the functions of xla.py, handed to the drivers of mc_jax/kernels."""
 
 import functools
 import logging
@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from mc_jax.kernels import gated_sum, grouped, recurrence, vmem
-from mc_jax.memory import aggregate, arithmetic, passes
+from mc_jax.memory import aggregate, arithmetic, selection, xla
 from mc_jax.memory import documents as documents_lib
 from mc_jax.memory.networks import Network, Weights
 from mc_jax.memory.rules import Rule, State
@@ -77,13 +77,13 @@ def write(
   tokens: Tokens,
   lengths: tuple[int, ...],
   *,
-  read: passes.Read,
+  read: xla.Read,
   carries: bool,
   side_by_side: int,
   start: State | None = None,
   interpret: bool = False,
-) -> passes.Written:
-  """`passes.write` as one kernel: the state stays in VMEM from the first token to the last. Reads are in k's dtype."""
+) -> xla.Written:
+  """`xla.write` as one kernel: the state stays in VMEM from the first token to the last. Reads are in k's dtype."""
   del side_by_side  # a core runs one segment at a time
   length = sum(lengths)
   rows = _rows_of(tokens.k.dtype)
@@ -97,7 +97,7 @@ def write(
   def step(fresh, state, x, marks):
     if marks is not None:
       x = x._replace(documents=marks._replace(valid=marks.valid != 0))
-    state, y = passes.write_chunk(rule, read, fresh, state, x, solve=arithmetic.solve_in_kernel)
+    state, y = xla.write_chunk(rule, read, fresh, state, x, solve=arithmetic.solve_in_kernel)
     return state, y.astype(x.k.dtype)  # half the way to HBM and back for bfloat16, for one more rounding
 
   if start is None:
@@ -112,7 +112,7 @@ def write(
   )
   with jax.named_scope("memory_write"):
     y, states, end = recurrence.scan(run, fresh, start, tokens._replace(documents=None), marks)
-  return passes.Written(y[:, :, :length], states, end if carries else None)
+  return xla.Written(y[:, :, :length], states, end if carries else None)
 
 
 def read_caches(
@@ -125,9 +125,9 @@ def read_caches(
   *,
   interpret: bool = False,
 ) -> jax.Array:
-  """`passes.read_caches` as one kernel, through which the memories stream."""
+  """`xla.read_caches` as one kernel, through which the memories stream."""
   if not gamma.shape[-1]:
-    return passes.read_caches(contribution, x, gamma, memories, lengths, counts)
+    return xla.read_caches(contribution, x, gamma, memories, lengths, counts)
   batch, heads, length = x.shape[:3]
   x, memories = x.reshape(batch * heads, length, -1), _rows(memories, x.dtype)
   unread = len(jax.tree.leaves(memories)[0]) - gamma.shape[-1]  # the last memory is read by nobody
@@ -150,11 +150,11 @@ def read_caches(
 def read_selected(
   network: Network, q: jax.Array, index: jax.Array, gates: jax.Array, states: Weights, *, interpret: bool = False
 ) -> jax.Array:
-  """`aggregate.read_selected`, every block of pairs read by one kernel that runs the whole network."""
+  """`selection.read_selected`, every block of pairs read by one kernel that runs the whole network."""
   rows = _rows(states, arithmetic.state_dtype(q.dtype))  # each is fetched once: rounding it first would save nothing
   block = grouped.block_size(rows)
   if block is None:
-    return aggregate.read_selected(network, q, index, gates, states)
+    return selection.read_selected(network, q, index, gates, states)
 
   # On the average a memory's last block is half full.
   expected = (index.shape[2] * index.shape[3] + len(jax.tree.leaves(rows)[0]) * block // 2) // block
@@ -163,11 +163,11 @@ def read_selected(
     x, gates, owner = (a.reshape(-1, *a.shape[2:]) for a in (x, gates, owner))
     with jax.named_scope("memory_read_selected"):
       y = grouped.grouped(
-        aggregate.whole(network), x, gates, owner, states, expected_blocks=expected, interpret=interpret
+        aggregate.ReadNetwork(network), x, gates, owner, states, expected_blocks=expected, interpret=interpret
       )
     return y.reshape(*q.shape[:2], *y.shape[1:])
 
-  return aggregate.select_and_read(read_blocks, block, q, index, gates, rows)
+  return selection.select_and_read(read_blocks, block, q, index, gates, rows)
 
 
 def _rows(states: Weights, dtype: jnp.dtype) -> Weights:
