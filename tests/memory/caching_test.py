@@ -1,6 +1,5 @@
 """The public function: the fast path against the reference, causality and documents, for every combination."""
 
-import itertools
 from typing import NamedTuple
 
 import chex
@@ -10,7 +9,6 @@ import pytest
 import samples
 from samples import CHUNK
 
-from mc_jax import memory
 from mc_jax.memory import rules, segments, xla
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -59,9 +57,10 @@ def options_of(rule, aggregation, carry):
   )
 
 
-@pytest.fixture(
-  scope="module", params=itertools.product(memory.RULES, memory.AGGREGATIONS, memory.CARRIES), ids="-".join
-)
+CASES = [pytest.param(case.values, id=case.id, marks=case.marks) for case in samples.COMBINATIONS]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def case(request):
   """One rule, aggregation and carry; all tests of it share what was compiled."""
   options = options_of(*request.param)

@@ -1,7 +1,6 @@
 """The TPU kernels, interpreted, against XLA: values and gradients, what they refuse, and where they run."""
 
 import functools
-import itertools
 import logging
 import re
 from typing import NamedTuple
@@ -109,24 +108,11 @@ OPTIONS = {
   "independent": dict(pool="sum", gate="sigmoid", top_k=1, segment_group=2),
 }
 NAMES = memory.RULES, memory.AGGREGATIONS, memory.CARRIES
-# Every rule with every carry, every aggregation; the others are slow to compile.
-QUICK = {
-  ("linear", "none", "independent"),
-  ("linear", "soup", "checkpoint"),
-  ("swla", "ssc", "independent"),
-  ("swla", "grm", "checkpoint"),
-  ("dla", "residual", "checkpoint"),
-  ("dla", "grm", "independent"),
-  ("titans", "ssc", "checkpoint"),
-  ("titans", "residual", "independent"),
-}
-
-
 # Every rule with every aggregation, the carries by turns.
 COMBINATIONS = [
-  pytest.param(*names, id="-".join(names), marks=[] if names in QUICK else [pytest.mark.slow])
-  for names in itertools.product(memory.RULES, memory.AGGREGATIONS, memory.CARRIES)
-  if names in QUICK or sum(all_.index(name) for all_, name in zip(NAMES, names, strict=True)) % 2 == 0
+  case
+  for case in samples.COMBINATIONS
+  if not case.marks or sum(all_.index(name) for all_, name in zip(NAMES, case.values, strict=True)) % 2 == 0
 ]
 
 

@@ -4,6 +4,7 @@ What two tests of a file need alike is compiled once.
 """
 
 import functools
+import itertools
 import pathlib
 import sys
 from typing import NamedTuple
@@ -11,11 +12,29 @@ from typing import NamedTuple
 import chex
 import jax
 import numpy as np
+import pytest
 
 from mc_jax import memory
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # programs in this folder import this file, too
 from quick_compile import jit
+
+# Every rule with every carry, every aggregation. The others are the same code put together in other ways, and each
+# takes a minute's share to compile.
+QUICK = {
+  ("linear", "none", "independent"),
+  ("linear", "soup", "checkpoint"),
+  ("swla", "ssc", "independent"),
+  ("swla", "grm", "checkpoint"),
+  ("dla", "residual", "checkpoint"),
+  ("dla", "grm", "independent"),
+  ("titans", "ssc", "checkpoint"),
+  ("titans", "residual", "independent"),
+}
+COMBINATIONS = [
+  pytest.param(*names, id="-".join(names), marks=[] if names in QUICK else [pytest.mark.slow])
+  for names in itertools.product(memory.RULES, memory.AGGREGATIONS, memory.CARRIES)
+]
 
 
 def numpy(function):

@@ -1,7 +1,6 @@
 """Memory Caching on meshes of virtual devices: the numbers of one device, and what each device keeps and gathers."""
 
 import functools
-import itertools
 
 import chex
 import jax
@@ -67,11 +66,11 @@ def assert_same(actual, desired, tolerance=1e-9):
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(), 1e-30))
 
 
-COMBINATIONS = list(itertools.product(memory.RULES, memory.AGGREGATIONS, memory.CARRIES))
+COMBINATIONS = [case.values for case in samples.COMBINATIONS]
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(("rule", "aggregation", "carry"), COMBINATIONS)
+@pytest.mark.parametrize(("rule", "aggregation", "carry"), samples.COMBINATIONS)
 def test_numbers_of_one_device(rule, aggregation, carry):
   axes = MESHES[COMBINATIONS.index((rule, aggregation, carry)) % len(MESHES)]
   rule = build(rule)
