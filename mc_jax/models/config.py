@@ -6,11 +6,11 @@ import dataclasses
 import math
 
 from mc_jax.memory import rules
-from mc_jax.models import layer, swiglu  # noqa: F401  (registers its layer)
+from mc_jax.models import layer, memory_caching, swiglu  # noqa: F401  (register their layers)
 from mc_jax.models import problems as lines
 from mc_jax.models.attention import AttentionConfig
 from mc_jax.models.layer import FeedForward, Layer, Mixer
-from mc_jax.models.memory_caching import MemoryConfig
+from mc_jax.models.memory_config import MemoryConfig
 
 DTYPES = ("float32", "bfloat16")
 REMATS = ("full", "dots", "none")

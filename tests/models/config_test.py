@@ -21,7 +21,7 @@ def test_the_defaults_have_no_problems():
     ("heads", 0, "at least 1"),
     ("heads", 3, "1, 2, 4, 8"),
     ("mlp_dim", -1, "at least 0"),
-    ("pattern", ("mamba",), "attention, memory"),
+    ("pattern", ("mamba",), "memory, attention"),
     ("feed_forward", ("mamba",), "swiglu"),
     ("conv_width", 0, "at least 1"),
     ("dtype", "float16", "float32, bfloat16"),

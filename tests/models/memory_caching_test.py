@@ -12,7 +12,8 @@ from mc_jax import memory
 from mc_jax.models import MemoryConfig, ModelConfig
 from mc_jax.models.layer import Context
 from mc_jax.models.linear import Linear
-from mc_jax.models.memory_caching import AFTER_TRAINING, MemoryCaching, has_connector
+from mc_jax.models.memory_caching import MemoryCaching, has_connector
+from mc_jax.models.memory_config import AFTER_TRAINING
 from mc_jax.parallel import context
 
 # Each takes seconds to compile. ("titans", "grm") and ("swla", "ssc") are in language_model_test.py as well.

@@ -270,8 +270,8 @@ def test_a_pattern_divides_the_layers_and_names_what_there_is():
   assert "model.pattern=memory,attention" in problem and "model.feed_forward=swiglu,swiglu,swiglu" in problem
   assert "use 6, 12, 18" in problem
   for field, value, valid in (
-    ("pattern", (), "attention, memory, moving_average"),
-    ("pattern", ("swiglu",), "attention, memory"),
+    ("pattern", (), "memory, attention, moving_average"),
+    ("pattern", ("swiglu",), "memory, attention"),
     ("feed_forward", ("memory",), "swiglu"),
   ):
     (problem,) = dataclasses.replace(model_config(HYBRID), **{field: value}).problems()

@@ -1,0 +1,173 @@
+"""What can be turned in Memory Caching layers: model.memory.*."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mc_jax import memory
+from mc_jax.models import problems
+
+# Reading caches without parameters, for models trained without any (arXiv:2602.24281, section 4.3): the average
+# of the states' weights, read once; or grm that looks for what it asks (u = q).
+AFTER_TRAINING = {
+  "moving_average": {"aggregation": "soup", "gate": "uniform"},
+  "grm": {"aggregation": "grm", "gate": "softmax", "shared_query": True},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+  """One layer's memory and how its cached states are read (arXiv:2602.24281)."""
+
+  rule: str = "titans"  # how the memory writes: linear, swla, dla, titans
+  chunk: int = 64  # tokens written at once; inner gradients are taken at the chunk's start
+  depth: int = 2  # dla, titans: layers of the memory's network
+  expansion: int = 4  # dla, titans: hidden width of that network, in head_dim
+  norm: bool = False  # dla, titans: layer norm on the network's branch
+  retention: bool = True  # dla: the memory decays; False is the paper's unbounded form
+  normalized: bool = True  # dla, titans: steps are shares of a token's error; False: as printed, of its gradient
+  solve: bool | None = None  # titans, normalized: errors see what their chunk wrote; None: if normalized; False: frozen
+  max_grad_norm: float | None = None  # dla, titans: clip inner gradients; None: as the rule, 0: no
+  max_step: float | None = None  # swla, dla, titans: the largest step size; None: as the rule
+  window: int = 2  # swla: tokens written at each step
+
+  aggregation: str = memory.Options.aggregation  # how cached memories are read: none, residual, grm, soup, ssc
+  segmentation: str = "constant"  # constant, or logarithmic (by the powers of two in the length)
+  segment_length: int = 256  # tokens between two cached states (segmentation="constant")
+  carry: str = memory.Options.carry  # a segment starts from the last state, or "independent" from M_0
+  top_k: int = memory.Options.top_k  # ssc: cached memories that a token reads
+  dense_steps: int | None = None  # ssc: first training steps, which read all caches; None: a third of them, 0: none
+  pool: str = memory.Options.pool  # a segment's summary is the mean or the sum of its keys
+  gate: str = memory.Options.gate  # softmax, sigmoid, constant (1), uniform (equal shares), token (blind to segments)
+  gate_scale: float = memory.Options.gate_scale  # multiplies the scores before the gate's nonlinearity
+  shared_query: bool = False  # u = q instead of a projection of its own: an ablation
+  after_training: str | None = None  # moving_average, grm: caches put on a model trained with aggregation="none"
+  segment_group: int = memory.Options.segment_group  # carry="independent": segments that run side by side
+  read_buffer_mib: int = 256  # mesh.context > 1: what a device gathers at a time to read the others' caches, MiB
+  implementation: str | None = memory.Options.implementation  # None: the best for the platform; or xla, reference
+
+  def problems(self, prefix: str = "memory") -> list[str]:
+    """Everything wrong with these values, each line naming the field and the valid values."""
+    found = [
+      *problems.choices(
+        prefix,
+        self,
+        rule=memory.rules.names(),
+        aggregation=tuple(memory.aggregate.AGGREGATIONS),
+        segmentation=memory.segments.NAMES,
+        carry=memory.CARRIES,
+        pool=memory.POOLS,
+        gate=memory.GATES,
+        after_training=(None, *AFTER_TRAINING),
+        implementation=(None, *memory.IMPLEMENTATIONS),
+      ),
+      *problems.at_least(
+        prefix,
+        self,
+        chunk=1,
+        depth=1,
+        expansion=1,
+        window=2,
+        segment_length=1,
+        top_k=1,
+        dense_steps=0,
+        segment_group=1,
+        read_buffer_mib=1,
+      ),
+      *problems.positive(prefix, self, "gate_scale", "max_step"),
+      *problems.at_least(prefix, self, max_grad_norm=0),
+    ]
+    deep = self.rule in memory.rules.names() and "normalized" in memory.rules.options(self.rule)
+    if deep and self.solve and not self.normalized:
+      found.append(f"{prefix}.solve=True needs {prefix}.normalized=True, got False")
+    if deep and self.normalized and (self.max_grad_norm or 0) > 0:
+      found.append(
+        f"{prefix}.max_grad_norm={self.max_grad_norm} clips the printed rules: it needs {prefix}.normalized=False, for "
+        "normalized steps are bounded"
+      )
+    if self.after_training in AFTER_TRAINING and self.aggregation != "none":
+      found.append(
+        f"{prefix}.after_training={self.after_training!r} is for models trained with {prefix}.aggregation='none', "
+        f"got {self.aggregation!r}: use after_training=None"
+      )
+    if self.dense_steps and self.selects and self.gate in memory.routing.BLIND:
+      sighted = [gate for gate in memory.GATES if gate not in memory.routing.BLIND]
+      found.append(
+        f"{prefix}.dense_steps={self.dense_steps} has no effect with {prefix}.gate={self.gate!r}, through which scores "
+        f"learn nothing: use 0, or one of {', '.join(sighted)} as gate"
+      )
+    if self.unread:
+      gated = [name for name, kind in memory.aggregate.AGGREGATIONS.items() if kind.gated]
+      found += [
+        f"{prefix}.{field}={value!r} has no effect with {prefix}.aggregation={self.aggregation!r}, which has no gates: "
+        f"use {field}={default!r}, or one of {', '.join(gated)} as {prefix}.aggregation"
+        for field, default in self.unread.items()
+        if (value := getattr(self, field)) != default
+      ]
+    return found
+
+  @property
+  def unread(self) -> dict[str, object]:
+    """Fields that nothing reads, with their defaults: those of gates, where the aggregation has none."""
+    kind = memory.aggregate.AGGREGATIONS.get(self.aggregation)
+    return _GATES_ALONE if kind and not kind.gated and self.after_training is None else {}
+
+  @property
+  def reads_caches(self) -> bool:
+    """Whether cached memories are read at all."""
+    return memory.aggregate.AGGREGATIONS[self.aggregation].caches != "none"
+
+  @property
+  def selects(self) -> bool:
+    """Whether tokens choose the caches that they read."""
+    kind = memory.aggregate.AGGREGATIONS.get(self.aggregation)
+    return kind is not None and kind.caches == "selected"
+
+  @property
+  def learns_densely(self) -> bool:
+    """Whether scores choose caches, so that training does well to begin with reading them all: see `dense`."""
+    return self.selects and self.gate not in memory.routing.BLIND
+
+  def dense(self) -> MemoryConfig:
+    """These values for the first steps of training: every cache is read, weighed by the scores that will choose later.
+
+    What a token does not read teaches its scores nothing, so that ssc alone must first choose right by chance.
+    """
+    return dataclasses.replace(self, aggregation="grm")
+
+  def as_read(self) -> MemoryConfig:
+    """These values with `after_training` in effect: what a layer does. Itself where there is nothing to do."""
+    if self.after_training is None:
+      return self
+    return dataclasses.replace(self, after_training=None, **AFTER_TRAINING[self.after_training])
+
+  def build_rule(self) -> memory.rules.Rule:
+    """The rule, made with those of its options that it takes."""
+    values = dataclasses.asdict(self)
+    options = {name: values[name] for name in memory.rules.options(self.rule) if name in values}
+    if options.get("max_grad_norm") is None:
+      options.pop("max_grad_norm", None)
+    elif options["max_grad_norm"] == 0:
+      options["max_grad_norm"] = None
+    return memory.rules.get(self.rule, **options)
+
+  def build_segmentation(self) -> memory.segments.Segmentation:
+    """Where sequences are cut."""
+    if self.segmentation == "logarithmic":
+      return memory.segments.logarithmic()
+    return memory.segments.constant(self.segment_length)
+
+  def build_options(self, kind: type[memory.Options] = memory.Options, **others) -> memory.Options:
+    """What `memory_caching` is told of it; or decoding, whose kind of options has `others` besides."""
+    names = ("aggregation", "carry", "top_k", "pool", "gate", "gate_scale", "segment_group", "implementation")
+    told = {name: getattr(self, name) for name in names}
+    return kind(self.build_rule(), self.build_segmentation(), **told, **others)
+
+
+# What only gates read, with its default. (gate_scale and top_k may stand in a configuration that several aggregations
+# share: they are amounts, and without gates there is nothing to scale or choose.)
+_GATES_ALONE = {
+  field.name: field.default
+  for field in dataclasses.fields(MemoryConfig)
+  if field.name in ("gate", "pool", "shared_query")
+}
