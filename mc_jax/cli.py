@@ -153,9 +153,8 @@ def overrides_flag() -> flags.FlagHolder:
   """Defines --config.FIELD=VALUE alone, for programs that take a --workdir: changes to the configuration of its run."""
   from mc_jax.training import config
 
-  def known(
-    argument: str,
-  ) -> bool:  # absl would parse others at once, with an uncaught error; parse_config reports them
+  def known(argument: str) -> bool:
+    """Whether absl can parse it now: its errors would not be caught here, while parse_config reports them."""
     field = argument.lstrip("-").removeprefix("no").removeprefix("config.").partition("=")[0]
     return field in tree
 
