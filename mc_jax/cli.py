@@ -28,7 +28,7 @@ from ml_collections import config_flags
 from mc_jax import storage
 from mc_jax.errors import ConfigError
 
-flags.disclaim_key_flags()  # flags defined below belong to the programs that ask for them
+flags.disclaim_key_flags()  # flags defined below belong to the programs that define them
 
 _ACCESS = (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)  # of standard input, output and error
 
@@ -43,7 +43,7 @@ def run(
   hopeless: tuple[type[Exception], ...] = (),
   interrupted: str = "stopped",
 ) -> NoReturn:
-  """Runs a program to its end, whatever its standard streams are.
+  """Runs a program and exits, with usable standard streams.
 
   Args:
     main: Takes the arguments that are not flags, the program's name first.
@@ -51,8 +51,8 @@ def run(
     parse: Takes the command line and returns those arguments; default: `parse_config` where there is a `config`, else
       `parse_flags`.
     verbosity: Level of absl's log, unless the user gives --verbosity; default: absl's own.
-    outlives_output: The results are files, so the program continues when nobody reads its output any more. Others end
-      quietly then, as `generate | head -1` should.
+    outlives_output: The results are files, so the program continues when nobody reads its output any more. Other
+      programs then end quietly, as `generate | head -1` should.
     hopeless: Exceptions after which, as after ConfigError, the same command would end the same way.
     interrupted: What to print after Ctrl-C.
   """
@@ -105,7 +105,7 @@ def parse_arguments(argv: list[str], fields: Iterable[str] = ()) -> list[str]:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
     near = " or ".join(f"--{name}" for name in _near(error.flagname, fields))
-    hint = f"did you mean {near}?" if near else "--help lists those there are"
+    hint = f"did you mean {near}?" if near else "--help lists all flags"
     raise ConfigError(f"there is no flag --{error.flagname}; {hint}") from error
   except flags.Error as error:
     raise ConfigError(" ".join(str(error).split())) from error
@@ -128,7 +128,7 @@ def parse_config(holder: flags.FlagHolder, argv: list[str]) -> list[str]:
     if name.startswith("config."):
       config.require_field(name.removeprefix("config."))
     elif name == "config" and holder.default is not None:
-      raise ConfigError("--config=FILE is for training; here the run's own is read from --workdir=RUN")
+      raise ConfigError("--config=FILE is for training; here the configuration is read from --workdir=RUN")
   try:
     rest = parse_arguments(expanded(argv), [f"config.{field}" for field in config.fields(config.Config())])
   except KeyError as error:  # a name in data.sources that the config file does not have
@@ -140,7 +140,7 @@ def parse_config(holder: flags.FlagHolder, argv: list[str]) -> list[str]:
   try:
     if holder.value is not None:
       holder.value.lock()
-  except OSError as error:  # absl keeps this error back when it cannot load the file
+  except OSError as error:  # absl delays this error when it cannot load the file
     raise ConfigError(f"--config: {error}") from error
   if len(rest) > 1:
     raise ConfigError(f"not a flag: {' '.join(rest[1:])}; write --config.train.steps=100")
@@ -149,7 +149,7 @@ def parse_config(holder: flags.FlagHolder, argv: list[str]) -> list[str]:
 
 def config_flag() -> flags.FlagHolder:
   """Defines --config, a file such as configs/quickstart.py, whose fields are flags: --config.train.steps=100."""
-  text = "the run: a file such as configs/quickstart.py"
+  text = "Configuration file of the run, such as configs/quickstart.py."
   return config_flags.DEFINE_config_file("config", None, text, lock_config=True)
 
 
@@ -157,12 +157,13 @@ def overrides_flag() -> flags.FlagHolder:
   """Defines --config.FIELD=VALUE alone, for programs that take a --workdir: changes to the configuration of its run."""
   from mc_jax.training import config
 
-  def known(argument: str) -> bool:  # absl reads the others at once, where nobody catches its error: parse_config does
+  def known(argument: str) -> bool:
+    """Whether absl can parse it now: its errors would not be caught here, while parse_config reports them."""
     field = argument.lstrip("-").removeprefix("no").removeprefix("config.").partition("=")[0]
     return field in tree
 
   tree = config.fields(config.Config())
-  text = "changes a field of the run's configuration: --config.data.length=2048"
+  text = "Changes a field of the run's configuration: --config.data.length=2048."
   return config_flags.DEFINE_config_dict("config", config.default(), text, sys_argv=list(filter(known, sys.argv)))
 
 
@@ -172,7 +173,7 @@ def overrides(holder: flags.FlagHolder) -> dict[str, object]:
 
 
 def expanded(arguments: list[str]) -> list[str]:
-  """The arguments with --config=~/FILE as --config=HOME/FILE, which no shell does."""
+  """The arguments with --config=~/FILE as --config=HOME/FILE, which shells do not expand."""
   return [
     f"{flag}={storage.path(value)}" if flag.lstrip("-") == "config" and value.startswith("~") else argument
     for argument, (flag, _, value) in ((argument, argument.partition("=")) for argument in arguments)
@@ -215,7 +216,7 @@ def write_json(path: str | None, record: Mapping[str, object]) -> None:
 
 
 def command(door: str) -> str:
-  """The command line that started this program, as one types it.
+  """The command line that started this program, quoted for a shell.
 
   Args:
     door: The program's name, "evaluate" for mc_jax.evaluate.
@@ -224,7 +225,7 @@ def command(door: str) -> str:
 
 
 def typed(name: str, text: str) -> str:
-  """The text that a flag was given, as UTF-8, in which locales it may have been read otherwise.
+  """A flag's text as UTF-8, whatever the locale it was read in.
 
   Raises:
     ConfigError: It is not UTF-8.
@@ -237,7 +238,7 @@ def typed(name: str, text: str) -> str:
 
 @contextlib.contextmanager
 def naming(names: Mapping[str, str]) -> Iterator[None]:
-  """Within it, a ConfigError says "--paths" where it would say "data.paths", if `names` has {"data.paths": "--paths"}.
+  """Renames fields in ConfigErrors of its block: "--paths" for "data.paths" with names={"data.paths": "--paths"}.
 
   For programs whose flags are not the fields of a configuration.
   """
@@ -245,20 +246,20 @@ def naming(names: Mapping[str, str]) -> Iterator[None]:
     yield
   except ConfigError as error:
     known = rf"(?<![\w./-])(?:{'|'.join(map(re.escape, names))})(?![\w/]|\.\w)"  # no part of a file's name
-    raise ConfigError(re.sub(known, lambda found: names[found[0]], str(error))) from error
+    raise ConfigError(re.sub(known, lambda match: names[match[0]], str(error))) from error
 
 
 def silence() -> None:
-  """Sends standard output to nowhere from now on."""
+  """Discards standard output from now on."""
   sys.stdout.flush()
   _discard(1)
 
 
 def _near(name: str, fields: Iterable[str]) -> list[str]:
-  """The flag of this program that `name` is most like, and the fields of a configuration that are called so."""
+  """The flag of this program nearest to `name`, and the fields of a configuration of that name."""
   modules = flags.FLAGS.flags_by_module_dict().items()
-  own = [flag.name for module, found in modules if module == sys.argv[0] or "mc_jax" in module for flag in found]
-  return difflib.get_close_matches(name, own, n=1) + [field for field in fields if field.split(".")[-1] == name][:3]
+  names = [flag.name for module, flags_ in modules if module == sys.argv[0] or "mc_jax" in module for flag in flags_]
+  return difflib.get_close_matches(name, names, n=1) + [field for field in fields if field.split(".")[-1] == name][:3]
 
 
 class _Path(flags.ArgumentParser):
@@ -306,8 +307,8 @@ class _NobodyReads(BrokenPipeError):
 class _Output(io.FileIO):
   """Standard output or error.
 
-  Where the program lives for its output, the first failure to write it is raised. All others are passed over: a closed
-  terminal or pipe ends nothing.
+  If the output is `required`, the first failure to write it is raised. All others are ignored: a closed terminal or
+  pipe ends nothing.
   """
 
   def __init__(self, descriptor: int, required: bool):
@@ -318,7 +319,7 @@ class _Output(io.FileIO):
     try:
       return super().write(data)
     except OSError as error:
-      if self._required and error.errno != errno.EIO:  # EIO is a terminal's that has closed
+      if self._required and error.errno != errno.EIO:  # EIO: the terminal has closed
         self._required = False
         if error.errno == errno.EPIPE:
           raise _NobodyReads(*error.args) from error
@@ -329,8 +330,8 @@ class _Output(io.FileIO):
 def _open_streams(outlives_output: bool) -> None:
   """Makes all three standard streams usable.
 
-  One that is closed, or open the wrong way round, becomes /dev/null, before another file gets its number. Input is
-  UTF-8. Output keeps its encoding, and what that lacks is printed as escapes.
+  One that is closed, or open in the wrong direction, becomes /dev/null before another file can get its number. Input is
+  UTF-8. Output keeps its encoding; characters that it lacks are printed as escapes.
   """
   for descriptor, access in enumerate(_ACCESS):
     if not _is_open(descriptor, access):

@@ -1,4 +1,4 @@
-"""Files of this machine and of buckets: their names, writes that are in place whole or not at all, and digests."""
+"""Files on this machine and in buckets: their names, writes that happen whole or not at all, and digests."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ DIGESTS = "SHA256SUMS"  # name of the file that holds a folder's digests
 
 
 def path(text: str) -> epath.Path:
-  """The file or folder that a user wrote: ~ and ~NAME are home folders, gs:// and other schemes stay as they are."""
+  """The path of a user's text: ~ and ~NAME are home folders, URLs such as gs:// stay as they are."""
   return epath.Path(text) if in_bucket(text) else epath.Path(os.path.expanduser(text))
 
 
 def in_bucket(path: epath.PathLike) -> bool:
-  """Whether a path is not one of this machine's."""
+  """Whether a path is a URL, not on this machine."""
   return "://" in str(path)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-  """The path from its file system's root, as Orbax requires it."""
+  """The absolute path, which Orbax requires."""
   path = epath.Path(path)
   return path if in_bucket(path) else path.absolute()
 
 
 def write(path: epath.PathLike, content: str | bytes) -> None:
-  """Writes a file, text as UTF-8: whoever reads it, and a kill at any moment, finds the old content or the new.
+  """Writes a file, text as UTF-8, atomically: readers see the old content or the new, also after a kill.
 
-  Of two processes that write the same file at once, the later one's content remains.
+  If two processes write the same file at once, the later one's content remains.
 
   Args:
     path: The file, on this machine or in a bucket; its folder exists.
-    content: What it is to hold. Characters that UTF-8 lacks (halves of surrogate pairs, which stand for the bytes of
+    content: The content. Characters that UTF-8 lacks (halves of surrogate pairs, which stand for the bytes of
       undecodable file names) are written as escapes.
   """
   path = epath.Path(path)
@@ -49,7 +49,8 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
 
 
 def write_digests(folder: epath.Path) -> None:
-  """Writes the digests of all files below `folder` into it, all or nothing: damage that no file system reports shows.
+  """Writes the digests of all files below `folder` into it, atomically, to detect damage that file systems do not
+  report.
 
   They are in the format of sha256sum: `cd FOLDER && sha256sum -c SHA256SUMS` checks them by hand.
   """
@@ -63,7 +64,7 @@ def has_digests(folder: epath.Path) -> bool:
 
 
 def damage(folder: epath.Path, part: int = 0, parts: int = 1) -> list[str]:
-  """Every file that is not as it was when `write_digests` ran, one line each; [] for an intact folder.
+  """The files that have changed since `write_digests`, one line each; [] for an intact folder.
 
   Files are compared with their digests by name: no path is taken from the content of the folder.
 
@@ -78,24 +79,24 @@ def damage(folder: epath.Path, part: int = 0, parts: int = 1) -> list[str]:
   except (OSError, ValueError) as error:  # ValueError: lines that are no digests, or no text
     return [f"{folder / DIGESTS} cannot be read: {error}"]
   names = _names(folder)
-  found = [f"{folder / name} is missing" for name in sorted(written.keys() - set(names))]
-  found += [f"{folder / name} is not among the files of {DIGESTS}" for name in names if name not in written]
+  problems = [f"{folder / name} is missing" for name in sorted(written.keys() - set(names))]
+  problems += [f"{folder / name} is not among the files of {DIGESTS}" for name in names if name not in written]
   for name, digest in _digests(folder, [name for name in names if name in written][part::parts]).items():
     if digest != written[name]:
-      found.append(f"{folder / name} is not what was written: {digest}")
-  return found
+      problems.append(f"{folder / name} is not what was written: {digest}")
+  return problems
 
 
 def _names(folder: epath.Path) -> list[str]:
-  """All files below `folder` except the digests themselves; their names from there, sorted."""
-  found, folders = [], [folder]
+  """The names of all files below `folder`, relative to it and sorted, except the digests themselves."""
+  names, folders = [], [folder]
   while folders:
     for path in folders.pop().iterdir():
       if path.is_dir():
         folders.append(path)
       elif path.parent != folder or DIGESTS not in path.name:
-        found.append(str(path.relative_to(folder)))
-  return sorted(found)
+        names.append(str(path.relative_to(folder)))
+  return sorted(names)
 
 
 def _digests(folder: epath.Path, names: list[str]) -> dict[str, str]:

@@ -172,9 +172,9 @@ def test_fields_given_are_typed_and_the_others_left_out(tmp_path):
     ("--config.model.mixer=transformer", "write model.pattern (mixer='transformer' is pattern=attention, "),
     ("--config.model.rope_theta=500", "write model.attention.rope_theta"),
     ("--config.data.length=two", "config.data.length=two: invalid literal"),
-    ("--config=configs/quickstart.py", "the run's own is read from --workdir=RUN"),
+    ("--config=configs/quickstart.py", "the configuration is read from --workdir=RUN"),
     ("--steps=2", "there is no flag --steps; did you mean --config.train.steps?"),
-    ("--zzzz", "there is no flag --zzzz; --help lists those there are"),
+    ("--zzzz", "there is no flag --zzzz; --help lists all flags"),
     ("data.length=2", "not a flag: data.length=2"),
   ],
 )

@@ -1,4 +1,4 @@
-"""Everything that a run reads, from its configuration: checked, split, and ready to be drawn from."""
+"""A run's data from its configuration: checked, split, and ready to draw batches from."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from mc_jax.data.tokenizers import Tokenizer
 from mc_jax.data.windows import Batch
 from mc_jax.errors import ConfigError
 
-_TASK_ROWS = 64  # for validation, where data.validation_tokens is 0
+_TASK_ROWS = 64  # validation rows of a task with data.validation_tokens=0
 _PROMPT = 64  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-  """The same batches at every evaluation.
+  """The validation batches of a source, the same at every evaluation.
 
   Attributes:
-    batches: of one source.
-    count: What the loss is divided by: bytes of the text that is scored, with one for the end of each document; or, of
-      a task, answer tokens.
+    batches: The batches.
+    count: The loss's divisor: bytes of the scored text, plus one for the end of each document; for a task, answer
+      tokens.
     unit: "byte" or "answer".
   """
 
@@ -41,19 +41,20 @@ class Validation:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """What a run reads.
+  """The data of a run.
 
   Attributes:
-    tokenizer: of the text, and of samples.
-    vocab_size: ids are below it.
+    config: The configuration.
+    tokenizer: The tokenizer of the text and of samples.
+    vocab_size: All ids are below it.
     training: (shard) -> its rows.
-    validation: by the name of the source.
-    unit: that losses are told in: "byte", or "answer" (token) if all sources are tasks.
-    units_per_token: bytes in a token of the validation text; 1 of tasks.
-    prompt: tokens int32 [up to 64] of validation text, or the first tokens of a task's row.
-    references: bits per byte that counting reaches, {name: bits}, where tokens are bytes and rows windows of all text.
-    facts: what it is, for people.
-    identity: What it was read from, for a run that resumes and for models trained on it.
+    validation: Validation batches by the name of the source.
+    unit: The unit of losses: "byte", or "answer" (token) if all sources are tasks.
+    units_per_token: Bytes per token of the validation text; 1 for tasks.
+    prompt: int32 [up to 64], the beginning of the validation text or of a task's row.
+    references: {name: bits per byte} of n-gram models; empty unless tokens are bytes and rows are windows.
+    facts: Rows of the table that a run prints.
+    identity: The files and tokenizer that were read, for resumed runs and for models trained on them.
   """
 
   config: DataConfig
@@ -117,18 +118,18 @@ def _mixture(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
   """Packed documents and rows of tasks."""
   parts = config.parts
   documents = {
-    name: Documents(_blocks(name, part, config, tokenizer), tokenizer, config.on_error)
-    for name, part in parts.items()
-    if part.source in FORMATS
+    name: Documents(_blocks(name, source, config, tokenizer), tokenizer, config.on_error)
+    for name, source in parts.items()
+    if source.source in FORMATS
   }
-  tasks = {name: _task(part, config, tokenizer) for name, part in parts.items() if part.source in TASKS}
-  if not any(part.trains for part in parts.values()):
+  tasks = {name: _task(source, config, tokenizer) for name, source in parts.items() if source.source in TASKS}
+  if not any(source.trains for source in parts.values()):
     raise ConfigError("data.sources: none has a weight above 0 and a split that is not validation")
   validation = {}
-  for name, part in parts.items():
-    if part.split != "training":
+  for name, source in parts.items():
+    if source.split != "training":
       share = -(-config.validation_tokens // len(parts))
-      rows, count = _validation_rows(documents.get(name), tasks.get(name), part, config, share, name)
+      rows, count = _validation_rows(documents.get(name), tasks.get(name), source, config, share, name)
       batches = windows.batches(rows, config.batch_size)
       validation[name] = Validation(batches, count, "byte" if name in documents else "answer")
   if not validation:
@@ -137,15 +138,15 @@ def _mixture(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
   sizes = [tokenizer.vocab_size] * bool(documents) + [
     parts[name].task.vocab_size or tokenizer.vocab_size for name in tasks
   ]
-  unit = "byte" if any(part.unit == "byte" for part in validation.values()) else "answer"
-  alike = [part for part in validation.values() if part.unit == unit]
-  scored = sum(float(batch["weights"].sum()) for part in alike for batch in part.batches)
+  unit = "byte" if any(source.unit == "byte" for source in validation.values()) else "answer"
+  alike = [source for source in validation.values() if source.unit == unit]
+  scored = sum(float(batch["weights"].sum()) for source in alike for batch in source.batches)
   first = alike[0].batches[0]
   facts = {"tokenizer": f"{config.tokenizer}, {tokenizer.vocab_size:,} ids"} if documents else {}
-  weights = sum(part.weight for part in parts.values() if part.trains)
-  for name, part in parts.items():
-    what = f"{part.source}, {len(documents[name]):,} documents" if name in documents else part.source
-    share = f"{part.weight / weights:.0%} of the rows" if part.trains else "validation"
+  weights = sum(source.weight for source in parts.values() if source.trains)
+  for name, source in parts.items():
+    what = f"{source.source}, {len(documents[name]):,} documents" if name in documents else source.source
+    share = f"{source.weight / weights:.0%} of the rows" if source.trains else "validation"
     facts[f"source {name}"] = f"{what}, {share}"
   return Dataset(
     config=config,
@@ -154,7 +155,7 @@ def _mixture(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     training=functools.partial(_shard, config, documents, orders, tasks),
     validation=validation,
     unit=unit,
-    units_per_token=sum(part.count for part in alike) / scored,
+    units_per_token=sum(source.count for source in alike) / scored,
     prompt=first["tokens"][0, first["segment_ids"][0] == 1][:_PROMPT],
     references={},
     facts=facts,
@@ -168,41 +169,41 @@ def _mixture(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
 
 def _shard(config: DataConfig, documents: dict, orders: dict, tasks: dict, shard: int) -> streams.Mixture:
   """The rows of a virtual shard."""
-  made = {}
-  for name, part in config.parts.items():
-    if not part.trains:
+  weighted = {}
+  for name, source in config.parts.items():
+    if not source.trains:
       continue
     if name in documents:
       key = (config.seed, name, "long")
-      stream = streams.packed(documents[name], orders[name], part, config, key, shard)
+      stream = streams.packed(documents[name], orders[name], source, config, key, shard)
     else:
       row = tasks[name]
       stream = streams.Counted(lambda number, row=row, name=name: row((config.seed, name, shard, number)))
-    made[name] = (stream, part.weight)
-  return streams.Mixture(made, (config.seed, "mixture", shard))
+    weighted[name] = (stream, source.weight)
+  return streams.Mixture(weighted, (config.seed, "mixture", shard))
 
 
-def _blocks(name: str, part: PartConfig, config: DataConfig, tokenizer: Tokenizer) -> list[formats.Block]:
+def _blocks(name: str, source: PartConfig, config: DataConfig, tokenizer: Tokenizer) -> list[formats.Block]:
   try:
-    return formats.blocks(part, tokenizer.fingerprint)
+    return formats.blocks(source, tokenizer.fingerprint)
   except ConfigError as error:
     if config.source != "mixture":
       raise
     raise ConfigError(f"data.sources.{name}: {error}") from error
 
 
-def _task(part: PartConfig, config: DataConfig, tokenizer: Tokenizer) -> Callable[[tuple], Row]:
-  """(key) -> the row that a task makes of it."""
-  task, options = recall.TASKS[part.source], {}
+def _task(source: PartConfig, config: DataConfig, tokenizer: Tokenizer) -> Callable[[tuple], Row]:
+  """(key) -> the row of a recall task that a key determines."""
+  task, options = recall.TASKS[source.source], {}
   if task.reads_text:
     options["encode"] = functools.partial(_encode, tokenizer)
-    if part.paths:
-      options["words"] = recall.prose.words(_texts(part.paths))
+    if source.paths:
+      options["words"] = recall.prose.words(_texts(source.paths))
 
   def row(key: tuple) -> Row:
-    made = task.row(part.task, config.length, streams.generator(*key), **options)
-    answers = np.flatnonzero(made["weights"])
-    return {**made, "segment_ids": (np.arange(config.length) <= answers.max(initial=0)).astype(np.int32)}
+    arrays = task.row(source.task, config.length, streams.generator(*key), **options)
+    answers = np.flatnonzero(arrays["weights"])
+    return {**arrays, "segment_ids": (np.arange(config.length) <= answers.max(initial=0)).astype(np.int32)}
 
   return row
 
@@ -227,39 +228,39 @@ def _texts(paths: str) -> Iterable[bytes]:
 def _validation_rows(
   documents: Documents | None,
   task: Callable[[tuple], Row] | None,
-  part: PartConfig,
+  source: PartConfig,
   config: DataConfig,
   tokens: int,
   name: str,
 ) -> tuple[list[Row], float]:
-  """Rows of a source that training does not see, and what their loss is divided by, see Validation.
+  """Held-out rows of a source and the divisor of their loss, see Validation.
 
-  They hold `tokens` at most, but are one row at least; 0: all.
+  There are at least one row and at most `tokens` tokens; 0: all.
   """
   most = max(1, tokens // config.length) if tokens else None
   if task is not None:
     rows = [task((config.seed, name, "validation", number)) for number in range(most or _TASK_ROWS)]
     return rows, float(sum(row["weights"].sum() for row in rows))
-  found, sizes, total = {}, {}, 0
+  chosen, sizes, total = {}, {}, 0
   order = Order(documents.counts, config.seed + 1, documents.scattered)
   for i in (order[number] for number in range(len(documents))):
-    if part.split == "both" and not sources.held_out(documents.name(i), config.validation_fraction, config.seed):
+    if source.split == "both" and not sources.held_out(documents.name(i), config.validation_fraction, config.seed):
       continue
     ids = documents[i]
     if len(ids):
-      found[i], sizes[i] = ids, documents.text_bytes(i)
+      chosen[i], sizes[i] = ids, documents.text_bytes(i)
       total += len(ids) - 1
     if most and total >= most * config.length:
       break
-  if not found:
+  if not chosen:
     raise ConfigError(
       f"the validation split of {name} would be empty: of {len(documents)} document(s), a hash of their names holds "
       f"out data.validation_fraction={config.validation_fraction}. Give it more documents, change "
       "data.validation_fraction (between 0 and 1), or try another data.seed"
     )
-  rows = packing.rows(list(found.values()), config.length, config.packing.align)[:most]
+  rows = packing.rows(list(chosen.values()), config.length, config.packing.align)[:most]
   left, count = int(sum(row["weights"].sum() for row in rows)), 0
-  for i, ids in found.items():  # one after the other in the rows: only where these end is one cut
+  for i, ids in chosen.items():  # in the order of the rows: only the last one can be cut
     targets = len(ids) - 1
     count += sizes[i] + 1 if left >= targets else documents.text_bytes(i, max(left, 0))
     left -= targets

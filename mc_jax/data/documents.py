@@ -1,4 +1,4 @@
-"""The documents of a source: any by its number, all in an order that is a function of the seed and the epoch."""
+"""The documents of a source by number, and their order, a function of the seed and the epoch."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from mc_jax.data.tokenizers import Bytes, Tokenizer
 from mc_jax.errors import ConfigError
 
 _GROUP = 4  # blocks whose documents are shuffled together
-_KEPT = 3 * _GROUP  # blocks in memory: shards are not at quite the same place
-SKIP = "on_error=skip leaves such documents out"  # what would help against a malformed one
-_LARGE = 65_536  # a permutation of more is computed entry by entry
+_KEPT = 3 * _GROUP  # blocks in memory: shards are at slightly different positions
+SKIP = "on_error=skip leaves such documents out"  # the hint in errors about malformed documents
+_LARGE = 65_536  # larger permutations are computed entry by entry
 
 
 class Documents:
   """Tokenized documents by number.
 
-  A document is its ids between two separators: the first is what the first id is predicted from, the last ends it.
+  A document is its ids between two separators: the first one predicts the first id, the last one is the last target.
 
   Args:
-    blocks: as of formats.blocks, at least one.
-    tokenizer: for text.
-    on_error: "stop" at a malformed document, or "skip" it: then it is empty.
+    blocks: The blocks of formats.blocks, at least one.
+    tokenizer: The tokenizer for text.
+    on_error: "stop" at a malformed document, or "skip" it, which makes it empty.
   """
 
   def __init__(self, blocks: Sequence[Block], tokenizer: Tokenizer, on_error: str = "stop"):
@@ -40,8 +40,8 @@ class Documents:
     self._tokenizer = tokenizer
     self._on_error = on_error
     self._contents: collections.OrderedDict[int, Sequence] = collections.OrderedDict()
-    self.skipped: set[int] = set()  # malformed documents met so far
-    # Records are found by number, wherever they lie: all can be shuffled.
+    self.skipped: set[int] = set()  # malformed documents so far
+    # Records can be read one by one, so all of them can be shuffled together.
     self.scattered = all(isinstance(block, (TextRecords, TokenRecords)) for block in blocks)
 
   def __len__(self) -> int:
@@ -49,16 +49,16 @@ class Documents:
 
   @property
   def blocks(self) -> tuple[Block, ...]:
-    """Where the documents lie."""
+    """The blocks that hold the documents."""
     return self._blocks
 
   @property
   def counts(self) -> list[int]:
-    """Documents of each block."""
+    """The number of documents in each block."""
     return [block.count for block in self._blocks]
 
   def name(self, i: int) -> str:
-    """What document `i` is called, whatever files come to the corpus."""
+    """The name of document `i`, which does not change when files are added to the corpus."""
     number, within = self._find(i)
     block = self._blocks[number]
     return f"{block.name}/{block.first + within}"
@@ -71,11 +71,11 @@ class Documents:
     return document
 
   def text_bytes(self, i: int, count: int | None = None) -> int:
-    """UTF-8 bytes of document `i`, or of what its first `count` ids stand for.
+    """The number of UTF-8 bytes of document `i`, or of the text of its first `count` ids.
 
-    They are bytes of the source's own text, whatever the tokenizer normalizes or does not know; in folders of ids that
-    do not note them, of the decoded text. A character that `count` cuts is not in it; of a text that does not come back
-    from its ids, the first `count` have the share that they have of the decoded text.
+    Bytes are those of the source's text, before any normalisation by the tokenizer; for folders of ids without such
+    numbers, those of the decoded text. A character cut by `count` is excluded. If ids do not decode to the source's
+    text, the first `count` get the share that they have of the decoded text.
     """
     document = self._document(i)
     if isinstance(document, np.ndarray):
@@ -92,17 +92,17 @@ class Documents:
     decoded = len(text.encode())
     if count is None:
       return decoded
-    # Half a character is decoded to U+FFFD, so what both texts begin with ends before it.
+    # An incomplete character decodes to U+FFFD, so the common prefix ends before it.
     begun = self._tokenizer.decode(ids[:count])
     alike = next((k for k, (a, b) in enumerate(zip(text, begun, strict=False)) if a != b), min(len(text), len(begun)))
     before = len(text[:alike].encode())
     return before if size is None else round(before * size / max(decoded, 1))
 
   def __getitem__(self, i: int) -> np.ndarray:
-    """Document `i`, int32 [ids + 2]; no ids at all if it is empty or skipped.
+    """Document `i` with separators, int32 [ids + 2]; int32 [0] if it is empty or skipped.
 
     Raises:
-      ConfigError: a file that cannot be read, or a malformed document where on_error is "stop".
+      ConfigError: A file that cannot be read, or a malformed document with on_error="stop".
     """
     ids = self._document(i, encoded=True)
     if ids is None or not len(ids):
@@ -148,12 +148,12 @@ class Documents:
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], places: Sequence[str]) -> list[np.ndarray | Malformed]:
-  """The ids of each text, int32 [length] without separators, or the error if the tokenizer cannot take it.
+  """The ids of each text, int32 [length] without separators, or the error if the tokenizer fails on it.
 
   Args:
     tokenizer: The tokenizer.
     texts: The texts, which are encoded together.
-    places: Where each text is, for errors.
+    places: Where each text is, for error messages.
   """
   try:
     return list(tokenizer.encode(texts))
@@ -164,15 +164,15 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], places: Sequence[str]) ->
 
 
 class Order:
-  """Numbers of documents, epoch after epoch without end: entry i is a function of the arguments and i.
+  """An endless sequence of document numbers, epoch after epoch; entry i is a function of the arguments and i.
 
-  Documents that can be read one by one are shuffled all together. Of others, blocks are shuffled, and the documents of
-  a few that follow each other: what is read together is used together.
+  Documents that can be read one by one are shuffled together. Otherwise blocks are shuffled, and then the documents
+  within groups of consecutive blocks, so that documents of a block are used close together.
 
   Args:
-    counts: documents of each block.
-    seed: of the order.
-    scattered: whether documents can be read one by one.
+    counts: The number of documents in each block.
+    seed: The seed of the order.
+    scattered: Whether documents can be read one by one.
   """
 
   def __init__(self, counts: Sequence[int], seed: int, scattered: bool):
@@ -193,12 +193,12 @@ class Order:
     return int(self._group(epoch, group)[i - (ends[group - 1] if group else 0)])
 
   def _groups(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """(blocks in this epoch's order, the place in it where each group of them ends)."""
+    """(blocks in this epoch's order, the end of each group of them in documents)."""
     blocks = np.random.default_rng((self._seed, epoch)).permutation(len(self._counts))
     return blocks, np.cumsum(np.add.reduceat(self._counts[blocks], np.arange(0, len(blocks), _GROUP)))
 
   def _group(self, epoch: int, group: int) -> np.ndarray:
-    """Numbers of a group's documents in this epoch's order."""
+    """The numbers of a group's documents in this epoch's order."""
     blocks = self._groups(epoch)[0][group * _GROUP : (group + 1) * _GROUP]
     numbers = np.concatenate([np.arange(self._starts[b], self._starts[b] + self._counts[b]) for b in blocks])
     return np.random.default_rng((self._seed, epoch, group)).permutation(numbers)
@@ -220,10 +220,10 @@ def _permutation(size: int, seed: tuple[int, ...]) -> np.ndarray:
 
 
 def hashed(key: object) -> int:
-  """64 bits that depend on `key` alone, in every process."""
+  """A 64-bit hash of `key`, the same in every process."""
   return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
 
 
 def chance(*key: int | str) -> float:
-  """A number in [0, 1), uniform over keys, a function of the key alone."""
+  """A number in [0, 1), uniform over keys and determined by the key."""
   return hashed(key) / 2**64

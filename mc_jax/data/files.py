@@ -1,4 +1,4 @@
-"""Files by name, folder or glob, on any file system that fsspec opens: local ones, gs://, s3://, memory://."""
+"""Finds and opens files by name, folder or glob on any file system of fsspec: local, gs://, s3://, memory://."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from mc_jax import storage
 from mc_jax.data import folders
 from mc_jax.errors import ConfigError, missing_package
 
-# Errors of disks and networks, which the same command may not meet again.
-_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENETUNREACH}
-_PASSING |= {errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+# Errors of disks and networks, which may not recur with the same command.
+_TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENETUNREACH}
+_TRANSIENT |= {errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 def find(paths: str, suffixes: Sequence[str] = (), field: str = "data.paths") -> dict[str, str]:
-  """The files that a user wrote, {name: URL}, sorted by name.
+  """The files that a setting names, {name: URL}, sorted by name.
 
-  A file is known by the path it was found under: links are followed, and a link keeps its own name and suffix.
+  A file has the name it was found under: links are followed, but keep their own name and suffix.
 
   Args:
     paths: Files, folders or globs, separated by commas; see `matches`. A folder stands for the files below it that have
-      one of the suffixes, without hidden ones.
+      one of the suffixes, except hidden ones.
     suffixes: Suffixes of files in folders; none: all files.
     field: The setting, for errors.
 
   Returns:
-    Names are relative to the folder that all the files have in common, so that they survive moving it.
+    Names are relative to the files' common folder, so that they stay the same when it is moved.
 
   Raises:
-    ConfigError: Naming the part that matches nothing, or a link that leads nowhere.
+    ConfigError: A pattern that matches nothing, or a broken link; the error names it.
   """
   urls: set[str] = set()
-  for pattern, found in _parts(paths, field):
+  for pattern, matched in _patterns(paths, field):
     with _naming(field, pattern):
-      below = {url for match in found for url in _below(match) if url == match or url.endswith(tuple(suffixes) or "")}
+      below = {url for match in matched for url in _below(match) if url == match or url.endswith(tuple(suffixes) or "")}
     if not below:
       of_kind = f" ({', '.join(suffixes)})" if suffixes else ""
       raise ConfigError(f"{field}: no file{of_kind} matches {pattern!r}: its folders hold none")
@@ -53,27 +53,27 @@ def find(paths: str, suffixes: Sequence[str] = (), field: str = "data.paths") ->
 
 
 def matches(paths: str) -> list[str]:
-  """The files and folders that a user wrote, as a shell would see them: absolute paths or URLs, each once.
+  """The files and folders that a setting names, as a shell would expand it: absolute paths or URLs without duplicates.
 
   Args:
-    paths: Paths or globs, separated by commas. ~ is a home folder; * and ** leave hidden names out and follow links to
-      folders. What exists as it is written is that file, even with a bracket or a comma in its name.
+    paths: Paths or globs, separated by commas. ~ is a home folder; * and ** skip hidden names and follow links to
+      folders. A path that exists literally is that file, even with a bracket or a comma in its name.
 
   Raises:
-    ConfigError: Naming the part that matches nothing, or a link that leads nowhere.
+    ConfigError: A pattern that matches nothing, or a broken link; the error names it.
   """
-  return list(dict.fromkeys(match for _, found in _parts(paths, "data.paths") for match in found))
+  return list(dict.fromkeys(match for _, matched in _patterns(paths, "data.paths") for match in matched))
 
 
-def _parts(paths: str, field: str) -> Iterator[tuple[str, list[str]]]:
-  """(part, what it matches) of what is separated by commas; a comma may belong to a name."""
+def _patterns(paths: str, field: str) -> Iterator[tuple[str, list[str]]]:
+  """(pattern, its matches) of a list separated by commas, where a comma may also be part of a name."""
   whole = _local(paths.strip())
-  left = [paths] if whole and os.path.lexists(whole) else [part for part in paths.split(",") if part.strip()]
+  left = [paths] if whole and os.path.lexists(whole) else [piece for piece in paths.split(",") if piece.strip()]
   while left:
     for count in range(1, 2 if storage.in_bucket(left[0]) else len(left) + 1):
       pattern = ",".join(left[:count]).strip()
-      if found := _matching(pattern, field):
-        yield pattern, found
+      if matched := _matching(pattern, field):
+        yield pattern, matched
         left = left[count:]
         break
     else:
@@ -88,7 +88,7 @@ def _hint(pattern: str) -> str:
 
 
 def _local(url: str) -> str | None:
-  """The path of what is on this machine's file system; None if it is elsewhere."""
+  """The path of a local file; None for one on another file system."""
   if not storage.in_bucket(url):
     return os.path.expanduser(url)
   scheme, rest = url.split("://", 1)
@@ -124,21 +124,21 @@ def _below(match: str) -> Iterator[str]:
 
 
 def _absolute(path: str) -> str:
-  """An absolute path without "..": only links before it are resolved, all others keep their names."""
+  """An absolute path without "..": only links before a ".." are resolved, others keep their names."""
   head, up, tail = f"{os.path.join(os.getcwd(), path)}/".rpartition("/../")
   return os.path.normpath(os.path.join(os.path.realpath(head + up), tail) if up else tail)
 
 
 def _hidden(path: str) -> bool:
-  return any(part.startswith(".") for part in path.split("/"))
+  return any(name.startswith(".") for name in path.split("/"))
 
 
 @contextlib.contextmanager
 def reading(url: str, offset: int = 0) -> Iterator[IO[bytes]]:
-  """Opens a file of `find`; what is .gz or .zst is decompressed.
+  """Opens a file of `find`, and decompresses .gz and .zst.
 
   Raises:
-    ConfigError: naming the file that is missing, torn or not what its name says.
+    ConfigError: A file that is missing, truncated or not what its name says; the error names it.
   """
   with _naming("data.paths", url), fsspec.open(url, "rb") if storage.in_bucket(url) else open(url, "rb") as file:
     if url.endswith((".gz", ".zst")):
@@ -152,7 +152,7 @@ def reading(url: str, offset: int = 0) -> Iterator[IO[bytes]]:
 
 
 def size(url: str) -> int:
-  """Bytes of a file, compressed as it lies there."""
+  """The size of a file in bytes, as stored."""
   with _naming("data.paths", url):
     if not storage.in_bucket(url):
       return os.path.getsize(url)
@@ -161,9 +161,9 @@ def size(url: str) -> int:
 
 
 def local(url: str) -> str:
-  """A path of a copy on this machine's file system, made once; the file itself where it lies there.
+  """The path of a local copy, downloaded once; a local file's own path.
 
-  For readers that open nothing else. Copies are in the folder MC_JAX_CACHE names, else in ~/.cache/mc_jax.
+  For readers that open only local files. Copies are in the folder $MC_JAX_CACHE, by default ~/.cache/mc_jax.
   """
   if not storage.in_bucket(url):
     return url
@@ -173,7 +173,7 @@ def local(url: str) -> str:
 
 
 def pyarrow_module(where: str):
-  """pyarrow, with an error that says what asks for it."""
+  """The module pyarrow, or an error that says which file needs it."""
   try:
     import pyarrow
     import pyarrow.parquet
@@ -184,13 +184,13 @@ def pyarrow_module(where: str):
 
 @contextlib.contextmanager
 def _naming(field: str, what: str) -> Iterator[None]:
-  """What file systems and decoders raise becomes a ConfigError that names the file; OSError where it may pass."""
+  """Turns errors of file systems and decoders into a ConfigError that names the file, or OSError if transient."""
   try:
     yield
   except ConfigError:
     raise
   except OSError as error:
-    if error.errno in _PASSING:
+    if error.errno in _TRANSIENT:
       raise OSError(error.errno, f"{field}: cannot read {what}: {os.strerror(error.errno)}") from error
     raise ConfigError(f"{field}: cannot read {what}: {error}") from error
   except (EOFError, ValueError, ImportError) as error:

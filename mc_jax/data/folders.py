@@ -1,4 +1,4 @@
-"""Local folders as a shell sees them: links are followed, hidden names left out."""
+"""Local files and folders by glob, as in a shell: links are followed, hidden names skipped."""
 
 from __future__ import annotations
 
@@ -14,50 +14,50 @@ _MAGIC = "*?["
 def glob(pattern: str) -> list[str]:
   """The files and folders that match, absolute, in the order of their names.
 
-  Unlike the standard library's, ** follows links to folders and ends where a link leads back to a folder above it, and
-  a part with a bracket that exists as it is written stands for itself.
+  Unlike in the standard library, ** follows links to folders, except to a folder above, and a name with a bracket that
+  exists literally matches itself.
 
   Args:
-    pattern: A path; *, ? and [...] match within a name, the part ** any number of folders.
+    pattern: A path in which *, ? and [...] match within a name, and the name ** any number of folders.
 
   Raises:
-    ConfigError: Naming a link that leads nowhere.
+    ConfigError: A broken link; the error names it.
     OSError: A folder cannot be read.
   """
-  parts = [part for part in os.path.join(os.getcwd(), pattern).split("/") if part]
-  return list(dict.fromkeys(_glob("/", parts)))
+  names = [name for name in os.path.join(os.getcwd(), pattern).split("/") if name]
+  return list(dict.fromkeys(_glob("/", names)))
 
 
 def files(folder: str) -> Iterator[str]:
-  """The files below a folder, without hidden ones.
+  """The files below a folder, except hidden ones.
 
   Raises:
-    ConfigError: Naming a link that leads nowhere.
+    ConfigError: A broken link; the error names it.
     OSError: A folder cannot be read.
   """
   for below in _folders(folder):
     yield from (entry.path for entry in _entries(below) if entry.is_file())
 
 
-def _glob(folder: str, parts: Sequence[str]) -> Iterator[str]:
-  if not parts:
+def _glob(folder: str, names: Sequence[str]) -> Iterator[str]:
+  if not names:
     yield folder
     return
-  part, *rest = parts
-  path = os.path.join(folder, part)
+  pattern, *rest = names
+  path = os.path.join(folder, pattern)
   if os.path.lexists(path):
     yield from _glob(_followed(path), rest)
-  elif part == "**" and os.path.isdir(folder):
+  elif pattern == "**" and os.path.isdir(folder):
     for below in _folders(folder):
       yield from _glob(below, rest)
-  elif any(c in part for c in _MAGIC) and os.path.isdir(folder):
+  elif any(c in pattern for c in _MAGIC) and os.path.isdir(folder):
     for name in sorted(os.listdir(folder)):
-      if fnmatch.fnmatchcase(name, part) and (part.startswith(".") or not name.startswith(".")):
+      if fnmatch.fnmatchcase(name, pattern) and (pattern.startswith(".") or not name.startswith(".")):
         yield from _glob(_followed(os.path.join(folder, name)), rest)
 
 
 def _folders(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-  """A folder and those below it; a link to a folder above itself is left out."""
+  """A folder and those below it, except links to a folder above."""
   status = os.stat(folder)
   key = (status.st_dev, status.st_ino)
   if key in above:
@@ -69,8 +69,8 @@ def _folders(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[s
 
 
 def _entries(folder: str) -> list[os.DirEntry]:
-  with os.scandir(folder) as found:
-    entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+  with os.scandir(folder) as scanned:
+    entries = sorted((entry for entry in scanned if not entry.name.startswith(".")), key=lambda entry: entry.name)
   for entry in entries:
     _followed(entry.path)
   return entries

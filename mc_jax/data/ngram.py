@@ -1,4 +1,4 @@
-"""Byte unigram and bigram models: what counting alone reaches on the same text."""
+"""Byte unigram and bigram models, the references that a run is compared with."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def unigram(stream: np.ndarray, alpha: float = 0.1) -> np.ndarray:
 
 
 def bigram(stream: np.ndarray, alpha: float = 0.1) -> np.ndarray:
-  """Log2 probability of a byte given the one before, [vocab (before), vocab].
+  """Log2 probability of a byte given the byte before, [vocab (before), vocab].
 
-  log2((count(a, b) + alpha) / (count(a, .) + alpha vocab)), over neighbours in `stream`.
+  log2((count(a, b) + alpha) / (count(a, .) + alpha vocab)), over adjacent bytes of `stream`.
   """
   vocab = tokenizers.VOCAB_SIZE
   pairs = stream[:-1].astype(np.int64) * vocab + stream[1:]
@@ -27,11 +27,11 @@ def bigram(stream: np.ndarray, alpha: float = 0.1) -> np.ndarray:
 
 
 def bits_per_byte(log2_probability: np.ndarray, batches: Iterable[dict[str, np.ndarray]]) -> float:
-  """Mean of -log2 p(target) or -log2 p(target | token) over the targets that count.
+  """Weighted mean of -log2 p(target) or -log2 p(target | token).
 
   Args:
-    log2_probability: of `unigram` or `bigram`.
-    batches: as those of `windows.validation`.
+    log2_probability: The table from `unigram` or `bigram`.
+    batches: Batches such as those of `windows.validation`.
   """
   bits = total = 0.0
   for batch in batches:

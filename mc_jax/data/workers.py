@@ -1,4 +1,4 @@
-"""What processes that prepare data have in common."""
+"""Worker processes that prepare data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 
 
 def follow_parent() -> None:
-  """Ends this worker with the process that started it, however that ended: it would wait for work for ever."""
+  """Ends this worker when its parent process ends, even if that was killed: it would otherwise wait forever."""
 
   def follow() -> None:
     multiprocessing.parent_process().join()

@@ -67,7 +67,7 @@ def test_gates_are_heat_maps_beside_the_rest(tmp_path):
   path = tmp_path / "x.png"
   assert report.plot(path, {"run": GATES}) == [path, tmp_path / "x_map.png"]
   assert report.plot(path, {"run": GATES[:1]}) == [tmp_path / "x_map.png"]
-  figure = heatmaps.draw(report._looked_at({"run": GATES}))
+  figure = heatmaps.draw(report._reads({"run": GATES}))
   drawn = [axes for axes in figure.axes if axes.get_title()]
   assert [axes.get_title() for axes in drawn] == ["layer 0, head 0", "layer 0, head 1"] * 2
   assert figure.get_suptitle() == "gates_mqar, length 24"

@@ -107,7 +107,7 @@ def test_another_models_prompt_is_refused(saved):
 
 
 def test_what_is_not_there_is_named(saved, tmp_path):
-  with pytest.raises(ConfigError, match="nowhere is not there"):
+  with pytest.raises(ConfigError, match="nowhere does not exist"):
     prompts.load(tmp_path / "nowhere", decoder())
   with pytest.raises(ConfigError, match="has no saved prompt"):
     prompts.cache_config(tmp_path)
