@@ -75,27 +75,27 @@ def backward(rule, head_dim):
 
 
 def titans_printed_write_fwd(head_dim=128, chunk=256):
-  return forward(rules.titans(chunk=chunk, normalized=False), head_dim)
+  return forward(rules.get("titans", chunk=chunk, normalized=False), head_dim)
 
 
 def titans_printed_write_bwd(head_dim=128, chunk=256):
-  return backward(rules.titans(chunk=chunk, normalized=False), head_dim)
+  return backward(rules.get("titans", chunk=chunk, normalized=False), head_dim)
 
 
 def titans_write_fwd(head_dim=128, chunk=256):
-  return forward(rules.titans(chunk=chunk), head_dim)
+  return forward(rules.get("titans", chunk=chunk), head_dim)
 
 
 def titans_write_bwd(head_dim=128, chunk=256):
-  return backward(rules.titans(chunk=chunk), head_dim)
+  return backward(rules.get("titans", chunk=chunk), head_dim)
 
 
 def linear_write_fwd(head_dim=128, chunk=256):
-  return forward(rules.linear(chunk=chunk), head_dim)
+  return forward(rules.get("linear", chunk=chunk), head_dim)
 
 
 def linear_write_bwd(head_dim=128, chunk=256):
-  return backward(rules.linear(chunk=chunk), head_dim)
+  return backward(rules.get("linear", chunk=chunk), head_dim)
 
 
 def states(kind, head_dim, dtype):
