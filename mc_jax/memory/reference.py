@@ -42,22 +42,22 @@ def run(tokens: Tokens, init: networks.Weights, options: Options) -> jax.Array:
   if document is None:
     document = documents.index(jnp.ones((batch, length), jnp.int32))
   head = functools.partial(_sequence, options=options)
-  heads = jax.vmap(head, in_axes=(1, 1, 1, 1, 1, 1, 0, None), out_axes=1)
-  rows = jax.vmap(heads, in_axes=(0, 0, 0, 0, 0, 0, None, 0))
-  q, k, v, u, gates, _, token_scores = tokens
-  dtype = jnp.promote_types(q.dtype, jnp.float32)
-  inputs = jax.tree.map(lambda x: jnp.asarray(x, dtype), (q, k, v, u, gates, token_scores, init))
-  return rows(*inputs, document).astype(q.dtype)
+  heads = jax.vmap(head, in_axes=(1, 0, None), out_axes=1)
+  rows = jax.vmap(heads, in_axes=(0, None, 0))
+  dtype = jnp.promote_types(tokens.q.dtype, jnp.float32)
+  inputs = jax.tree.map(lambda x: jnp.asarray(x, dtype), (tokens._replace(documents=None), init))
+  return rows(*inputs, document).astype(tokens.q.dtype)
 
 
-def _sequence(q, k, v, u, gates, token_scores, init, document, *, options):
-  """One row and head: q, k, v, u [length, head_dim]; gates {name: [length, ...]}; document: [length]. To q's shape."""
+def _sequence(tokens, init, document, *, options):
+  """One row and head: tokens' arrays [length, ...], document's [length]. To [length, head_dim]."""
+  q, k, _, u, _, _, token_scores = tokens
   rule, gate = options.rule, options.gate
   lengths = options.segmentation.lengths(len(q))
   number, valid = document.number, document.valid
   before = jnp.pad(number, (1, 0))[:-1]  # the document of the token before; 0 (no document) at the row's start
   segment = jnp.asarray(segments.index(lengths))
-  tokens = jnp.arange(len(segment))
+  position = jnp.arange(len(segment))
   first = jnp.searchsorted(segment, segment)  # of every token's segment, the first token and the last
   last = jnp.searchsorted(segment, segment, side="right") - 1
   slots = jnp.arange(len(lengths))
@@ -71,12 +71,12 @@ def _sequence(q, k, v, u, gates, token_scores, init, document, *, options):
     starts_anew = document_begins | ((t == first[t]) & (options.carry == "independent"))
     state = _select(starts_anew, new, state)
     chunk_begins = document_begins | ((t - first[t]) % rule.chunk == 0)
-    gates_here = {name: gate[t] for name, gate in gates.items()}
-    written = rule.token(state, init, k[t], v[t], gates_here, chunk_begins)
+    x = jax.tree.map(lambda x: x[t], tokens)
+    written = rule.token(state, init, x.k, x.v, x.gates, chunk_begins)
     state = _select(valid[t], written, state)
 
     # Read, after the token's own write (Eq. 5).
-    own = valid & (number == number[t]) & (segment == segment[t]) & (tokens <= t)
+    own = valid & (number == number[t]) & (segment == segment[t]) & (position <= t)
     summary = _pool(k, own, options.pool)
     if gate == "token":  # scores by age in segments, the online memory's last
       scores = jnp.append(token_scores[t, jnp.maximum(segment[t] - slots, 0)], token_scores[t, 0])
@@ -97,7 +97,7 @@ def _sequence(q, k, v, u, gates, token_scores, init, document, *, options):
     return jnp.zeros((len(lengths), *x.shape), x.dtype)
 
   empty = Caches(jax.tree.map(slotted, init), slotted(k[0]), slotted(number[0]) - 1)
-  return jax.lax.scan(token, (new, empty), tokens)[1]
+  return jax.lax.scan(token, (new, empty), position)[1]
 
 
 def _aggregate(options, q, memories, scores, visible):
