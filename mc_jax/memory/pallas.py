@@ -190,5 +190,5 @@ def _pad(tokens: Tokens, padding: int) -> Tokens:
     last, jnp.concatenate([documents.before, last[..., -padding:]], -1), pad(documents.valid)
   )
   gates = {name: pad(gate, constant_values=1) for name, gate in tokens.gates.items()}
-  q, k, v, u = (pad(x) for x in tokens[:4])
-  return Tokens(q, k, v, u, gates, documents)
+  q, k, v, u, token_scores = jax.tree.map(pad, (*tokens[:4], tokens.token_scores))
+  return Tokens(q, k, v, u, gates, documents, token_scores)

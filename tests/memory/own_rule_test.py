@@ -121,7 +121,7 @@ def test_it_runs_as_a_kernel_and_so_does_its_gradient():
 
 def test_it_compiles_to_a_kernel_for_a_tpu():
   pytest.importorskip("libtpu", reason="holds the TPUs' compiler; wheels for Linux on x86_64 only")
-  from mc_jax.parallel import topology
+  from mc_jax.planning import topology
 
   rule = Fading(chunk=16)
   place = topology.one_chip("v5e:2x2")
