@@ -203,7 +203,7 @@ def test_missing_unknown_and_misshaped_tensors_are_named(copy):
 
 
 def test_files_that_are_not_there_or_not_whole(copy, exported, tmp_path):
-  with pytest.raises(ConfigError, match=r"has no config\.json: it must be a folder that mc_jax\.export wrote"):
+  with pytest.raises(ConfigError, match=r"has no config\.json: it must be a folder that mc_jax\.export has finished"):
     export.load(tmp_path / "nowhere")
   file = copy / export.WEIGHTS
   file.write_bytes(file.read_bytes()[:-4])
