@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from marks import slow
 
 from mc_jax.bench import decode_steps
 from mc_jax.data import DataConfig
@@ -96,7 +97,7 @@ def test_a_smaller_dtype_of_the_cache_is_smaller(alone):
   assert nbytes(quarter) == sequence / 4 + scales
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [slow("none"), "ssc", slow("grm"), "attention"])
 def test_steps_are_in_place_and_end_the_context(name, alone):
   config = named(4096, name)
   decoder = dataclasses.replace(abstract_decoder(config, alone), params=state.create(config, alone).params)

@@ -73,6 +73,7 @@ def test_a_step_that_never_ends_ends_the_run(forks, tiny, tmp_path):
   assert "in hanging" in printed
 
 
+@pytest.mark.slow
 def test_a_last_checkpoint_that_is_never_complete_ends_the_run(forks, tiny, tmp_path):
   config = tiny(pattern="attention", hang_minutes=4 / 60, eval_every=100, checkpoint_every=100)
   forks.start(config, tmp_path, never_completes=True)

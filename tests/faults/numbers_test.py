@@ -121,6 +121,7 @@ def test_too_many_bad_batches_end_the_run_with_a_step_to_replay(tiny, tmp_path, 
     _replay(tiny(pattern="attention", layers=2), tmp_path, 6)
 
 
+@pytest.mark.slow
 def test_a_parameter_that_is_not_finite_is_named(tiny, tmp_path, monkeypatch):
   config, create = tiny(pattern="attention", max_skipped=2), state.create
 

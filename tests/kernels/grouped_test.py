@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from marks import slow
 
 from mc_jax.kernels import vmem
 from mc_jax.kernels.grouped import block_size, grouped
@@ -55,7 +56,7 @@ def gradients(read, x, gates, states, d_y):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("owner", [OWNER, OWNER[::-1]])
+@pytest.mark.parametrize("owner", [OWNER, slow(OWNER[::-1])])
 def test_agrees_with_a_plain_loop(dtype, owner):
   args = arguments(dtype)
   got = gradients(read(owner), *args)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend import core
+from marks import slow
 from quick_compile import jit
 
 from mc_jax.kernels.recurrence import Recurrence, scan
@@ -108,7 +109,7 @@ def assert_close(actual, expected, tolerance):
 
 @pytest.mark.parametrize(
   "segments, chunks, start",
-  [(1, 1, None), (3, 1, start), (1, 2, start), (3, 2, None), (1, 3, None), (2, 3, start), (2, 3, None)],
+  [(1, 1, None), slow(3, 1, start), slow(1, 2, start), (3, 2, None), slow(1, 3, None), (2, 3, start), slow(2, 3, None)],
 )
 def test_values_and_gradients_are_those_of_a_scan(segments, chunks, start):
   args = arguments(segments, chunks)

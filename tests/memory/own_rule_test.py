@@ -16,6 +16,7 @@ import optax
 import pytest
 import samples
 from flax import nnx
+from marks import slow
 
 from mc_jax import memory
 from mc_jax.memory import arithmetic, decode, networks, rules, segments
@@ -101,7 +102,7 @@ def _registered():
 
 @FLOAT64
 @pytest.mark.parametrize(
-  ("aggregation", "carry"), [("grm", "checkpoint"), ("ssc", "independent"), ("soup", "checkpoint")]
+  ("aggregation", "carry"), [("grm", "checkpoint"), slow("ssc", "independent"), slow("soup", "checkpoint")]
 )
 def test_it_is_its_recurrence_with_documents_and_gradients(aggregation, carry):
   options = dict(rule=RULE, aggregation=aggregation, carry=carry, segmentation=segments.constant(samples.SEGMENT))
@@ -119,6 +120,7 @@ def test_it_runs_as_a_kernel_and_so_does_its_gradient():
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), kernels, xla)
 
 
+@pytest.mark.slow
 def test_it_compiles_to_a_kernel_for_a_tpu():
   pytest.importorskip("libtpu", reason="holds the TPUs' compiler; wheels for Linux on x86_64 only")
   from mc_jax.parallel import topology
@@ -154,7 +156,7 @@ def test_it_decodes_to_the_numbers_of_the_whole_sequence():
 
 
 @FLOAT64
-@pytest.mark.parametrize("carry", memory.CARRIES)
+@pytest.mark.parametrize("carry", ["checkpoint", slow("independent")])
 def test_it_is_split_over_devices(carry):
   x = samples.inputs(RULE, length=4 * samples.SEGMENT)
   ids = np.repeat([[1, 2, 0, 3]] * 4, [5, 9, 2, 8], axis=1)
