@@ -142,13 +142,12 @@ def _kernels(jaxpr):
 @pytest.mark.parametrize(
   "used",
   [
-    lambda y, ends, last: y,
-    lambda y, ends, last: ends,
-    lambda y, ends, last: last,
-    lambda y, ends, last: (y["norm"], ends[0], last[1]),
-    lambda y, ends, last: (y["y"], ends[1][0]),  # the first segment's end only
+    slow(lambda y, ends, last: y, id="outputs"),
+    slow(lambda y, ends, last: ends, id="ends"),
+    slow(lambda y, ends, last: last, id="last"),
+    pytest.param(lambda y, ends, last: (y["norm"], ends[0], last[1]), id="some of each"),
+    pytest.param(lambda y, ends, last: (y["y"], ends[1][0]), id="one end"),  # the first segment's end only
   ],
-  ids=["outputs", "ends", "last", "some of each", "one end"],
 )
 def test_what_nothing_was_made_of_has_no_cotangent_to_fetch(used):
   segments, chunks = 2, 2
