@@ -86,6 +86,7 @@ def test_once_too_many_were_skipped_nothing_changes_any_more(setting):
   chex.assert_trees_all_equal(frozen.params, start.params)
 
 
+@pytest.mark.slow
 def test_a_bad_batch_is_told_and_passed_and_no_checkpoint_is_made_of_it(tiny, tmp_path, monkeypatch, capsys):
   _poisoned(monkeypatch, {3})
   result = _train(tiny(pattern="attention", keep_every=3, log_every=2), tmp_path)

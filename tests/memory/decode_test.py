@@ -107,7 +107,7 @@ def test_every_split_point_in_float32(rule, aggregation, carry):
 @pytest.mark.parametrize(
   ("chunk", "carry"),
   [  # chunks of 4 are ragged: 4 tokens, then 2
-    (4, "checkpoint"),
+    slow(4, "checkpoint"),
     slow(3, "checkpoint"),
     slow(3, "independent"),
   ],
@@ -148,8 +148,8 @@ VARIANTS = [
   ("grm", {"gate": "sigmoid", "gate_scale": 3.0}),
   ("soup", {"gate": "token"}),
   slow("grm", {"gate": "token"}),
-  ("soup", {"gate": "uniform"}),
-  ("grm", {"gate": "constant"}),
+  slow("soup", {"gate": "uniform"}),
+  slow("grm", {"gate": "constant"}),
   ("ssc", {"pool": "sum", "top_k": 1}),
   slow("ssc", {"gate": "token", "top_k": 3}),
   slow("ssc", {"top_k": 99}),
@@ -252,6 +252,7 @@ def test_a_cache_that_is_too_small_is_refused_before():
   assert [decode.capacity_for(6, tokens) for tokens in (1, 6, 7, 18, 19)] == [1, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_what_a_caches_dtype_costs():
   """At least what makes the dtype matter, at most a rounding or two of every weight."""
   for found in cache_errors.errors("linear").values():

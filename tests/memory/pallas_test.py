@@ -292,15 +292,15 @@ def test_by_default_a_program_has_the_kernels_on_tpus_and_nothing_of_them_elsewh
   ("dtype", "options", "message"),
   [
     (np.float64, {}, "float64 inputs"),
-    (np.float16, {}, "float16 inputs"),
-    (np.float32, dict(segmentation=segments.logarithmic()), "segments of different lengths"),
-    (np.float32, dict(segmentation=segments.constant(12)), "chunks of 8 tokens in segments of 12"),
+    slow(np.float16, {}, "float16 inputs"),
+    slow(np.float32, dict(segmentation=segments.logarithmic()), "segments of different lengths"),
+    slow(np.float32, dict(segmentation=segments.constant(12)), "chunks of 8 tokens in segments of 12"),
     (
       np.float32,
       dict(rule=rules.get("titans", chunk=4, expansion=2, normalized=False)),
       "chunks of 4 tokens (a multiple of 8 is",
     ),
-    (jnp.bfloat16, {}, "chunks of 8 tokens (a multiple of 16 is"),
+    slow(jnp.bfloat16, {}, "chunks of 8 tokens (a multiple of 16 is"),
   ],
   ids=lambda x: x if isinstance(x, str) else "",
 )

@@ -137,7 +137,7 @@ def test_states_kept_in_bfloat16_would_not(name, forgetful, monkeypatch):
   assert min(state_errors(name, forgetful, broken)) > 2 * STATE_BOUNDS[name]
 
 
-@pytest.mark.parametrize(("name", "forgetful"), [("titans", False), FORGETFUL])
+@pytest.mark.parametrize(("name", "forgetful"), [slow("titans", False), FORGETFUL])
 def test_states_by_cumulative_logs_in_bfloat16_would_not(name, forgetful, monkeypatch):
   def sums(x, mask):
     return jax.lax.reduce_precision(arithmetic.product(x[..., None, :], mask, jnp.bfloat16)[..., 0, :], 8, 7)
@@ -149,14 +149,14 @@ def test_states_by_cumulative_logs_in_bfloat16_would_not(name, forgetful, monkey
 @pytest.mark.parametrize(
   ("name", "aggregation", "implementation"),
   [
-    ("linear", "ssc", "pallas"),
+    slow("linear", "ssc", "pallas"),
     ("swla", "grm", "pallas"),
     slow("titans", "grm", "pallas"),
     slow("titans", "soup", "pallas"),
     slow("titans", "ssc", "pallas"),
     slow("dla", "grm", "pallas"),
     slow("dla", "soup", "xla"),
-    ("swla", "residual", "xla"),
+    slow("swla", "residual", "xla"),
   ],
 )
 def test_outputs_and_gradients_are_near_the_exact_ones(name, aggregation, implementation):

@@ -243,12 +243,12 @@ def test_gated_residual_memory_of_two_segments_in_figures():
     (SWLA, {"aggregation": "grm", "gate": "constant"}),
     (SWLA, {"aggregation": "grm", "gate": "uniform"}),
     (SWLA, {"aggregation": "grm", "gate": "token", "gate_scale": 0.7}),
-    (SWLA, {"aggregation": "ssc", "top_k": 1}),
+    slow(SWLA, {"aggregation": "ssc", "top_k": 1}),
     (SWLA, {"aggregation": "ssc", "top_k": 2, "gate": "sigmoid"}),
-    (SWLA, {"aggregation": "ssc", "top_k": 2, "gate": "token"}),
-    (TITANS, {"aggregation": "grm"}),
+    slow(SWLA, {"aggregation": "ssc", "top_k": 2, "gate": "token"}),
+    slow(TITANS, {"aggregation": "grm"}),
     (TITANS, {"aggregation": "soup"}),
-    (TITANS, {"aggregation": "soup", "gate": "sigmoid", "carry": "independent"}),
+    slow(TITANS, {"aggregation": "soup", "gate": "sigmoid", "carry": "independent"}),
   ],
   ids=lambda x: x.name if isinstance(x, rules.Rule) else "-".join(map(str, x.values())),
 )
@@ -296,7 +296,7 @@ IDS = np.array([7, 2, 2, 2, 2, 2, 2, 0, 2, 2, 5, 5])  # four documents: the 2s a
 @pytest.mark.parametrize(
   ("rule", "options"),
   [
-    (TITANS, {"aggregation": "grm"}),
+    slow(TITANS, {"aggregation": "grm"}),
     (dataclasses.replace(SWLA, chunk=3), {"aggregation": "ssc", "carry": "independent"}),
   ],
   ids=lambda x: x.name if isinstance(x, rules.Rule) else "",
@@ -341,7 +341,7 @@ def test_other_documents_may_as_well_be_padding(rule, options):
   chex.assert_trees_all_equal(y, jnp.zeros_like(y))
 
 
-@pytest.mark.parametrize("carry", ["checkpoint", "independent"])
+@pytest.mark.parametrize("carry", ["checkpoint", slow("independent")])
 def test_a_document_starts_afresh_on_the_grid_of_its_row(carry):
   """A document that starts at the second token of a segment of four: its chunks are what the row's grid leaves it."""
   args, _ = inputs(TITANS)
