@@ -26,10 +26,12 @@ TINY = {
 }
 
 
+BASE = ["--config=configs/mqar.py", *(f"--config.{field}={value}" for field, value in TINY.items())]
+
+
 def _ablate(*flags):
-  base = ["--config=configs/mqar.py", *(f"--config.{field}={value}" for field, value in TINY.items())]
   cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
-  command = [sys.executable, "-m", "mc_jax.ablate", *([] if "--report" in flags else base), *flags]
+  command = [sys.executable, "-m", "mc_jax.ablate", *([] if "--report" in flags else BASE), *flags]
   return subprocess.run(command, cwd=ROOT, env=os.environ | cache, capture_output=True, text=True, check=False)
 
 
@@ -69,10 +71,10 @@ def test_cells_are_trained_evaluated_reported_and_not_run_again(tmp_path):
   assert (tmp_path / "report" / "mqar.png").exists()
 
 
-def test_cells_are_told_what_suits_them(tmp_path):
+def test_cells_are_told_what_suits_them(door, tmp_path):
   told = ["--rows=4", "--limit=0.5", "--num_fewshot=1", f"--include_path={tmp_path}"]
   flags = [f"--workdir={tmp_path}", "--grid=model.pattern=attention,memory", "--tasks=gates_mqar,mqar"]
-  listed = _ablate(*flags, "--config.model.memory.aggregation=grm", *told, "--dry_run").stdout
+  listed = door("ablate", *BASE, *flags, "--config.model.memory.aggregation=grm", *told, "--dry_run").stdout
   assert "gates_mqar is left out: it needs gates, which model.pattern=attention does not have" in listed
   assert "(in pattern=attention,seed=0)" in listed
   transformer, caching = (line for line in listed.splitlines() if "mc_jax.evaluate" in line)
@@ -114,8 +116,8 @@ def test_what_was_evaluated_once_stays_until_it_is_again(tmp_path):
   ],
   ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-def test_mistakes_end_with_a_clean_message(tmp_path, flags, message):
-  done = _ablate(f"--workdir={tmp_path}", *flags)
+def test_mistakes_end_with_a_clean_message(door, tmp_path, flags, message):
+  done = door("ablate", *BASE, f"--workdir={tmp_path}", *flags)
   assert done.returncode == 2
   assert message in done.stderr
   assert "Traceback" not in done.stderr

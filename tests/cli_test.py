@@ -134,13 +134,14 @@ cli.run(lambda _: print(cli.overrides(CONFIG), LENGTHS.value), CONFIG)
 """
 
 
-def _overrides(tmp_path, *given):
+def _overrides(door, tmp_path, *given):
   (tmp_path / "door.py").write_text(OVERRIDING)
-  return subprocess.run([sys.executable, tmp_path / "door.py", *given], capture_output=True, text=True, check=False)
+  return door(tmp_path / "door.py", *given)
 
 
-def test_fields_given_are_typed_and_the_others_left_out(tmp_path):
+def test_fields_given_are_typed_and_the_others_left_out(door, tmp_path):
   done = _overrides(
+    door,
     tmp_path,
     "--config.data.length=2048",
     "--config.model.memory.max_step=0.5",
@@ -178,8 +179,8 @@ def test_fields_given_are_typed_and_the_others_left_out(tmp_path):
     ("data.length=2", "not a flag: data.length=2"),
   ],
 )
-def test_mistyped_fields_end_with_one_line(tmp_path, flag, message):
-  done = _overrides(tmp_path, flag)
+def test_mistyped_fields_end_with_one_line(door, tmp_path, flag, message):
+  done = _overrides(door, tmp_path, flag)
   assert done.returncode == 2
   assert message in done.stderr
   assert "Traceback" not in done.stderr
@@ -207,7 +208,7 @@ cli.run(lambda _: print(config.from_config_dict(CONFIG.value).model.pattern), CO
     ("", ["--config.model.pattern=('memory', 'attention')"], "('memory', 'attention')"),
   ],
 )
-def test_a_pattern_is_written_in_a_file_or_a_flag_and_a_mixer_is_told_of(tmp_path, line, flags, said):
+def test_a_pattern_is_written_in_a_file_or_a_flag_and_a_mixer_is_told_of(door, tmp_path, line, flags, said):
   (tmp_path / "door.py").write_text(CONFIGURED)
   lines = [
     "from mc_jax.training import config",
@@ -217,8 +218,7 @@ def test_a_pattern_is_written_in_a_file_or_a_flag_and_a_mixer_is_told_of(tmp_pat
     "  return c",
   ]
   (tmp_path / "config.py").write_text("\n".join(lines))
-  command = [sys.executable, tmp_path / "door.py", f"--config={tmp_path / 'config.py'}", *flags]
-  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  done = door(tmp_path / "door.py", f"--config={tmp_path / 'config.py'}", *flags)
   assert said in done.stdout + done.stderr
   assert done.returncode == (2 if "mixer" in line else 0)
   assert "Traceback" not in done.stderr

@@ -96,7 +96,7 @@ def alone():
 
 @pytest.fixture(scope="session")
 def door(tmp_path_factory):
-  """Runs a door: door("generate", *flags, folder=., words="") -> CompletedProcess; see doors.py."""
+  """Runs a door or a program's path: door("generate", *flags, folder=., words="") -> CompletedProcess; see doors.py."""
   here, root = pathlib.Path(__file__).parent, pathlib.Path(__file__).parent.parent
   printed = [tmp_path_factory.mktemp("doors") / name for name in ("out", "err")]
   server = subprocess.Popen(
@@ -109,7 +109,8 @@ def door(tmp_path_factory):
   )
 
   def run(name, *flags, folder=root, words=""):
-    job = {"module": f"mc_jax.{name}", "arguments": list(map(str, flags)), "folder": str(folder), "input": words}
+    module = str(name) if isinstance(name, pathlib.Path) else f"mc_jax.{name}"
+    job = {"module": module, "arguments": list(map(str, flags)), "folder": str(folder), "input": words}
     job |= {"out": str(printed[0]), "err": str(printed[1]), "cache": str(root / ".jax_cache")}
     print(json.dumps(job), file=server.stdin, flush=True)
     status = int(server.stdout.readline())

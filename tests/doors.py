@@ -1,8 +1,8 @@
 """Doors in processes that start at once: each is forked from this one, which has imported all but the doors.
 
 Started as a program. A line of standard input is {"module", "arguments", "folder", "input", "out", "err"} as JSON: the
-door, its command line, the folder it is started in, its standard input, and files for what it prints. The answer is a
-line with its exit status.
+door or a program's path, its command line, the folder it is started in, its standard input, and files for what it
+prints. The answer is a line with its exit status.
 """
 
 import importlib
@@ -38,7 +38,10 @@ def run(job):
   jax.config.update("jax_compilation_cache_dir", job["cache"])
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   sys.argv = [job["module"], *job["arguments"]]
-  runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
+  if job["module"].endswith(".py"):
+    runpy.run_path(job["module"], run_name="__main__")
+  else:
+    runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
 
 
 for line in sys.stdin:

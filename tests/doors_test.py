@@ -11,6 +11,7 @@ import shlex
 import pytest
 import sentencepiece
 from etils import epath
+from marks import slow
 
 from mc_jax.ablation import grid
 from mc_jax.data import datasets, learning, preparation
@@ -109,10 +110,9 @@ def run(corpora, door, tmp_path_factory):
   return make
 
 
-QUICK = ("windows", "tokens", "mqar")
-most = pytest.mark.parametrize(
-  "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
-)
+# Documents with a tokenizer, and a recall task; what each of the others reads is tested beside its reader.
+QUICK = ("tokens", "mqar")
+EVERY = pytest.mark.parametrize("kind", [kind if kind in QUICK else slow(kind) for kind in KINDS])
 
 
 def _works(done):
@@ -126,7 +126,7 @@ def _refuses(done, message):
   assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EVERY
 def test_generate(run, door, kind):
   flags = [f"--workdir={run(kind)[0]}", "--prompt=memory gate", "--max_tokens=20", "--temperature=2", "--stop=zzz"]
   done = door("generate", *flags)
@@ -139,7 +139,7 @@ def test_generate(run, door, kind):
   assert int(tokens) == len(whole) + (kind != "niah")  # whose rows are no documents
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EVERY
 def test_evaluate(run, door, kind):
   workdir, _ = run(kind)
   task, *options = TASKS[kind]
@@ -157,7 +157,7 @@ def test_evaluate(run, door, kind):
     assert values["loss"] == pytest.approx(record["validation_bits_per_answer"] * math.log(2), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EVERY
 def test_export(run, door, kind, tmp_path):
   workdir, _ = run(kind)
   assert "MB of float32" in _works(door("export", f"--workdir={workdir}", f"--to={tmp_path / 'out'}"))
@@ -167,7 +167,7 @@ def test_export(run, door, kind, tmp_path):
   assert files == {export.WEIGHTS, export.CONFIG} | KEPT.get(kind, set())
 
 
-@most
+@EVERY
 def test_train_again_and_replay(run, door, kind, alone):
   """A step more, and a step that was dumped."""
   workdir, config = run(kind)
@@ -182,7 +182,7 @@ def test_train_again_and_replay(run, door, kind, alone):
   assert re.search(r"losses not finite +none", printed)
 
 
-@most
+@EVERY
 def test_start_from(run, door, kind, tmp_path):
   workdir, config = run(kind)
   flags = [f"--config.train.start_from={workdir}", "--config.train.steps=1", "--config.train.sample_length=0"]
@@ -191,7 +191,7 @@ def test_start_from(run, door, kind, tmp_path):
   assert "was" not in re.findall(r"starting with.*\n(.*)", printed)[0]
 
 
-@most
+@EVERY
 def test_ablate(run, door, kind, tmp_path):
   """The arguments of each command that a cell's process runs."""
   task, *options = TASKS[kind]

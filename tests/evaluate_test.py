@@ -72,8 +72,8 @@ def test_results_are_printed_and_written(run):
   ],
   ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-def test_mistakes_end_with_a_clean_message(run, flags, message):
-  done = _evaluate(f"--workdir={run}", *flags)
+def test_mistakes_end_with_a_clean_message(run, door, flags, message):
+  done = door("evaluate", f"--workdir={run}", *flags)
   assert done.returncode == 2
   assert message in done.stderr
   assert "Traceback" not in done.stderr

@@ -18,7 +18,7 @@ from mc_jax.training.checkpointing import Checkpoints
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def door(*flags):
+def _export(*flags):
   command = [sys.executable, "-m", "mc_jax.export", *map(str, flags)]
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
 
@@ -28,7 +28,7 @@ def test_a_checkpoint_goes_out_and_comes_back(tiny, alone, tmp_path):
   run, batches = state.create(config, alone), datasets.load(config.data).batches(alone)
   with Checkpoints(epath.Path(tmp_path / "run"), keep=1) as checkpoints:
     checkpoints.save(3, run, batches, config)
-  done = door(f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / 'out'}", "--dtype=bfloat16")
+  done = _export(f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / 'out'}", "--dtype=bfloat16")
   assert done.returncode == 0, done.stderr
   assert "step 3: " in done.stdout
   assert "MB of bfloat16" in done.stdout
@@ -47,11 +47,11 @@ def test_a_checkpoint_goes_out_and_comes_back(tiny, alone, tmp_path):
   ],
   ids=["not empty", "no checkpoint", "dtype"],
 )
-def test_mistakes_end_with_a_clean_message(tmp_path, to, flags, message):
+def test_mistakes_end_with_a_clean_message(door, tmp_path, to, flags, message):
   for name in ("run", "full"):
     (tmp_path / name).mkdir()
   (tmp_path / "full" / "mine.txt").write_text("mine")
-  done = door(f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / to}", *flags)
+  done = door("export", f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / to}", *flags)
   assert done.returncode != 0
   assert message in done.stderr
   assert "Traceback" not in done.stderr

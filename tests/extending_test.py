@@ -19,6 +19,7 @@ def _registries(monkeypatch):
 
 
 @pytest.mark.usefixtures("_registries")
+@pytest.mark.slow
 def test_the_examples_run():
   blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
   assert len(blocks) == 7

@@ -63,14 +63,14 @@ def test_a_prompt_is_saved_and_continued_again(run, tmp_path):
   ],
   ids=lambda value: value[-1] if isinstance(value, list) and value else "",
 )
-def test_mistakes_end_with_a_clean_message(run, flags, message):
-  done = _generate(f"--workdir={run}", *flags)
+def test_mistakes_end_with_a_clean_message(run, door, flags, message):
+  done = door("generate", f"--workdir={run}", *flags)
   assert done.returncode == 2
   assert message in done.stderr
   assert "Traceback" not in done.stderr
 
 
-def test_a_folder_without_a_checkpoint_is_named(tmp_path):
-  done = _generate(f"--workdir={tmp_path}", "--prompt=x")
+def test_a_folder_without_a_checkpoint_is_named(door, tmp_path):
+  done = door("generate", f"--workdir={tmp_path}", "--prompt=x")
   assert done.returncode == 2
   assert f"--workdir={tmp_path} has no folder checkpoints/" in done.stderr

@@ -164,11 +164,11 @@ def test_processes_that_would_train_something_else_are_refused(texts, tmp_path):
     (["--coordinator=localhost:1234", "--num_processes=2", "--process_id=2"], "--process_id=2 must be below"),
   ],
 )
-def test_mistyped_processes_are_named(texts, tmp_path, flags, message):
-  (code,), (printed,) = _finish(_start(texts, tmp_path / "run", *flags))
-  assert code == 2
-  assert message in printed
-  assert "Traceback" not in printed
+def test_mistyped_processes_are_named(door, texts, tmp_path, flags, message):
+  done = door("train", *FLAGS, f"--config.data.paths={texts}", f"--workdir={tmp_path / 'run'}", *flags)
+  assert done.returncode == 2
+  assert message in done.stderr
+  assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -38,8 +38,8 @@ def test_configs_have_no_problems(path):
   ],
   ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_mistakes_end_with_a_clean_message(tmp_path, flags, message):
-  done = _train("--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}", *flags)
+def test_mistakes_end_with_a_clean_message(door, tmp_path, flags, message):
+  done = door("train", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}", *flags)
   assert done.returncode != 0
   assert message in done.stderr
   assert "Traceback" not in done.stderr

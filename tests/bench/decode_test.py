@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from marks import slow
 
 from mc_jax.bench import decode_steps
 from mc_jax.data import DataConfig
@@ -96,7 +97,7 @@ def test_a_smaller_dtype_of_the_cache_is_smaller(alone):
   assert nbytes(quarter) == sequence / 4 + scales
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [slow("none"), "ssc", slow("grm"), "attention"])
 def test_steps_are_in_place_and_end_the_context(name, alone):
   config = named(4096, name)
   decoder = dataclasses.replace(abstract_decoder(config, alone), params=state.create(config, alone).params)
@@ -137,8 +138,11 @@ def test_steps_on_tpus_are_in_place(name):
   assert memory.temp_size_in_bytes < size / 4
 
 
-def door(*arguments):
-  command = [sys.executable, "-m", "mc_jax.bench.decode", f"--config={ROOT / 'configs/quickstart.py'}", *arguments]
+CONFIG = f"--config={ROOT / 'configs/quickstart.py'}"
+
+
+def _measure(*arguments):
+  command = [sys.executable, "-m", "mc_jax.bench.decode", CONFIG, *arguments]
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
@@ -148,7 +152,7 @@ def test_the_door_measures(tmp_path):
   small = ("--config.model.d_model=16", "--config.model.layers=1", *memory)
   files = (f"--json={tmp_path / 'decode.json'}", f"--plot={tmp_path / 'decode.png'}")
   flags = ("--contexts=64,512,32", "--models=attention,ssc", "--between=32,64", "--rounds=2", "--limit_gib=0.00005")
-  result = door(*small, *files, *flags)
+  result = _measure(*small, *files, *flags)
   assert result.returncode == 0, result.stderr
   record = json.loads((tmp_path / "decode.json").read_text())
   assert [(row["model"], row["context"]) for row in record["rows"]] == [
@@ -169,8 +173,8 @@ def test_the_door_measures(tmp_path):
   ("flag", "words"),
   [("--models=ssc,lstm", "lstm must be among none"), ("--contexts=1k", "--contexts=1k: must be whole")],
 )
-def test_what_is_mistyped_is_one_line(flag, words):
-  result = door(flag)
+def test_what_is_mistyped_is_one_line(door, flag, words):
+  result = door("bench.decode", CONFIG, flag)
   assert result.returncode == 2
   assert words in result.stderr
   assert "Traceback" not in result.stderr

@@ -4,8 +4,6 @@ import functools
 import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -21,16 +19,6 @@ def corpus(tmp_path):
 
 def _die(_):
   os.kill(os.getpid(), 9)
-
-
-def _command(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "mc_jax.data.prepare", *arguments],
-    capture_output=True,
-    text=True,
-    env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    check=False,
-  )
 
 
 def test_it_learns_tokenizes_and_says_how_many_ids_there_were_to_learn(corpus, tmp_path, door):
@@ -61,9 +49,10 @@ def test_a_log_file_gets_lines_and_no_bar(corpus, tmp_path, capfd, monkeypatch):
   assert "documents" not in err
 
 
-def test_bad_input_ends_with_status_2_and_one_line(corpus, tmp_path):
+def test_bad_input_ends_with_status_2_and_one_line(corpus, door, tmp_path):
   corpus.write_text(json.dumps({"text": "cut \ud83d"}) + "\n")
-  ended = _command("--source=jsonl", f"--paths={corpus}", f"--out={tmp_path}/out", "--tokenizer=bytes", "--processes=1")
+  flags = [f"--paths={corpus}", f"--out={tmp_path}/out", "--tokenizer=bytes", "--processes=1"]
+  ended = door("data.prepare", "--source=jsonl", *flags)
   assert ended.returncode == 2
   assert re.fullmatch(r".*a\.jsonl, line 1: field 'text' holds \\ud83d, half a .* --on_error=skip .*\n", ended.stderr)
   assert not (tmp_path / "out" / "manifest.json").exists()
@@ -77,9 +66,9 @@ def test_bad_input_ends_with_status_2_and_one_line(corpus, tmp_path):
     (("--paths={corpus}", "--tokenizer=a/data.tokenizer.json"), r"--tokenizer must be .*'a/data\.tokenizer\.json'"),
   ],
 )
-def test_messages_name_its_own_flags(corpus, tmp_path, flags, message):
+def test_messages_name_its_own_flags(corpus, door, tmp_path, flags, message):
   flags = [flag.format(corpus=corpus) for flag in flags]
-  ended = _command("--source=jsonl", *flags, f"--out={tmp_path}/out")
+  ended = door("data.prepare", "--source=jsonl", *flags, f"--out={tmp_path}/out")
   assert ended.returncode == 2
   assert re.match(f"error: {message}", ended.stderr), ended.stderr
 

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from marks import slow
 
 from mc_jax.data import lock
 
@@ -28,7 +29,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, slow(signal.SIGTERM), slow(signal.SIGHUP)])
 def test_a_worker_ends_with_its_parent(tmp_path, number):
   (tmp_path / "parent.py").write_text(PARENT)
   environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -8,6 +8,7 @@ import numpy as np
 import plain
 import pytest
 from flax import nnx
+from marks import slow
 
 from mc_jax.data import tokenizers
 from mc_jax.evaluation import Subject, continuations
@@ -48,8 +49,15 @@ def _pairs(*lengths):
 MIXED = [(3, 5), (20, 2), (1, 1), (20, 3), (9, 1), (9, 1), (20, 2), (5, 0), (40, 9)]
 
 
-@pytest.mark.parametrize("step", [0, 10_000], ids=["steps", "forward"])
-@pytest.mark.parametrize("fields", [GRM, dict(pattern="attention")], ids=["grm", "transformer"])
+@pytest.mark.parametrize(
+  ("fields", "step"),
+  [
+    slow(GRM, 0, id="grm-steps"),
+    pytest.param(GRM, 10_000, id="grm-forward"),
+    pytest.param(dict(pattern="attention"), 0, id="transformer-steps"),
+    slow(dict(pattern="attention"), 10_000, id="transformer-forward"),
+  ],
+)
 def test_likelihoods_are_those_of_the_plain_forward_pass(untrained, fields, step, monkeypatch):
   monkeypatch.setattr(continuations, "STEP", step)
   subject, pairs, counts = untrained(**fields), _pairs(*MIXED), []

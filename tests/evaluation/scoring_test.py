@@ -20,8 +20,9 @@ def test_losses_and_right_answers(tiny, alone):
   (part,) = datasets.load(config.data).validation.values()
   scored = scoring.scorer(graph, config.data, alone)(params, part.batches)
   assert len(scored) == len(part.batches)
+  forward = jax.jit(lambda tokens: nnx.merge(graph, params)(tokens))
   for s, batch in zip(scored, part.batches, strict=True):
-    logits = np.asarray(jax.jit(lambda tokens: nnx.merge(graph, params)(tokens))(batch["tokens"]), np.float64)
+    logits = np.asarray(forward(batch["tokens"]), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = -np.take_along_axis(log_p, batch["targets"][..., None], -1)[..., 0]
     chex.assert_trees_all_close(s.loss, np.float32(expected), rtol=1e-4)

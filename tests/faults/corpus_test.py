@@ -9,6 +9,7 @@ import shutil
 import jax
 import pytest
 from etils import epath
+from marks import slow
 
 from mc_jax import storage
 from mc_jax.data import PackingConfig, PartConfig, preparation, tokenizers
@@ -73,6 +74,7 @@ def _refused(message, config, workdir, **data):
   assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_documents_replaced_under_the_same_name(config, tmp_path):
   _lines(tmp_path / "corpus" / "all.jsonl", 300)
   run = config("jsonl", tmp_path / "corpus", "concat")
@@ -81,7 +83,7 @@ def test_documents_replaced_under_the_same_name(config, tmp_path):
   _refused(r"jsonl: 1 of 1 files has other contents: all\.jsonl", run, tmp_path / "run")
 
 
-@pytest.mark.parametrize("method", ["windows", "best_fit"])
+@pytest.mark.parametrize("method", [slow("windows"), "best_fit"])
 def test_text_files_removed_and_replaced(config, tmp_path, method):
   _files(tmp_path / "corpus", 40)
   run = config("text", tmp_path / "corpus", method)
@@ -212,6 +214,7 @@ def run_of_ids(config, tmp_path):
   return run, tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_ids_of_another_vocabulary_at_the_same_path(run_of_ids, door, tmp_path):
   run, workdir = run_of_ids
   flags = [f"--workdir={workdir}", "--prompt=memory gate", "--max_tokens=10"]
@@ -253,6 +256,7 @@ def test_a_run_whose_tokenizer_is_gone_resumes_with_its_own(config, tmp_path, ca
     trained.load(tmp_path / "run").tokenizer_file()
 
 
+@pytest.mark.slow
 def test_parameters_of_another_tokenizer_are_no_start(config, tmp_path):
   _lines(tmp_path / "corpus" / "a.jsonl", 60)
   run = config("jsonl", tmp_path / "corpus", tokenizer=_bpe(tmp_path / "tokenizer", 300))

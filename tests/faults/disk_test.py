@@ -46,6 +46,7 @@ def _newest(workdir):
     return checkpoints.latest()
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_leaves_the_one_before(forks, tiny, tmp_path):
   """The operating system refuses files of more than 100 kB, as a full disk does in the middle of one."""
   # A single array is larger than that: how many arrays go into a file is a matter of timing.

@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+from marks import slow
 
 from mc_jax.training.watchdog import heartbeat
 
@@ -28,10 +29,11 @@ with Watchdog(minutes={minutes}) as watchdog:
 @pytest.mark.parametrize(
   ("how", "told"),
   [
-    ("time.sleep(60)", "no step, evaluation or checkpoint has ended for 0:02 (train.hang_minutes)"),
-    ("ctypes.PyDLL(None).sleep(60)", "Timeout (0:00:03"),
+    pytest.param(
+      "time.sleep(60)", "no step, evaluation or checkpoint has ended for 0:02 (train.hang_minutes)", id="python"
+    ),
+    slow("ctypes.PyDLL(None).sleep(60)", "Timeout (0:00:03", id="c"),
   ],
-  ids=["python", "c"],
 )
 def test_a_hang_ends_with_the_stacks_of_all_threads(how, told):
   program = HANGS.format(how=how, minutes=2 / 60)
@@ -63,6 +65,7 @@ def test_what_is_slow_says_so(capsys):
   assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_step_that_never_ends_ends_the_run(forks, tiny, tmp_path):
   config = tiny(pattern="attention", hang_minutes=4 / 60, eval_every=100)
   forks.start(config, tmp_path, hangs_at=8)
@@ -73,6 +76,7 @@ def test_a_step_that_never_ends_ends_the_run(forks, tiny, tmp_path):
   assert "in hanging" in printed
 
 
+@pytest.mark.slow
 def test_a_last_checkpoint_that_is_never_complete_ends_the_run(forks, tiny, tmp_path):
   config = tiny(pattern="attention", hang_minutes=4 / 60, eval_every=100, checkpoint_every=100)
   forks.start(config, tmp_path, never_completes=True)

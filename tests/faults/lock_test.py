@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+from marks import slow
 
 from mc_jax.data import lock
 
@@ -36,7 +37,7 @@ def _is_refused(rivals, config, workdir, pid):
   assert "stop it, or use another --workdir" in printed
 
 
-@pytest.mark.parametrize("phase", ["step", "save", "commit", "digests", "evaluation"])
+@pytest.mark.parametrize("phase", [slow("step"), slow("save"), "commit", slow("digests"), slow("evaluation")])
 def test_a_second_run_is_refused_and_the_first_undisturbed(
   config, forks, rivals, records, undisturbed, tmp_path, phase
 ):
@@ -52,6 +53,7 @@ def test_a_second_run_is_refused_and_the_first_undisturbed(
   assert records(tmp_path) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_run_that_is_being_resumed_has_its_workdir_at_once(config, forks, rivals, records, undisturbed, tmp_path):
   """SIGKILL leaves no lock behind."""
   forks.start(config, tmp_path)

@@ -86,6 +86,7 @@ def test_once_too_many_were_skipped_nothing_changes_any_more(setting):
   chex.assert_trees_all_equal(frozen.params, start.params)
 
 
+@pytest.mark.slow
 def test_a_bad_batch_is_told_and_passed_and_no_checkpoint_is_made_of_it(tiny, tmp_path, monkeypatch, capsys):
   _poisoned(monkeypatch, {3})
   result = _train(tiny(pattern="attention", keep_every=3, log_every=2), tmp_path)
@@ -121,6 +122,7 @@ def test_too_many_bad_batches_end_the_run_with_a_step_to_replay(tiny, tmp_path, 
     _replay(tiny(pattern="attention", layers=2), tmp_path, 6)
 
 
+@pytest.mark.slow
 def test_a_parameter_that_is_not_finite_is_named(tiny, tmp_path, monkeypatch):
   config, create = tiny(pattern="attention", max_skipped=2), state.create
 

@@ -78,6 +78,7 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
 def test_a_terminal_that_closes_ends_a_run_with_a_checkpoint(texts, tmp_path):
   """Its bar draws on the terminal: nothing can be written there any more when the checkpoint is to be."""
   command = ["-m", "mc_jax.train", "--config=configs/quickstart.py", f"--workdir={tmp_path}", *TINY]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from marks import slow
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -75,7 +76,7 @@ def test_two_exports_into_one_folder_do_not_mix(exported, tmp_path):
   assert {path.name for path in out.iterdir()} == {export.CONFIG, export.WEIGHTS}
 
 
-@pytest.mark.parametrize("name", ["titans", "untied", "transformer"])
+@pytest.mark.parametrize("name", [slow("titans"), slow("untied"), "transformer"])
 def test_float32_comes_back_bit_for_bit_and_so_do_the_logits(name, tmp_path):
   model = make(VARIANTS[name])
   export.save(tmp_path, VARIANTS[name], params_of(model))

@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import pytest
+from marks import slow
 
 from mc_jax import memory
 from mc_jax.bench import kernel_cases
@@ -62,7 +63,7 @@ def layer(rule, head_dim, *, heads=2, length=1024, documents=False, **options):
   return jax.grad(loss), ((vector, vector, vector, vector, gates, init), ids)
 
 
-@pytest.mark.parametrize("aggregation", memory.AGGREGATIONS)
+@pytest.mark.parametrize("aggregation", [slow("none"), "residual", slow("grm"), slow("soup"), slow("ssc")])
 def test_a_layer_takes_the_kernels_when_it_is_compiled_for_a_tpu(aggregation):
   """By the platform lowered for, on a machine whose default backend is a CPU; forward and backward."""
   fn, args = layer(memory.rules.get("linear", chunk=128), 128, aggregation=aggregation)
@@ -71,7 +72,7 @@ def test_a_layer_takes_the_kernels_when_it_is_compiled_for_a_tpu(aggregation):
   assert all(kernel in text for kernel in ("linear_write_fwd", "linear_write_bwd", *reads))
 
 
-@pytest.mark.parametrize("name", memory.RULES)
+@pytest.mark.parametrize("name", [name if name == "swla" else slow(name) for name in memory.RULES])
 def test_every_rule_compiles_with_documents(name):
   fn, args = layer(memory.rules.get(name, chunk=64), 64, documents=True, implementation="pallas")
   assert f"{name}_write_bwd" in compile_for("v5e", fn, args).as_text()
@@ -85,6 +86,7 @@ def test_the_printed_rule_compiles(chip, head_dim, chunk):
   assert "titans_write_bwd" in compile_for(chip, fn, args).as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregation", ["grm", "ssc"])
 def test_a_layer_compiles_under_vmap(aggregation):
   fn, ((*tokens, init), _) = layer(memory.rules.get("linear", chunk=128), 128, aggregation=aggregation)

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend import core
+from marks import slow
+from quick_compile import jit
 
 from mc_jax.kernels import gated_sum as kernels
 from mc_jax.memory import aggregate
 
 ROWS, LENGTH, TILE = 2, 300, 128
-KINDS = pytest.mark.parametrize("kind", ["matrix", "deep"])
+KINDS = pytest.mark.parametrize("kind", ["matrix", slow("deep")])
 
 
 def product(x, w):
@@ -62,7 +64,7 @@ def value_and_gradients(read, args, cotangent):
     y, pull = jax.vjp(read, *args)
     return y, pull(cotangent)
 
-  return jax.jit(run)(args, cotangent)
+  return jit(run)(args, cotangent)
 
 
 def assert_close(actual, expected, tolerance):
@@ -75,7 +77,7 @@ def assert_close(actual, expected, tolerance):
 
 
 @KINDS
-@pytest.mark.parametrize("n, counts", [(5, (0, 2, 4)), (9, (1, 9, 9)), (1, (0, 0, 1)), (3, (0, 0, 0))])
+@pytest.mark.parametrize("n, counts", [(5, (0, 2, 4)), slow(9, (1, 9, 9)), (1, (0, 0, 1)), slow(3, (0, 0, 0))])
 def test_values_and_gradients_are_those_of_the_sum(kind, n, counts):
   """The length is ragged, n no multiple of the states in a step, a first tile reads nothing."""
   contribution, args, cotangent = setting(kind, n)
@@ -83,7 +85,7 @@ def test_values_and_gradients_are_those_of_the_sum(kind, n, counts):
   assert_close(actual, value_and_gradients(plain(contribution, counts), args, cotangent), 2e-6)
 
 
-@pytest.mark.parametrize("kind, head_dim", [("matrix", 8), ("deep", 96), ("matrix", 136)])
+@pytest.mark.parametrize("kind, head_dim", [("matrix", 8), slow("deep", 96), slow("matrix", 136)])
 def test_widths_that_are_not_128(kind, head_dim):
   contribution, args, cotangent = setting(kind, head_dim=head_dim)
   actual = value_and_gradients(kernel(contribution, (1, 3, 5)), args, cotangent)
@@ -112,7 +114,7 @@ def test_one_tile_is_the_loop_over_memories(kind):
 
 
 @KINDS
-@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("together", [slow(1), 2])
 def test_fewer_states_a_step_and_stripes_change_nothing(kind, together, monkeypatch):
   contribution, args, cotangent = setting(kind)
   expected = value_and_gradients(kernel(contribution, (1, 4, 5)), args, cotangent)
@@ -125,9 +127,12 @@ def test_fewer_states_a_step_and_stripes_change_nothing(kind, together, monkeypa
 def test_counts_may_be_traced(kind):
   contribution, args, cotangent = setting(kind)
   expected = value_and_gradients(kernel(contribution, (0, 2, 4)), args, cotangent)
-  actual = jax.jit(lambda counts: value_and_gradients(kernel(contribution, counts), args, cotangent))(
-    jnp.array([0, 2, 4])
-  )
+
+  def run(args, cotangent, counts):
+    y, pull = jax.vjp(kernel(contribution, counts), *args)
+    return y, pull(cotangent)
+
+  actual = jit(run)(args, cotangent, jnp.array([0, 2, 4]))
   assert_close(actual, expected, 1e-7)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend import core
+from marks import slow
 from quick_compile import jit
 
 from mc_jax.kernels.recurrence import Recurrence, scan
@@ -108,7 +109,7 @@ def assert_close(actual, expected, tolerance):
 
 @pytest.mark.parametrize(
   "segments, chunks, start",
-  [(1, 1, None), (3, 1, start), (1, 2, start), (3, 2, None), (1, 3, None), (2, 3, start), (2, 3, None)],
+  [(1, 1, None), slow(3, 1, start), slow(1, 2, start), (3, 2, None), slow(1, 3, None), (2, 3, start), slow(2, 3, None)],
 )
 def test_values_and_gradients_are_those_of_a_scan(segments, chunks, start):
   args = arguments(segments, chunks)
@@ -141,13 +142,12 @@ def _kernels(jaxpr):
 @pytest.mark.parametrize(
   "used",
   [
-    lambda y, ends, last: y,
-    lambda y, ends, last: ends,
-    lambda y, ends, last: last,
-    lambda y, ends, last: (y["norm"], ends[0], last[1]),
-    lambda y, ends, last: (y["y"], ends[1][0]),  # the first segment's end only
+    slow(lambda y, ends, last: y, id="outputs"),
+    slow(lambda y, ends, last: ends, id="ends"),
+    slow(lambda y, ends, last: last, id="last"),
+    pytest.param(lambda y, ends, last: (y["norm"], ends[0], last[1]), id="some of each"),
+    pytest.param(lambda y, ends, last: (y["y"], ends[1][0]), id="one end"),  # the first segment's end only
   ],
-  ids=["outputs", "ends", "last", "some of each", "one end"],
 )
 def test_what_nothing_was_made_of_has_no_cotangent_to_fetch(used):
   segments, chunks = 2, 2

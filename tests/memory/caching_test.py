@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import samples
+from marks import slow
 from samples import CHUNK
 
 from mc_jax.memory import rules, segments, xla
@@ -143,14 +144,13 @@ def test_a_document_on_a_segment_boundary_gets_what_it_gets_alone(case):
 
 
 @pytest.mark.parametrize(
-  "combination",
-  [("linear", "ssc", "independent"), ("swla", "soup", "checkpoint"), ("titans", "grm", "checkpoint")],
-  ids="-".join,
+  ("rule", "aggregation", "carry"),
+  [("linear", "ssc", "independent"), ("swla", "soup", "checkpoint"), slow("titans", "grm", "checkpoint")],
 )
-def test_gradients_through_the_caches_are_differences(combination):
+def test_gradients_through_the_caches_are_differences(rule, aggregation, carry):
   """Of the fast path itself, along random directions; the tokens of the first segment are felt in the last."""
-  options = options_of(*combination)
-  length = LENGTHS[combination[0]]
+  options = options_of(rule, aggregation, carry)
+  length = LENGTHS[rule]
   x = samples.inputs(options["rule"], length=length)
   cotangent = np.where(np.arange(length)[:, None, None] >= 18, samples.like(x.q), 0)
   run = samples.forward_and_back(**options)
@@ -167,10 +167,10 @@ def test_gradients_through_the_caches_are_differences(combination):
 @pytest.mark.parametrize(
   ("rule", "aggregation", "carry", "segment"),
   [
-    (rules.get("swla", chunk=2), "soup", "checkpoint", 5),  # ragged chunks in ragged segments
+    slow(rules.get("swla", chunk=2), "soup", "checkpoint", 5),  # ragged chunks in ragged segments
     (rules.get("linear", chunk=2), "ssc", "independent", 5),
-    (rules.get("titans", chunk=2, expansion=2, normalized=False), "grm", "checkpoint", 4),
-    (rules.get("dla", chunk=4, expansion=2, normalized=False), "grm", "independent", 4),
+    slow(rules.get("titans", chunk=2, expansion=2, normalized=False), "grm", "checkpoint", 4),
+    slow(rules.get("dla", chunk=4, expansion=2, normalized=False), "grm", "independent", 4),
     (rules.get("dla", chunk=4, expansion=2, normalized=False), "residual", "checkpoint", 1),  # every token is cached
     (rules.get("swla", chunk=13), "soup", "checkpoint", 13),  # nothing is cached
     (rules.get("titans", chunk=13, expansion=2, normalized=False), "ssc", "independent", 64),
@@ -190,7 +190,7 @@ def test_queries_are_read_in_tiles_of_several_segments():
   samples.assert_equals_reference(x, rule=rule, aggregation="grm", segmentation=segments.constant(40))
 
 
-@pytest.mark.parametrize("aggregation", ["grm", "soup"])
+@pytest.mark.parametrize("aggregation", ["grm", slow("soup")])
 def test_how_many_independent_segments_run_side_by_side_is_a_matter_of_speed(aggregation):
   rule = rules.get("linear", chunk=2)
   x, segment_ids = samples.inputs(rule, batch=2, length=13), np.array([[1] * 7 + [2] * 6, [1] * 2 + [0] + [2] * 10])
@@ -218,7 +218,7 @@ def temporary_bytes(aggregation, length):
   return samples.jit(jax.grad(loss)).lower(x).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("aggregation", ["grm", "soup", "ssc"])
+@pytest.mark.parametrize("aggregation", ["grm", slow("soup"), slow("ssc")])
 def test_a_training_steps_memory_grows_with_the_states_and_not_with_length_times_state(aggregation):
   """Of every segment its state, its gradient and one copy; of every token some vectors; of one segment its chunks.
 

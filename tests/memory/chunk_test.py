@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import samples
+from marks import slow
 
 from mc_jax.memory import arithmetic, chunk, documents, networks, rules, segments
 from mc_jax.memory.rules import gradient
@@ -22,10 +23,6 @@ SEGMENT_IDS = np.array([[1] * 6 + [0] + [2] * 5, [3] * 2 + [4] * 10, [0] * 3 + [
 DELTA = rules.GradientRule("delta", networks.Matrix(), rules.squared_loss, chunk=4, normalized=True, solve=True)
 
 
-def slow(*values):
-  return pytest.param(*values, marks=pytest.mark.slow)
-
-
 @FLOAT64
 @pytest.mark.parametrize(
   ("rule", "aggregation", "carry"),
@@ -33,28 +30,28 @@ def slow(*values):
     # One token a chunk: the recurrences themselves.
     (rules.get("linear", chunk=1), "ssc", "independent"),
     (rules.get("swla", chunk=1, window=3), "soup", "checkpoint"),
-    (rules.get("dla", chunk=1, expansion=2, normalized=False), "residual", "independent"),
+    slow(rules.get("dla", chunk=1, expansion=2, normalized=False), "residual", "independent"),
     (rules.get("titans", chunk=1, expansion=2, max_grad_norm=4.0, normalized=False), "grm", "checkpoint"),
     # Windows longer than chunks.
     (rules.get("swla", chunk=2, window=4), "grm", "checkpoint"),
-    (rules.get("swla", chunk=2, window=3), "ssc", "independent"),
+    slow(rules.get("swla", chunk=2, window=3), "ssc", "independent"),
     # Networks of other depths; the printed form of dla.
     (rules.get("titans", chunk=2, depth=1, norm=True, normalized=False), "none", "checkpoint"),
-    (rules.get("titans", chunk=2, depth=3, expansion=1, max_grad_norm=1.0, normalized=False), "grm", "checkpoint"),
+    slow(rules.get("titans", chunk=2, depth=3, expansion=1, max_grad_norm=1.0, normalized=False), "grm", "checkpoint"),
     (
       rules.get("dla", chunk=2, expansion=1, retention=False, max_grad_norm=None, normalized=False),
       "none",
       "checkpoint",
     ),
     # Steps in units of the error, solved for in the chunk or frozen.
-    (rules.get("titans", chunk=1, expansion=2), "grm", "independent"),
+    slow(rules.get("titans", chunk=1, expansion=2), "grm", "independent"),
     (rules.get("titans", chunk=4, expansion=2), "grm", "checkpoint"),
     slow(rules.get("titans", chunk=4, depth=3, expansion=1, norm=True), "soup", "checkpoint"),
     slow(rules.get("titans", chunk=2, expansion=2, solve=False), "ssc", "independent"),
     (rules.get("dla", chunk=4, expansion=2), "residual", "checkpoint"),
     (DELTA, "ssc", "checkpoint"),
     # A rule of one's own: everything at once, and momentum without retention or step sizes.
-    (
+    slow(
       rules.GradientRule(
         "windowed titans",
         networks.MLP(2, 2, norm=True),
@@ -184,11 +181,15 @@ def test_inner_gradients_are_cut_to_their_norm_all_layers_together():
     chex.assert_trees_all_close(norms(bound), jnp.minimum(free, bound), rtol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-  "rule",
-  [rules.get("titans", chunk=4, expansion=2), rules.get("dla", chunk=4, expansion=2, depth=3, norm=True)],
-  ids=lambda rule: rule.name,
+  ("rule", "dtype"),
+  [
+    (rules.get("titans", chunk=4, expansion=2), "float32"),
+    slow(rules.get("titans", chunk=4, expansion=2), "bfloat16"),
+    slow(rules.get("dla", chunk=4, expansion=2, depth=3, norm=True), "float32"),
+    (rules.get("dla", chunk=4, expansion=2, depth=3, norm=True), "bfloat16"),
+  ],
+  ids=lambda x: getattr(x, "name", x),
 )
 def test_gradients_are_finite_where_nothing_is_written(rule, dtype):
   """At padding, whose keys are zero, and at tokens whose values memories answer already: shares are 0 / 0."""

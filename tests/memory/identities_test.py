@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import samples
+from marks import slow
 
 from mc_jax import memory
 from mc_jax.memory import networks, rules, segments
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 LENGTH = 12
 SEGMENTS = segments.constant(4)
 MATRIX, DEEP = ("linear", "swla"), ("dla", "titans")
+EVERY_RULE = [slow("linear"), "swla", slow("dla"), "titans"]
 
 
 def rule_of(name, chunk=2):
@@ -70,8 +72,8 @@ def test_independent_linear_memories_added_up_are_linear_attention():
   ("name", "carry", "gate"),
   [
     ("linear", "independent", "softmax"),
-    ("swla", "checkpoint", "constant"),
-    ("dla", "independent", "constant"),
+    slow("swla", "checkpoint", "constant"),
+    slow("dla", "independent", "constant"),
     ("titans", "checkpoint", "softmax"),
   ],
 )
@@ -85,7 +87,7 @@ def test_a_single_segment_has_nothing_to_aggregate(name, carry, gate):
     assert_same(y, expected)
 
 
-@pytest.mark.parametrize("name", memory.RULES)
+@pytest.mark.parametrize("name", EVERY_RULE)
 def test_soup_is_grm_for_matrices_and_not_for_networks(name):
   """Identity 3, for any M_0."""
   soup, grm = evaluate(name, "soup"), evaluate(name, "grm")
@@ -96,13 +98,13 @@ def test_soup_is_grm_for_matrices_and_not_for_networks(name):
     assert (np.abs(soup - grm)[:, 4:].max(-1) > 1e-4).all()
 
 
-@pytest.mark.parametrize(("name", "top_k"), [("linear", 2), ("swla", 9), ("dla", 9), ("titans", 2)])
+@pytest.mark.parametrize(("name", "top_k"), [slow("linear", 2), ("swla", 9), slow("dla", 9), ("titans", 2)])
 def test_ssc_that_keeps_every_cache_is_grm(name, top_k):
   """Identity 4."""
   assert_same(evaluate(name, "ssc", top_k=top_k), evaluate(name, "grm"))
 
 
-@pytest.mark.parametrize("name", memory.RULES)
+@pytest.mark.parametrize("name", EVERY_RULE)
 def test_grm_with_constant_gates_is_residual(name):
   """Identity 5."""
   constant, residual = evaluate(name, "grm", gate="constant"), evaluate(name, "residual")
@@ -144,10 +146,20 @@ def test_segments_of_one_token_with_a_vector_for_a_memory_are_gated_attention():
     assert_same(gradient._replace(v=0), expected_gradient._replace(v=0))
 
 
-@pytest.mark.parametrize("carry", memory.CARRIES)
 @pytest.mark.parametrize(
-  ("name", "aggregation"),
-  [("titans", "none"), ("linear", "residual"), ("titans", "grm"), ("dla", "soup"), ("swla", "ssc")],
+  ("name", "aggregation", "carry"),
+  [
+    slow("titans", "none", "checkpoint"),
+    ("titans", "none", "independent"),
+    ("linear", "residual", "checkpoint"),
+    slow("linear", "residual", "independent"),
+    ("titans", "grm", "checkpoint"),
+    slow("titans", "grm", "independent"),
+    slow("dla", "soup", "checkpoint"),
+    ("dla", "soup", "independent"),
+    ("swla", "ssc", "checkpoint"),
+    slow("swla", "ssc", "independent"),
+  ],
 )
 def test_nothing_leaks_from_a_later_token(name, aggregation, carry):
   """Identity 7, without documents: bit for bit. Row 0 is as it was, in row t token t is another one."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import samples
 from jax.experimental.pallas import tpu as pltpu
+from marks import slow
 
 from mc_jax import memory
 from mc_jax.kernels import vmem
@@ -108,7 +109,7 @@ OPTIONS = {
   "independent": dict(pool="sum", gate="sigmoid", top_k=1, segment_group=2),
 }
 NAMES = memory.RULES, memory.AGGREGATIONS, memory.CARRIES
-# Every rule with every aggregation, the carries by turns.
+# Every rule with every aggregation, the carries by turns, and the quick ones.
 COMBINATIONS = [
   case
   for case in samples.COMBINATIONS
@@ -130,39 +131,43 @@ BFLOAT16 = dict(dtype=jnp.bfloat16, segment=16, tolerance=2**-7)
 SOLVED = dict(tolerance=2**-15)
 
 
-def slow(*args, **kwargs):
-  return pytest.param(Case(*args, **kwargs), marks=pytest.mark.slow)
+def slow_case(*args, **kwargs):
+  return slow(Case(*args, **kwargs))
 
 
 @pytest.mark.parametrize(
   "case",
   [
     # No documents, and lengths that are no multiple of a chunk or segment, and one that is.
-    Case(TITANS, dict(aggregation="grm"), documents=False, length=48),
+    slow_case(TITANS, dict(aggregation="grm"), documents=False, length=48),
     Case(SWLA, dict(aggregation="soup", carry="independent"), documents=False, length=41),
-    slow(LINEAR, dict(aggregation="ssc", carry="independent"), documents=False),
+    slow_case(LINEAR, dict(aggregation="ssc", carry="independent"), documents=False),
     # One segment: as long as the row, longer, shorter than a chunk.
-    Case(TITANS, dict(aggregation="ssc"), length=16),
+    slow_case(TITANS, dict(aggregation="ssc"), length=16),
     Case(SWLA, dict(aggregation="grm"), length=21, segment=64),
-    slow(TITANS, dict(aggregation="soup", carry="independent"), length=5),
-    slow(LINEAR, dict(aggregation="residual"), length=13, documents=False),
+    slow_case(TITANS, dict(aggregation="soup", carry="independent"), length=5),
+    slow_case(LINEAR, dict(aggregation="residual"), length=13, documents=False),
     # Chunks as long as a segment, or longer.
     Case(rules.get("swla", chunk=16, window=3), dict(aggregation="none")),
-    slow(rules.get("titans", chunk=64, expansion=2, normalized=False), dict(aggregation="grm", carry="independent")),
+    slow_case(
+      rules.get("titans", chunk=64, expansion=2, normalized=False), dict(aggregation="grm", carry="independent")
+    ),
     # Widths, depths.
-    slow(rules.get("titans", chunk=CHUNK, expansion=4, normalized=False), dict(aggregation="grm"), head_dim=12),
-    slow(rules.get("dla", chunk=CHUNK, depth=3, expansion=2, norm=True, normalized=False), dict(aggregation="soup")),
-    slow(rules.get("titans", chunk=CHUNK, depth=1, norm=True, normalized=False), dict(aggregation="ssc")),
-    slow(
+    slow_case(rules.get("titans", chunk=CHUNK, expansion=4, normalized=False), dict(aggregation="grm"), head_dim=12),
+    slow_case(
+      rules.get("dla", chunk=CHUNK, depth=3, expansion=2, norm=True, normalized=False), dict(aggregation="soup")
+    ),
+    slow_case(rules.get("titans", chunk=CHUNK, depth=1, norm=True, normalized=False), dict(aggregation="ssc")),
+    slow_case(
       rules.get("titans", chunk=CHUNK, depth=3, expansion=1, normalized=False),
       dict(aggregation="ssc", carry="independent"),
     ),
-    slow(
+    slow_case(
       rules.get("dla", chunk=CHUNK, retention=False, max_grad_norm=None, normalized=False), dict(aggregation="none")
     ),
     # Steps in units of the error; errors solved for in blocks of 64 tokens and fewer.
     Case(rules.get("titans", chunk=CHUNK, expansion=2), dict(aggregation="grm"), **SOLVED),
-    slow(
+    slow_case(
       rules.get("titans", chunk=72, expansion=1),
       dict(aggregation="none"),
       length=80,
@@ -171,18 +176,20 @@ def slow(*args, **kwargs):
       **SOLVED,
     ),
     # Of u's gradient both programs are 2% off float64.
-    slow(rules.get("titans", chunk=16, expansion=2), dict(aggregation="grm"), **BFLOAT16, connector_tolerance=2**-6),
-    slow(rules.get("dla", chunk=CHUNK, expansion=2), dict(aggregation="soup", carry="independent")),
+    slow_case(
+      rules.get("titans", chunk=16, expansion=2), dict(aggregation="grm"), **BFLOAT16, connector_tolerance=2**-6
+    ),
+    slow_case(rules.get("dla", chunk=CHUNK, expansion=2), dict(aggregation="soup", carry="independent")),
     # Gates and numbers of caches.
     Case(LINEAR, dict(aggregation="grm", gate="token")),
-    slow(LINEAR, dict(aggregation="soup", gate="constant", pool="sum")),
-    slow(SWLA, dict(aggregation="ssc", gate="token", top_k=5)),
-    slow(SWLA, dict(aggregation="ssc", gate="constant", carry="independent", top_k=1)),
+    slow_case(LINEAR, dict(aggregation="soup", gate="constant", pool="sum")),
+    slow_case(SWLA, dict(aggregation="ssc", gate="token", top_k=5)),
+    slow_case(SWLA, dict(aggregation="ssc", gate="constant", carry="independent", top_k=1)),
     # bfloat16, in which an output, or an operand, is rounded the other way when a sum is taken in another order.
-    Case(rules.get("titans", chunk=16, expansion=2, normalized=False), dict(aggregation="grm"), **BFLOAT16),
+    slow_case(rules.get("titans", chunk=16, expansion=2, normalized=False), dict(aggregation="grm"), **BFLOAT16),
     Case(rules.get("swla", chunk=16), dict(aggregation="ssc", carry="independent"), **BFLOAT16),
-    slow(rules.get("linear", chunk=16), dict(aggregation="residual"), **BFLOAT16),
-    slow(rules.get("dla", chunk=16, expansion=2, normalized=False), dict(aggregation="soup"), **BFLOAT16),
+    slow_case(rules.get("linear", chunk=16), dict(aggregation="residual"), **BFLOAT16),
+    slow_case(rules.get("dla", chunk=16, expansion=2, normalized=False), dict(aggregation="soup"), **BFLOAT16),
   ],
   ids=lambda case: f"{case.rule.name}-{'-'.join(map(str, case.options.values()))}-{case.length}",
 )
@@ -190,8 +197,16 @@ def test_every_shape_and_option_gives_what_xla_gives(case):
   assert_kernels_are_xla(case)
 
 
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("rule", [TITANS, rules.get("swla", chunk=CHUNK, window=3)], ids=lambda rule: rule.name)
+@pytest.mark.parametrize(
+  ("rule", "documents"),
+  [
+    slow(TITANS, False),
+    (TITANS, True),
+    (rules.get("swla", chunk=CHUNK, window=3), False),
+    slow(rules.get("swla", chunk=CHUNK, window=3), True),
+  ],
+  ids=lambda x: getattr(x, "name", x),
+)
 def test_a_ragged_end_leaves_the_states_as_they_are(rule, documents):
   """Momentum and window as well, which no token reads: what fills the last segment up is padding."""
   length = 43 if documents else LENGTH  # one ends in the middle of a document
@@ -219,8 +234,8 @@ def test_a_ragged_end_leaves_the_states_as_they_are(rule, documents):
   ("rule", "aggregation", "carry"),
   [
     (SWLA, "soup", "checkpoint"),
-    pytest.param(TITANS, "grm", "checkpoint", marks=pytest.mark.slow),
-    pytest.param(LINEAR, "ssc", "independent", marks=pytest.mark.slow),
+    slow(TITANS, "grm", "checkpoint"),
+    slow(LINEAR, "ssc", "independent"),
   ],
   ids=lambda x: getattr(x, "name", x),
 )
@@ -277,15 +292,15 @@ def test_by_default_a_program_has_the_kernels_on_tpus_and_nothing_of_them_elsewh
   ("dtype", "options", "message"),
   [
     (np.float64, {}, "float64 inputs"),
-    (np.float16, {}, "float16 inputs"),
-    (np.float32, dict(segmentation=segments.logarithmic()), "segments of different lengths"),
-    (np.float32, dict(segmentation=segments.constant(12)), "chunks of 8 tokens in segments of 12"),
+    slow(np.float16, {}, "float16 inputs"),
+    slow(np.float32, dict(segmentation=segments.logarithmic()), "segments of different lengths"),
+    slow(np.float32, dict(segmentation=segments.constant(12)), "chunks of 8 tokens in segments of 12"),
     (
       np.float32,
       dict(rule=rules.get("titans", chunk=4, expansion=2, normalized=False)),
       "chunks of 4 tokens (a multiple of 8 is",
     ),
-    (jnp.bfloat16, {}, "chunks of 8 tokens (a multiple of 16 is"),
+    slow(jnp.bfloat16, {}, "chunks of 8 tokens (a multiple of 16 is"),
   ],
   ids=lambda x: x if isinstance(x, str) else "",
 )

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow
+from quick_compile import jit
 
 from mc_jax import memory
 from mc_jax.memory import rules, segments
@@ -17,7 +19,7 @@ LENGTH = 9  # and the same options where it does not matter: tests then share wh
 CHUNKS = [[2], [2], [2], [2], [1]]
 DEFAULTS = dict(aggregation="none", segmentation=segments.constant(2), top_k=1, implementation="reference")
 NAMES = "rule", *DEFAULTS, "carry", "pool", "gate", "gate_scale"
-caching = jax.jit(memory.memory_caching, static_argnames=NAMES)
+caching = jit(memory.memory_caching, static_argnames=NAMES)
 
 TITANS = rules.get("titans", chunk=2, expansion=2, max_grad_norm=None, normalized=False)
 SWLA = rules.get("swla", chunk=2, window=3)
@@ -175,7 +177,7 @@ def test_linear_is_causal_linear_attention():
       segments.constant(3),
       [[1] * 7],
     ),
-    (TITANS, "checkpoint", segments.constant(3), [[2, 1], [2, 1], [1]]),
+    slow(TITANS, "checkpoint", segments.constant(3), [[2, 1], [2, 1], [1]]),
     (TITANS, "independent", segments.logarithmic(), [[2, 2], [2], [1]]),
     (
       rules.get("dla", chunk=4, expansion=2, retention=False, max_grad_norm=1.5, normalized=False),
@@ -183,8 +185,8 @@ def test_linear_is_causal_linear_attention():
       segments.constant(5),
       [[4, 1], [2]],
     ),
-    (dataclasses.replace(TITANS, window=2), "checkpoint", segments.constant(3), [[2, 1], [2, 1], [1]]),
-    (SWLA, "checkpoint", segments.constant(3), [[7]]),
+    slow(dataclasses.replace(TITANS, window=2), "checkpoint", segments.constant(3), [[2, 1], [2, 1], [1]]),
+    slow(SWLA, "checkpoint", segments.constant(3), [[7]]),
     (SWLA, "independent", segments.constant(3), [[3], [3], [1]]),
   ],
   ids=lambda x: x.name if isinstance(x, rules.Rule) else None,
@@ -241,12 +243,12 @@ def test_gated_residual_memory_of_two_segments_in_figures():
     (SWLA, {"aggregation": "grm", "gate": "constant"}),
     (SWLA, {"aggregation": "grm", "gate": "uniform"}),
     (SWLA, {"aggregation": "grm", "gate": "token", "gate_scale": 0.7}),
-    (SWLA, {"aggregation": "ssc", "top_k": 1}),
+    slow(SWLA, {"aggregation": "ssc", "top_k": 1}),
     (SWLA, {"aggregation": "ssc", "top_k": 2, "gate": "sigmoid"}),
-    (SWLA, {"aggregation": "ssc", "top_k": 2, "gate": "token"}),
-    (TITANS, {"aggregation": "grm"}),
+    slow(SWLA, {"aggregation": "ssc", "top_k": 2, "gate": "token"}),
+    slow(TITANS, {"aggregation": "grm"}),
     (TITANS, {"aggregation": "soup"}),
-    (TITANS, {"aggregation": "soup", "gate": "sigmoid", "carry": "independent"}),
+    slow(TITANS, {"aggregation": "soup", "gate": "sigmoid", "carry": "independent"}),
   ],
   ids=lambda x: x.name if isinstance(x, rules.Rule) else "-".join(map(str, x.values())),
 )
@@ -266,7 +268,7 @@ def test_soup_is_grm_for_matrices_and_ssc_is_grm_when_it_keeps_all():
   chex.assert_trees_all_close(run(SWLA, args, aggregation="ssc", top_k=4), grm, atol=1e-12)
 
 
-@pytest.mark.parametrize("carry", ["checkpoint", "independent"])
+@pytest.mark.parametrize("carry", ["checkpoint", slow("independent")])
 @pytest.mark.parametrize("aggregation", ["none", "residual", "grm", "soup", "ssc"])
 def test_no_token_sees_its_future(aggregation, carry):
   (*tokens, gates, init), _ = inputs(SWLA)
@@ -294,7 +296,7 @@ IDS = np.array([7, 2, 2, 2, 2, 2, 2, 0, 2, 2, 5, 5])  # four documents: the 2s a
 @pytest.mark.parametrize(
   ("rule", "options"),
   [
-    (TITANS, {"aggregation": "grm"}),
+    slow(TITANS, {"aggregation": "grm"}),
     (dataclasses.replace(SWLA, chunk=3), {"aggregation": "ssc", "carry": "independent"}),
   ],
   ids=lambda x: x.name if isinstance(x, rules.Rule) else "",
@@ -310,7 +312,7 @@ def test_other_documents_may_as_well_be_padding(rule, options):
   (*tokens, init), _ = inputs(rule, length=12)
   (*others, _), _ = inputs(rule, length=12, seed=1)
 
-  @jax.jit
+  @jit
   def outputs_and_gradients(tokens, init, ids, own):
     def loss(tokens, init):
       y = memory.memory_caching(
@@ -339,7 +341,7 @@ def test_other_documents_may_as_well_be_padding(rule, options):
   chex.assert_trees_all_equal(y, jnp.zeros_like(y))
 
 
-@pytest.mark.parametrize("carry", ["checkpoint", "independent"])
+@pytest.mark.parametrize("carry", ["checkpoint", slow("independent")])
 def test_a_document_starts_afresh_on_the_grid_of_its_row(carry):
   """A document that starts at the second token of a segment of four: its chunks are what the row's grid leaves it."""
   args, _ = inputs(TITANS)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import samples
+from marks import slow
 
 from mc_jax.memory import documents, routing, rules, segments
 
@@ -17,12 +18,12 @@ SEGMENT_IDS = np.array([[1] * 7 + [0] + [2] * 4, [3] * 12])
   ("gate", "aggregation", "carry", "segment_ids"),
   [
     ("token", "grm", "checkpoint", SEGMENT_IDS),
-    ("token", "soup", "independent", None),
-    ("token", "ssc", "checkpoint", SEGMENT_IDS),
+    slow("token", "soup", "independent", None),
+    slow("token", "ssc", "checkpoint", SEGMENT_IDS),
     ("constant", "ssc", "independent", SEGMENT_IDS),
-    ("constant", "soup", "checkpoint", None),
+    slow("constant", "soup", "checkpoint", None),
     ("uniform", "soup", "checkpoint", SEGMENT_IDS),
-    ("uniform", "ssc", "independent", SEGMENT_IDS),
+    slow("uniform", "ssc", "independent", SEGMENT_IDS),
   ],
 )
 def test_every_gate_weighs_as_the_reference_does(gate, aggregation, carry, segment_ids):

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 import samples
+from marks import slow
 
-from mc_jax import memory
 from mc_jax.memory import rules, segments
 
 
@@ -51,9 +51,9 @@ def test_runs_index_and_tiles():
 @pytest.mark.parametrize(
   ("rule", "aggregation", "carry"),
   [
-    (rules.get("titans", chunk=4, expansion=2), "grm", "checkpoint"),
+    slow(rules.get("titans", chunk=4, expansion=2), "grm", "checkpoint"),
     (rules.get("swla", chunk=2), "soup", "checkpoint"),
-    (rules.get("dla", chunk=4, expansion=2), "ssc", "independent"),
+    slow(rules.get("dla", chunk=4, expansion=2), "ssc", "independent"),
     (rules.get("linear", chunk=2), "residual", "independent"),
   ],
   ids=lambda x: getattr(x, "name", x),
@@ -64,9 +64,7 @@ def test_logarithmic_segments_give_what_the_reference_gives(rule, aggregation, c
   samples.assert_equals_reference(x, top_k=1, **options)
 
 
-@pytest.mark.parametrize("carry", memory.CARRIES)
-@pytest.mark.parametrize("aggregation", memory.AGGREGATIONS)
-@pytest.mark.parametrize("name", memory.RULES)
+@pytest.mark.parametrize(("name", "aggregation", "carry"), samples.COMBINATIONS)
 def test_a_logarithmic_cut_runs_as_a_constant_one_that_falls_on_the_same_tokens(name, aggregation, carry):
   """Six tokens are cut into 4 and 2 either way. One program, forward, hence backward: nothing is left to compile."""
   rule = rules.get(name, chunk=4)

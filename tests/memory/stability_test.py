@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow
 
 from mc_jax.memory import documents, rules, segments, xla
 from mc_jax.memory.arithmetic import solve
@@ -20,6 +21,7 @@ DEEP = {
   "titans, norm": {"norm": True},
   "dla": {},
 }
+KINDS = [name if name == "titans" else slow(name) for name in DEEP]
 
 
 def deep(name, **options):
@@ -62,7 +64,7 @@ def norms(states):
 
 
 @pytest.mark.parametrize("normalized", [True, False])
-@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("name", KINDS)
 def test_memory_stays_alive_and_bounded_over_a_long_stream(name, normalized):
   k, v = stream(0)
   rule = deep(name, normalized=normalized)
@@ -78,7 +80,7 @@ def test_memory_stays_alive_and_bounded_over_a_long_stream(name, normalized):
     assert error[-512:].mean() < most, "the last task is not learned: the memory is dead or forgets at once"
 
 
-@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("name", KINDS)
 def test_norms_keep_to_the_bound_of_clipped_gradients(name):
   """|S| <= eta g / (1 - beta), |M| <= |M_0| + t |S|: with the largest gates, and one pair written 32,768 times."""
   rule = deep(name, normalized=False)
@@ -92,7 +94,7 @@ def test_norms_keep_to_the_bound_of_clipped_gradients(name):
   assert (np.diff(memory) <= 1.001 * step * SEGMENT).all()
 
 
-@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("name", KINDS)
 def test_normalized_steps_stay_bounded_at_the_largest_gates(name):
   """One pair written 32,768 times with the largest steps: the memory answers with its value, more or less."""
   rule = deep(name)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from marks import slow
 from quick_compile import jit
 
 from mc_jax.models import CacheConfig, LanguageModel, MemoryConfig, ModelConfig, attention
@@ -65,10 +66,10 @@ def check(config, *, tolerance=1e-4, mesh=None, **cache):
 @pytest.mark.parametrize(
   "options",
   [
-    {"rule": "titans", "aggregation": "grm"},
+    slow({"rule": "titans", "aggregation": "grm"}),
     {"rule": "swla", "aggregation": "ssc", "carry": "independent"},
-    {"rule": "dla", "aggregation": "soup", "gate": "token"},
-    {"rule": "linear", "aggregation": "none"},
+    slow({"rule": "dla", "aggregation": "soup", "gate": "token"}),
+    slow({"rule": "linear", "aggregation": "none"}),
     {"rule": "titans", "aggregation": "none", "after_training": "moving_average"},
   ],
   ids=str,
@@ -77,13 +78,15 @@ def test_a_model_decodes_what_it_computes(options):
   check(tiny(memory=options))
 
 
-@pytest.mark.parametrize("tile", [1024, 9, 4])  # one tile, two, and five of which the last lies over the fourth
+@pytest.mark.parametrize(
+  "tile", [slow(1024), slow(9), 4]
+)  # one tile, two, and five of which the last lies over the fourth
 def test_the_transformer_decodes_what_it_computes(monkeypatch, tile):
   monkeypatch.setattr(attention, "_TILE", tile)
   check(tiny(pattern="attention"))
 
 
-@pytest.mark.parametrize("options", [{"pattern": "attention"}, {"memory": {"aggregation": "ssc"}}], ids=str)
+@pytest.mark.parametrize("options", [{"pattern": "attention"}, slow({"memory": {"aggregation": "ssc"}})], ids=str)
 def test_decoding_on_a_mesh(options):
   mesh = meshes.make(MeshConfig(data=2, fsdp=2, model=2), jax.devices())
   check(tiny(**options), mesh=mesh)
@@ -121,7 +124,7 @@ def test_memories_have_names():
   assert problem == "cache.memory='disk' is not one of device, host"
 
 
-@pytest.mark.parametrize("place", ["device", "host"])
+@pytest.mark.parametrize("place", ["device", slow("host")])
 def test_an_empty_cache_is_that_of_no_prompt(place):
   config, cache_config = tiny(memory={"rule": "linear", "aggregation": "ssc"}), CacheConfig(LENGTH, memory=place)
   graph, params = model_of(config)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from marks import slow
 from quick_compile import jit
 
 from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig
@@ -54,7 +55,8 @@ NAMES = {TRANSFORMER: "transformer", TITANS: "titans-grm", SWLA: "swla-ssc-indep
 
 
 def configs(*several):
-  return pytest.mark.parametrize("config", several, ids=NAMES.get)
+  cases = [slow(config, id=NAMES[config]) if config == SWLA else config for config in several]
+  return pytest.mark.parametrize("config", cases, ids=NAMES.get)
 
 
 def make(config):
@@ -167,7 +169,7 @@ def test_layers_are_scanned_as_a_loop_would_run_them(config):
   chex.assert_trees_all_close(jit(model.__call__)(TOKENS), loop(TOKENS), atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", slow("dots")])
 def test_rematerialisation_does_not_change_gradients(remat):
   parameters, step = compiled(TRANSFORMER)
   _, remat_step = compiled(dataclasses.replace(TRANSFORMER, remat=remat))

@@ -16,8 +16,8 @@ from mc_jax.models.memory_caching import MemoryCaching, has_connector
 from mc_jax.models.memory_config import AFTER_TRAINING
 from mc_jax.parallel import context
 
-# Each takes seconds to compile. ("titans", "grm") and ("swla", "ssc") are in language_model_test.py as well.
-FAST = [("titans", "soup"), ("titans", "ssc"), ("dla", "grm"), ("swla", "grm"), ("linear", "grm")]
+# Each takes seconds to compile. ("titans", "grm") is in language_model_test.py as well.
+FAST = [("titans", "soup"), ("dla", "none"), ("swla", "ssc"), ("linear", "residual")]
 EVERY = [
   pytest.param(rule, aggregation, marks=[pytest.mark.slow] * ((rule, aggregation) not in FAST))
   for rule in memory.RULES

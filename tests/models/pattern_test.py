@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx, traverse_util
+from marks import slow
 from quick_compile import jit
 
 from mc_jax.data import windows
@@ -120,7 +121,7 @@ def test_places_in_the_pattern_have_parameters_of_their_own():
   assert "blocks/1/mixer/query/kernel" in one
 
 
-@pytest.mark.parametrize("pattern", [HYBRID, TOY], ids="-".join)
+@pytest.mark.parametrize("pattern", [slow(HYBRID), TOY], ids="-".join)
 def test_layers_are_run_in_the_patterns_order(pattern):
   """Two repeats of the pattern, rematerialised, are its layers one after the other."""
   config = model_config(pattern, layers=4, remat="full")
@@ -138,7 +139,7 @@ def test_layers_are_run_in_the_patterns_order(pattern):
   chex.assert_trees_all_close(jit(model.__call__)(tokens(1), ids), loop(tokens(1)), atol=1e-5)
 
 
-@pytest.mark.parametrize("pattern", [HYBRID, TOY], ids="-".join)
+@pytest.mark.parametrize("pattern", [HYBRID, slow(TOY)], ids="-".join)
 def test_it_decodes_what_it_computes(pattern):
   graph, params = make(pattern)
   config, lengths = CacheConfig(LENGTH), np.array([3, 9])
@@ -167,7 +168,7 @@ def test_it_decodes_what_it_computes(pattern):
   chex.assert_trees_all_equal_shapes_and_dtypes(cache, empty)
 
 
-@pytest.mark.parametrize("pattern", [HYBRID, TOY], ids="-".join)
+@pytest.mark.parametrize("pattern", [HYBRID, slow(TOY)], ids="-".join)
 def test_it_trains_on_a_mesh_as_on_one_device(pattern, run_config):
   def a_step(config, devices):
     mesh = config.check().make_mesh(jax.devices()[:devices])

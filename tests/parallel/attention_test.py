@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow
 
 from mc_jax.parallel import attention as parallel_attention
 from mc_jax.parallel import mesh as meshes
@@ -39,11 +40,17 @@ def with_gradients(fn, q, k, v, d_y, document):
 
 
 @pytest.mark.parametrize(
-  "sizes",
-  [dict(data=2, model=4), dict(data=1, context=8), dict(data=1, fsdp=2, context=2, model=2)],
-  ids=lambda sizes: "x".join(map(str, sizes.values())),
+  ("sizes", "packed"),
+  [
+    slow(dict(data=2, model=4), False),
+    slow(dict(data=2, model=4), True),
+    (dict(data=1, context=8), False),
+    slow(dict(data=1, context=8), True),
+    slow(dict(data=1, fsdp=2, context=2, model=2), False),
+    (dict(data=1, fsdp=2, context=2, model=2), True),
+  ],
+  ids=lambda x: "x".join(map(str, x.values())) if isinstance(x, dict) else str(x),
 )
-@pytest.mark.parametrize("packed", [False, True])
 def test_on_a_mesh_as_on_one_device(sizes, packed):
   *tensors, document = arrays()
   document = document if packed else jnp.ones_like(document)
@@ -53,7 +60,7 @@ def test_on_a_mesh_as_on_one_device(sizes, packed):
   chex.assert_trees_all_close(jax.device_get(result), jax.device_get(expected), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("context", [1, 2])
+@pytest.mark.parametrize("context", [slow(1), 2])
 def test_the_kernel_is_the_softmax(context):
   *tensors, document = arrays(length=256 * context, head_dim=96)  # padded to the lanes
   expected = with_gradients(written_out, *tensors, document)

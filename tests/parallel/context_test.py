@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import samples
+from marks import slow
 
 from mc_jax import memory
 from mc_jax.parallel import context, mesh, reading, selecting
@@ -80,7 +81,7 @@ def test_numbers_of_one_device(rule, aggregation, carry):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("gate", ["sigmoid", "token"])
+@pytest.mark.parametrize("gate", [slow("sigmoid"), "token"])
 def test_gates(gate):
   rule = build("linear")
   x = samples.inputs(rule, length=LENGTH, ages=LENGTH // SEGMENT)
@@ -89,9 +90,19 @@ def test_gates(gate):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("to_states", [False, True])
-@pytest.mark.parametrize("segment", [4, 8])  # two memories on each device, which are halved, and one
-@pytest.mark.parametrize("read_buffer", [1, 1 << 20])
+@pytest.mark.parametrize(
+  ("to_states", "segment", "read_buffer"),  # segment: two memories on each device, which are halved, and one
+  [
+    (False, 4, 1),
+    slow(False, 4, 1 << 20),
+    slow(False, 8, 1),
+    slow(False, 8, 1 << 20),
+    slow(True, 4, 1),
+    slow(True, 4, 1 << 20),
+    slow(True, 8, 1),
+    (True, 8, 1 << 20),
+  ],
+)
 def test_both_ways_of_reading(monkeypatch, to_states, segment, read_buffer):
   monkeypatch.setattr(reading, "traffic", lambda *_: (int(to_states), 0 if to_states else 1))
   rule = build("dla")
@@ -102,7 +113,7 @@ def test_both_ways_of_reading(monkeypatch, to_states, segment, read_buffer):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("to_states", [False, True])
+@pytest.mark.parametrize("to_states", [slow(False), True])
 def test_an_odd_number_of_parts(monkeypatch, to_states):
   monkeypatch.setattr(reading, "traffic", lambda *_: (int(to_states), 0 if to_states else 1))
   rule = build("linear")
@@ -135,7 +146,7 @@ def test_the_cheaper_way_of_reading():
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("read_buffer", [1, 1 << 20])
+@pytest.mark.parametrize("read_buffer", [1, slow(1 << 20)])
 def test_selected_in_as_many_rounds_as_it_takes(monkeypatch, read_buffer):
   """Room for 8 queries at a time, and room for all: nothing is dropped."""
   if read_buffer > 1:
@@ -147,7 +158,7 @@ def test_selected_in_as_many_rounds_as_it_takes(monkeypatch, read_buffer):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(("batch", "heads"), [(1, 4), (4, 1), (3, 2)])
+@pytest.mark.parametrize(("batch", "heads"), [slow(1, 4), slow(4, 1), (3, 2)])
 def test_groups_of_rows_and_heads_that_pass_through_the_devices(batch, heads):
   rule = build("titans")
   x = samples.inputs(rule, batch=batch, heads=heads, length=LENGTH)
@@ -164,7 +175,7 @@ def test_windows_reach_over_borders():
 
 
 @pytest.mark.parametrize(
-  ("aggregation", "carry"), [("grm", "checkpoint"), ("ssc", "independent"), ("soup", "checkpoint")]
+  ("aggregation", "carry"), [slow("grm", "checkpoint"), ("ssc", "independent"), slow("soup", "checkpoint")]
 )
 def test_no_token_sees_its_future(aggregation, carry):
   rule = build("dla")
@@ -227,7 +238,7 @@ def test_a_token_that_is_no_number_changes_no_other():
   assert np.flatnonzero((before != after).any((0, 2, 3))).tolist() == [11]
 
 
-@pytest.mark.parametrize("to_states", [False, True])
+@pytest.mark.parametrize("to_states", [slow(False), True])
 def test_rounded_gradients_of_many_steps(monkeypatch, to_states):
   """Steps of a read are added up in float32: as far from it as one device's."""
   monkeypatch.setattr(reading, "traffic", lambda *_: (int(to_states), 0 if to_states else 1))
@@ -261,7 +272,7 @@ def kept_bytes(rule, aggregation, carry, count):
 
 @pytest.mark.parametrize(
   ("rule", "aggregation", "carry"),
-  [("linear", "grm", "checkpoint"), ("titans", "grm", "independent"), ("titans", "none", "checkpoint")],
+  [("linear", "grm", "checkpoint"), slow("titans", "grm", "independent"), slow("titans", "none", "checkpoint")],
 )
 def test_what_is_kept_for_the_backward_pass_is_shared_out(rule, aggregation, carry):
   whole = kept_bytes(build(rule), aggregation, carry, 1)
@@ -301,6 +312,7 @@ def test_what_a_read_gathers_fits_the_buffer(monkeypatch, to_states):
   assert most[1 << 16] <= 1 << 16 < most[1 << 24]
 
 
+@pytest.mark.slow
 def test_rounded_inputs():
   """bfloat16: as far from float32 as one device's."""
   rule = build("titans")

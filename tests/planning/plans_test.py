@@ -32,15 +32,18 @@ MODEL = ModelConfig(
 SMALL = Config(model=MODEL, data=DataConfig(length=128, batch_size=8), mesh=MeshConfig(data=1, fsdp=2, model=2))
 
 
-def door(*arguments):
-  command = [sys.executable, "-m", "mc_jax.plan", f"--config={ROOT / 'configs/quickstart.py'}", *arguments]
+CONFIG = f"--config={ROOT / 'configs/quickstart.py'}"
+
+
+def _plan(*arguments):
+  command = [sys.executable, "-m", "mc_jax.plan", CONFIG, *arguments]
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
 def test_a_small_plan_end_to_end(tmp_path):
   small = ("--config.model.memory.rule=linear", "--config.model.layers=1", "--config.mesh.data=1")
-  result = door(*small, "--config.mesh.fsdp=4", f"--topology={TPU}", f"--json={tmp_path / 'plan.json'}")
+  result = _plan(*small, "--config.mesh.fsdp=4", f"--topology={TPU}", f"--json={tmp_path / 'plan.json'}")
   assert result.returncode == 0, result.stderr
   assert "compiler's estimate" in result.stdout
   for word in ("parameters", "optimiser state", "cached memories", "temporaries", "tokens per second", "all-"):
@@ -66,8 +69,8 @@ def test_a_small_plan_end_to_end(tmp_path):
     ("--config.mesh.model=3", "mesh.model=3"),
   ],
 )
-def test_what_is_mistyped_is_one_line(flag, words):
-  result = door(f"--topology={TPU}", flag)
+def test_what_is_mistyped_is_one_line(door, flag, words):
+  result = door("plan", CONFIG, f"--topology={TPU}", flag)
   assert result.returncode == 2
   assert words in result.stderr
   assert "Traceback" not in result.stderr

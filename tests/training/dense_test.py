@@ -23,6 +23,7 @@ def _losses(workdir):
   return [record["loss"] for record in metrics.read(workdir)]
 
 
+@pytest.mark.slow
 def test_the_first_steps_are_those_of_grm_and_a_resumed_run_switches_where_it_would_have(tiny, tmp_path, monkeypatch):
   """Killed once on each side of the switch, which comes after step 4; checkpoints are of steps 3 and 6."""
   config, report = _config(tiny, dense_steps=4), Progress.report

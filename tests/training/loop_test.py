@@ -7,6 +7,7 @@ import sys
 
 import jax
 import pytest
+from marks import slow
 
 from mc_jax.errors import ConfigError
 from mc_jax.training import loop, metrics
@@ -43,8 +44,8 @@ def _kill():
   "fields",
   [
     {"pattern": "attention"},
-    {"pattern": "attention", "microbatches": 2, "log_every": 2},
-    pytest.param({"microbatches": 2, "documents": True}, marks=pytest.mark.slow),
+    slow({"pattern": "attention", "microbatches": 2, "log_every": 2}),
+    slow({"microbatches": 2, "documents": True}),
   ],
   ids=["transformer", "accumulated", "memory_caching"],
 )
@@ -90,6 +91,7 @@ def test_a_run_leaves_everything_in_its_workdir_and_can_be_prolonged(tiny, tmp_p
   assert [step for step, *_ in _losses(tmp_path)] == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_losses_that_are_not_finite_end_the_run_and_keep_the_checkpoint(tiny, tmp_path):
   config = tiny(pattern="attention", steps=3, max_skipped=2)
   _train(config, tmp_path)

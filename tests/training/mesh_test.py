@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from marks import slow
 
 from mc_jax.data import windows
 from mc_jax.errors import ConfigError
@@ -54,7 +55,7 @@ def alone_after_two_steps(config):
   return _two_steps(config, 1)
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", [slow("data"), slow("fsdp"), slow("model"), "data, fsdp and model"])
 def test_losses_gradients_and_parameters_are_those_of_one_device(config, alone_after_two_steps, name):
   mesh = MESHES[name]
   devices = mesh.data * mesh.fsdp * mesh.model

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from marks import slow
+from quick_compile import jit
 
 from mc_jax.evaluation import scoring
 from mc_jax.training import state, step
@@ -31,12 +33,12 @@ def setting(tiny, alone):
 def test_the_loss_is_the_mean_over_the_tokens_that_count(setting):
   config, mesh, start = setting
   graph, batch = state.graph(config), _batch(0)
-  logits = jax.jit(lambda params: nnx.merge(graph, params)(batch["tokens"]))(start.params)
+  logits = jit(lambda params: nnx.merge(graph, params)(batch["tokens"]))(start.params)
   logits = np.asarray(logits, np.float64)
   log_sum = np.log(np.exp(logits).sum(-1))
   nll = log_sum - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
   expected = (nll * batch["weights"]).sum() / batch["weights"].sum()
-  _, values = jax.jit(step.train_step(config, mesh))(start, batch)
+  _, values = jit(step.train_step(config, mesh))(start, batch)
   assert float(values["loss"]) == pytest.approx(expected, rel=1e-5)
   score = scoring.scorer(graph, config.data, mesh)
   assert scoring.bits(score(start.params, [batch])) == pytest.approx(
@@ -44,13 +46,13 @@ def test_the_loss_is_the_mean_over_the_tokens_that_count(setting):
   )
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [slow(2), 4])
 def test_accumulated_microbatches_equal_one_batch(setting, parts):
   """Their weights are uneven: a mean of the parts' means would differ."""
   config, mesh, start = setting
   accumulating = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=parts))
-  whole, whole_values = jax.jit(step.train_step(config, mesh))(start, _batch(0))
-  divided, values = jax.jit(step.train_step(accumulating, mesh))(start, _batch(0))
+  whole, whole_values = jit(step.train_step(config, mesh))(start, _batch(0))
+  divided, values = jit(step.train_step(accumulating, mesh))(start, _batch(0))
   chex.assert_trees_all_close(values, whole_values, rtol=1e-5)
   # Adam's first moment is a tenth of the clipped gradient: it compares gradients, not their signs.
   chex.assert_trees_all_close(divided.opt_state[1][0].mu, whole.opt_state[1][0].mu, atol=1e-7, rtol=1e-4)
@@ -58,7 +60,7 @@ def test_accumulated_microbatches_equal_one_batch(setting, parts):
 
 def test_training_lowers_the_loss_on_a_batch(setting):
   config, mesh, current = setting
-  update = jax.jit(step.train_step(config, mesh))
+  update = jit(step.train_step(config, mesh))
   losses = []
   for _ in range(6):
     current, values = update(current, _batch(0))
@@ -70,6 +72,6 @@ def test_training_lowers_the_loss_on_a_batch(setting):
 def test_rows_of_padding_are_finite(setting):
   config, mesh, start = setting
   batch = jax.tree.map(jnp.zeros_like, _batch(0))
-  new, values = jax.jit(step.train_step(config, mesh))(start, batch)
+  new, values = jit(step.train_step(config, mesh))(start, batch)
   assert float(values["loss"]) == 0.0
   chex.assert_tree_all_finite(new.params)
