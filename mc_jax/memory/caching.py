@@ -112,7 +112,12 @@ def memory_caching(
   Raises:
     ValueError: an unknown name, a size that is not positive, shapes that do not fit.
   """
-  documents = None if segment_ids is None else documents_lib.index(segment_ids)
+  documents = None
+  if segment_ids is not None:
+    if segment_ids.shape != q.shape[:2] or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+      got = f"{segment_ids.dtype} {segment_ids.shape}"
+      raise ValueError(f"segment_ids must be integers [batch, length] = {q.shape[:2]}; got {got}")
+    documents = documents_lib.index(segment_ids)
   return run(Tokens(q, k, v, u, gates, documents, token_scores), init, Options(**options))
 
 

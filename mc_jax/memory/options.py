@@ -45,7 +45,7 @@ class Options:
 
   def __post_init__(self):
     if not isinstance(self.rule, Rule):
-      raise ValueError(f"rule must be a rules.Rule, from rules.get, got {self.rule!r}")
+      raise ValueError(f"rule must come from rules.get, got {self.rule!r}")
     if not isinstance(self.segmentation, segments.Segmentation):
       raise ValueError(
         f"segmentation must be segments.constant(length) or segments.logarithmic(), got {self.segmentation!r}"
