@@ -67,7 +67,7 @@ class Memories(Protocol):
   """The memories of some tokens, however they are at hand: x [b, h, T, in] to [b, h, T, out], at least float32."""
 
   def online(self, contribution: Contribution, x: jax.Array) -> jax.Array:
-    """Every token's read of its online memory; asked for first."""
+    """Every token's read of its online memory."""
 
   def cached(self, contribution: Contribution, x: jax.Array, gamma: jax.Array) -> jax.Array:
     """Every token's gated read of the n caches, gamma [b, h, T, n]."""

@@ -197,13 +197,20 @@ class _Memories:
     self.write = functools.partial(
       by.write, options.rule, fresh, lengths=lengths, carries=options.carries, side_by_side=side_by_side
     )
-    self.states = None  # at the end of every segment, from the first online read on: each writes the same
+    self._states = None
+
+  @property
+  def states(self) -> State:
+    """At the end of every segment. Every online read writes them, and all write the same."""
+    if self._states is None:
+      self._states = self.write(self.tokens._replace(q=self.tokens.q[..., :0]), read=_read_nothing).states
+    return self._states
 
   def online(self, contribution: Contribution, x: jax.Array) -> jax.Array:
     read = functools.partial(_read_online, contribution, self.tokens.k.dtype)
     written = self.write(self.tokens._replace(q=x), read=read)
-    if self.states is None:
-      self.states = written.states
+    if self._states is None:
+      self._states = written.states
     return written.y
 
   def cached(self, contribution: Contribution, x: jax.Array, gamma: jax.Array) -> jax.Array:
@@ -217,6 +224,10 @@ class _Memories:
 def _read_online(contribution: Contribution, dtype: jnp.dtype, online: Online, x: jax.Array) -> jax.Array:
   """What tokens read of their online memories."""
   return contribution.through(lambda name, z: online.read(name, z, dtype), x)
+
+
+def _read_nothing(_, x: jax.Array) -> jax.Array:
+  return x
 
 
 def _visible(

@@ -70,7 +70,7 @@ class Coefficients(NamedTuple):
 
 
 class Prior(NamedTuple):
-  """The coefficients of W_{t-1}: A', c' [..., T, 1] and C' of the module's text, as Coefficients has A, c and C."""
+  """The coefficients of W_{t-1}, for rules that solve (rules/gradient.py): A', c' [..., T, 1] and C'."""
 
   decay: jax.Array | None
   regained: jax.Array | None

@@ -437,7 +437,10 @@ def _take(x: jax.Array, place: jax.Array) -> jax.Array:
 def _valid(tokens: Tokens, valid: jax.Array) -> Tokens:
   """The tokens of one document, those that are not valid [b, length] as padding."""
   one = jnp.ones((len(valid), 1, valid.shape[1]), jnp.int32)
-  gates = {name: jnp.where(valid[:, None], gate, 1) for name, gate in tokens.gates.items()}
+  gates = {
+    name: jnp.where(valid.reshape(len(valid), 1, -1, *[1] * (gate.ndim - 3)), gate, 1)
+    for name, gate in tokens.gates.items()
+  }
   return tokens._replace(documents=documents_lib.Documents(one, one, valid[:, None]), gates=gates)
 
 

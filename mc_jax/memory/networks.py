@@ -24,8 +24,8 @@ class Network(Protocol):
   """What a memory's network offers; hashable, because rules are static arguments under jit.
 
   Attributes:
-    least_features: the mean square of the last layer's inputs below which normalized steps (rules.py) do not grow any
-      more; 0 where these are the keys.
+    least_features: the mean square of the last layer's inputs below which normalized steps (rules/gradient.py) do not
+      grow any more; 0 where these are the keys.
   """
 
   least_features: float

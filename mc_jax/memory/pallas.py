@@ -90,8 +90,7 @@ def write(
   chunk = min(rule.chunk, -(-lengths[0] // rows) * rows)
   segment = -(-lengths[0] // chunk) * chunk
   tokens = _pad(tokens, len(lengths) * segment - length)
-  gates = {name: gate.astype(arithmetic.state_dtype(tokens.k.dtype)) for name, gate in tokens.gates.items()}
-  tokens = tokens._replace(u=None, gates=gates, token_scores=None)
+  tokens = tokens._replace(u=None, token_scores=None)
   marks = None if tokens.documents is None else jax.tree.map(jnp.int32, tokens.documents)
 
   def step(fresh, state, x, marks):

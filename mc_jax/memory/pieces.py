@@ -90,18 +90,6 @@ def scan(
   return carry, token_outputs, jax.tree.map(lambda *parts: jnp.concatenate(parts, 0), *state_outputs)
 
 
-def fold(x: jax.Array, batch: int) -> jax.Array:
-  """Pieces side by side as one long piece: [together * batch, heads, T, ...] to [batch, heads, together * T, ...]."""
-  x = jnp.moveaxis(x.reshape(-1, batch, *x.shape[1:]), 0, 2)
-  return x.reshape(*x.shape[:2], -1, *x.shape[4:])
-
-
-def unfold(y: jax.Array, size: int) -> jax.Array:
-  """The inverse of `fold`; size = together * batch."""
-  y = y.reshape(*y.shape[:2], size // len(y), -1, *y.shape[3:])
-  return jnp.moveaxis(y, 2, 0).reshape(size, y.shape[1], *y.shape[3:])
-
-
 def _spans(lengths: tuple[int, ...], together: int) -> list[tuple[int, int]]:
   """(length, count) of runs of equal pieces, cut where the pieces that go side by side do not fill up."""
   spans = []

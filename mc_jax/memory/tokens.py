@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mc_jax.memory import segments
+from mc_jax.memory.arithmetic import state_dtype
 from mc_jax.memory.documents import Documents
 from mc_jax.memory.networks import Weights
 
@@ -80,13 +81,17 @@ def check(tokens: Tokens, init: Weights, options: "Options") -> None:
 
 
 def heads_first(tokens: Tokens) -> Tokens:
-  """[batch, length, heads, ...] to [batch, heads, length, ...]; what padding brings is dropped here, by selects."""
+  """[batch, length, heads, ...] to [batch, heads, length, ...], gates at least float32.
+
+  What padding brings is dropped here, by selects.
+  """
   q, k, v, u, gates, documents, token_scores = tokens
   if documents is not None:
     q, k, v, u = (_where_valid(documents, x, 0) for x in (q, k, v, u))
     gates = {name: _where_valid(documents, g, 1) for name, g in gates.items()}
     token_scores = token_scores if token_scores is None else _where_valid(documents, token_scores, 0)
     documents = Documents(*(x[:, None] for x in documents))
+  gates = {name: g.astype(state_dtype(q.dtype)) for name, g in gates.items()}
   q, k, v, u, gates, token_scores = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), (q, k, v, u, gates, token_scores))
   return Tokens(q, k.astype(q.dtype), v.astype(q.dtype), u, gates, documents, token_scores)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from mc_jax.memory import rules
+from mc_jax.errors import ConfigError
+from mc_jax.memory import aggregate, rules
 from mc_jax.models import layer, memory_caching, swiglu  # noqa: F401  (register their layers)
 from mc_jax.models import problems as lines
 from mc_jax.models.attention import AttentionConfig
@@ -153,10 +154,15 @@ class ModelConfig:
   def unknown_layers(self, prefix: str = "model") -> list[str]:
     """A line for each pattern that is empty or names a layer that does not exist; then layers cannot be asked."""
     valid = {"pattern": layer.names(Mixer), "feed_forward": layer.names(FeedForward)}
+
+    def shown(value):
+      plain = isinstance(value, tuple) and value and all(isinstance(name, str) for name in value)
+      return ",".join(value) if plain else repr(value)
+
     return [
-      f"{prefix}.{field}={','.join(getattr(self, field))} must be one or more of {', '.join(names)}"
+      f"{prefix}.{field}={shown(getattr(self, field))} must be one or more of {', '.join(names)}"
       for field, names in valid.items()
-      if not set() < set(getattr(self, field)) <= set(names)
+      if not isinstance(getattr(self, field), tuple) or not set() < set(getattr(self, field)) <= set(names)
     ]
 
 
@@ -200,7 +206,8 @@ def completed(tree: dict) -> dict:
     tree["attention"] = {"rope_theta": tree.pop("rope_theta")}
   stored = tree.get("memory", {})
   then = {"dense_steps": 0}
-  if "normalized" in rules.options(stored.get("rule", MemoryConfig.rule)):
+  rule = stored.get("rule", MemoryConfig.rule)
+  if rule in rules.names() and "normalized" in rules.options(rule):
     then["normalized"] = False
   return tree | {"memory": then | stored}
 
@@ -209,7 +216,16 @@ def from_stored(tree: dict) -> ModelConfig:
   """The model of a stored tree whose fields exist, by whatever release it was written."""
   tree = completed(tree)
   parts = {name: kind(**tree[name]) for name, kind in PARTS.items() if name in tree}
-  return ModelConfig(**(tree | parts))
+  return require_registered(ModelConfig(**(tree | parts)))
+
+
+def require_registered(config: ModelConfig) -> ModelConfig:
+  """The model; ConfigError if it names a rule, an aggregation or a layer that nobody has registered in this program."""
+  names = {"rule": rules.names(), "aggregation": tuple(aggregate.AGGREGATIONS)}
+  unknown = [*config.unknown_layers(), *lines.choices("model.memory", config.memory, **names)]
+  if unknown:
+    raise ConfigError("\n".join(f"{line}: import what registers it" for line in unknown))
+  return config
 
 
 PARTS = {"memory": MemoryConfig, "attention": AttentionConfig}  # groups of a model's fields

@@ -136,6 +136,8 @@ class Mixer(Layer):
   @classmethod
   def cache_problems(cls, config: ModelConfig, cache: CacheConfig, prefix: str) -> list[str]:
     """Why there cannot be such a cache; `prefix` is "cache"."""
+    if cls.init_cache is Mixer.init_cache:
+      return [f"model.pattern has {cls.name!r}, which cannot be decoded: the layer has no init_cache"]
     return []
 
   @classmethod

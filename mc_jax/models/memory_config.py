@@ -126,7 +126,9 @@ class MemoryConfig:
   @property
   def learns_densely(self) -> bool:
     """Whether scores choose caches, so that training does well to begin with reading them all: see `dense`."""
-    return self.selects and self.gate not in memory.routing.BLIND
+    return (
+      self.selects and memory.aggregate.AGGREGATIONS[self.aggregation].gated and self.gate not in memory.routing.BLIND
+    )
 
   def dense(self) -> MemoryConfig:
     """These values for the first steps of training: every cache is read, weighed by the scores that will choose later.

@@ -23,7 +23,7 @@ from mc_jax.data import DataConfig, PartConfig, tokenizers
 from mc_jax.data.config import TEXTS
 from mc_jax.errors import ConfigError
 from mc_jax.models import ModelConfig
-from mc_jax.models.config import REPLACED, completed, with_memories
+from mc_jax.models.config import REPLACED, completed, require_registered, with_memories
 from mc_jax.models.problems import indivisible
 from mc_jax.parallel import mesh as meshes
 from mc_jax.parallel.mesh import MeshConfig
@@ -230,7 +230,9 @@ def from_dict(tree: dict, cls: type = Config):
 
 def from_stored(tree: dict) -> Config:
   """The configuration in a checkpoint, a dump or a results file, whichever release wrote it."""
-  return from_dict(tree | {"model": completed(tree.get("model", {}))})
+  config = from_dict(tree | {"model": completed(tree.get("model", {}))})
+  require_registered(config.model)
+  return config
 
 
 def _from_tree(value, kind):

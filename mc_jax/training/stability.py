@@ -50,8 +50,9 @@ def probe(config: Config, mesh: jax.sharding.Mesh) -> Callable[[dict, Batch], di
 def _of_layer(cached: caching.Cached) -> dict[str, jax.Array]:
   """The scalars of one layer."""
   scalars = _norms("memory", cached.states.memory)
-  if cached.states.momentum is not None:
-    scalars |= _norms("momentum", cached.states.momentum)
+  momentum = getattr(cached.states, "momentum", None)
+  if momentum is not None:
+    scalars |= _norms("momentum", momentum)
   if cached.reads is not None:
     scalars["gate_entropy"] = _entropy(cached.reads)
     if cached.reads.index is not None:

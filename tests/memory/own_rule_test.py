@@ -90,6 +90,22 @@ class Fading(rules.Rule):
     return State({"w": gates["alpha"][:, None] * state.memory["w"] + gates["eta"] * jnp.outer(k, v)})
 
 
+@dataclasses.dataclass(frozen=True)
+class Frozen(Fading):
+  """The same, which has decoding keep what came before in a chunk, as rules of networks do, and needs none of it."""
+
+  frozen = True
+
+  def begin(self, state, tokens, dtype):
+    return jnp.zeros(state.memory["w"].shape[:2])
+
+  def within(self, online):
+    return online.decay.sum((-1, -2)) * 0
+
+  def advance(self, chunk, place, online, gates):
+    return chunk
+
+
 RULE = Fading(chunk=samples.CHUNK)
 
 
@@ -143,10 +159,11 @@ def test_it_compiles_to_a_kernel_for_a_tpu():
 
 
 @FLOAT64
-def test_it_decodes_to_the_numbers_of_the_whole_sequence():
-  x = samples.inputs(RULE, batch=2)
-  options = decode.Options(RULE, segments.constant(samples.SEGMENT), capacity=5)
-  expected = samples.jit(lambda x: memory.run(x.tokens(), x.init, memory.Options(RULE, options.segmentation)))(x)
+@pytest.mark.parametrize("rule", [RULE, Frozen(chunk=samples.CHUNK)], ids=["free", "frozen"])
+def test_it_decodes_to_the_numbers_of_the_whole_sequence(rule):
+  x = samples.inputs(rule, batch=3)
+  options = decode.Options(rule, segments.constant(samples.SEGMENT), capacity=5)
+  expected = samples.jit(lambda x: memory.run(x.tokens(), x.init, memory.Options(rule, options.segmentation)))(x)
   prompt = samples.map_tokens(lambda a: a[:, :8], x)
   y, cache = samples.jit(lambda x: decode.prefill(options, x.tokens(), x.init))(prompt)
   step = samples.jit(lambda token, cache: decode.step(options, token.tokens(), x.init, cache))

@@ -74,11 +74,3 @@ def test_the_index_of_pieces_side_by_side_is_their_last():
   assert y[0, 0].tolist() == [2, 2, 2, 5, 5, 5, 6]
   _, y, _ = pieces.scan(step, (), np.zeros((1, 1, 7)), (2, 2, 2, 1), last=np.array([1, 3, 8, 9]))
   assert y[0, 0].tolist() == [1, 1, 3, 3, 8, 8, 9]
-
-
-def test_folding_makes_one_long_piece_and_unfolding_takes_it_apart():
-  x = rows().reshape(2, 3, 3, 6, 4)  # [batch, heads, pieces, tokens, d]
-  side_by_side = np.moveaxis(x, 2, 0).reshape(6, 3, 6, 4)
-  folded = pieces.fold(jnp.asarray(side_by_side), 2)
-  chex.assert_trees_all_equal(folded, x.reshape(2, 3, 18, 4))
-  chex.assert_trees_all_equal(pieces.unfold(folded, 6), side_by_side)

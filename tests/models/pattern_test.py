@@ -19,12 +19,13 @@ from mc_jax.inference.generation import Decoder
 from mc_jax.models import CacheConfig, LanguageModel, MemoryConfig, ModelConfig, inspection, layer
 from mc_jax.models import cache as cache_lib
 from mc_jax.models.cache import LayerCache
-from mc_jax.models.config import completed
+from mc_jax.models.config import completed, from_stored
 from mc_jax.models.linear import parameter
 from mc_jax.models.norms import RMSNorm
 from mc_jax.parallel.mesh import MeshConfig
+from mc_jax.planning import plans
 from mc_jax.training import config as config_lib
-from mc_jax.training import planning, state, step
+from mc_jax.training import state, step
 
 LENGTH = 16
 HYBRID, TOY = ("memory", "attention"), ("moving_average", "attention")
@@ -209,16 +210,16 @@ def test_it_is_exported_layer_by_layer(tmp_path):
 def test_its_cache_is_planned(run_config):
   """All that grows is counted: states and summaries of memories, keys and values of attention."""
   config = run_config(HYBRID)
-  planned = planning.cache_bytes(config)
+  planned = plans.cache_bytes(config)
   model = state.graph(config)
   params = jax.eval_shape(lambda: nnx.state(LanguageModel(config.model, nnx.Rngs(0))))
   cache = jax.eval_shape(lambda p: nnx.merge(model, p).init_cache(CacheConfig(LENGTH), 1), params)
   assert cache_lib.nbytes(cache.slots) == planned["sequence"] + planned["summaries"]
   attention = dataclasses.replace(config, model=model_config(("attention",), vocab_size=256))
-  assert planning.cache_bytes(attention)["sequence"] == planned["kv_cache"] == 2 * 2 * LENGTH * 16 * 4
+  assert plans.cache_bytes(attention)["sequence"] == planned["kv_cache"] == 2 * 2 * LENGTH * 16 * 4
   sizes = dict(data=1, fsdp=1, context=1, model=1)
   alone = dataclasses.replace(config, model=model_config(("memory",), vocab_size=256))
-  assert planning.cached_memories(config, sizes) == planning.cached_memories(alone, sizes) > 0
+  assert plans.cached_memories(config, sizes) == plans.cached_memories(alone, sizes) > 0
 
 
 def test_memories_are_looked_at_in_the_order_of_their_layers():
@@ -314,3 +315,23 @@ def test_a_model_stored_with_a_mixer_is_read_and_a_flag_is_told_what_to_write(mi
     config_lib.require_field("model.mixer")
   with pytest.raises(ConfigError, match=r"write model\.attention\.rope_theta"):
     config_lib.require_field("model.rope_theta")
+
+
+def test_a_layer_without_a_cache_is_not_decoded(monkeypatch):
+  monkeypatch.setattr(layer, "LAYERS", dict(layer.LAYERS))
+
+  @layer.register("forgetful")
+  class Forgetful(layer.Mixer):
+    """It has no init_cache."""
+
+  config = ModelConfig(layers=2, d_model=16, heads=2, vocab_size=16, pattern=("forgetful", "attention"))
+  (problem,) = CacheConfig(8).problems(config)
+  assert problem == "model.pattern has 'forgetful', which cannot be decoded: the layer has no init_cache"
+
+
+@pytest.mark.parametrize(
+  "field", [{"pattern": ["elsewhere"]}, {"memory": {"rule": "elsewhere"}}, {"memory": {"aggregation": "elsewhere"}}]
+)
+def test_a_stored_model_of_what_is_not_registered_here_is_told_in_a_line(field):
+  with pytest.raises(ConfigError, match=r"elsewhere.*: import what registers it"):
+    from_stored(field)

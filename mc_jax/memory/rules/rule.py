@@ -126,7 +126,7 @@ class Rule(abc.ABC):
       start: the state before the chunk.
       fresh: M_0, {name: [heads, in, out]}, where a document that starts in the chunk begins.
       k, v: [batch, heads, T, d], zero at padding.
-      gates: {name: [batch, heads, T]} or [batch, heads, T, d], 1 at padding.
+      gates: {name: [batch, heads, T]} or [batch, heads, T, d], at least float32, 1 at padding.
       documents: arrays [batch, 1, T]; None for one document without padding.
       solve: unit lower triangular systems, as arithmetic.solve, on the machine that this is for.
       chunk: with `frozen`, of one token in the middle of a chunk: what came before it there. T is 1 then.
@@ -146,7 +146,10 @@ class Rule(abc.ABC):
     """
 
   def begin(self, state: State, tokens: int, dtype: jnp.dtype) -> Any:
-    """`write`'s `chunk` where one of so many tokens begins with a state; dtype: the tokens'."""
+    """`write`'s `chunk` where one of so many tokens begins with a state; dtype: the tokens'.
+
+    A pytree of arrays [batch, heads, ...], as those of `within` and `advance`.
+    """
     raise NotImplementedError(f"rule {self.name!r} does not say it")
 
   def within(self, online: Online) -> Any:
