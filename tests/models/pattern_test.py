@@ -277,7 +277,7 @@ def test_a_pattern_divides_the_layers_and_names_what_there_is():
     ("feed_forward", ("memory",), "swiglu"),
   ):
     (problem,) = dataclasses.replace(model_config(HYBRID), **{field: value}).problems()
-    assert problem.startswith(f"model.{field}={','.join(value)} must be one or more of {valid}")
+    assert problem.startswith(f"model.{field}={','.join(value) or '()'} must be one or more of {valid}")
 
 
 def test_a_name_is_registered_once_and_can_be_a_flag():
