@@ -91,6 +91,7 @@ def test_a_prompt_can_come_in_parts():
   assert texts(decoder(), [Request(prompt[:0], 9, seed=3)], start=start) == expected
 
 
+@pytest.mark.slow
 def test_on_a_mesh():
   requests = [Request(prompt, 12, temperature=0) for prompt in prompts(3, 9, 1)]
   mesh = meshes.make(MeshConfig(data=2, model=2), jax.devices()[:4])
@@ -141,6 +142,7 @@ def test_batches_that_cannot_be_are_named():
     decoder().generate([Request(prompt, 1)], start=start)
 
 
+@pytest.mark.slow
 def test_rows_that_nobody_asked_for_do_not_matter():
   first, second = prompts(3, 9)
   start = decoder().prefill([first, second])
@@ -162,6 +164,7 @@ def test_a_cache_that_cannot_be_is_refused(cache, message):
     decoder(cache)
 
 
+@pytest.mark.slow
 def test_scores_by_age_are_had_for_so_many_segments_alone():
   memory = MemoryConfig(rule="linear", aggregation="grm", gate="token", chunk=2, segment_length=4)
   config = ModelConfig(vocab_size=16, layers=1, d_model=16, heads=2, mlp_dim=16, max_length=20, memory=memory)

@@ -1,6 +1,7 @@
 """Saved prompts: what is loaded is what was saved, and by the same model."""
 
 import dataclasses
+import functools
 import types
 
 import chex
@@ -19,6 +20,7 @@ from mc_jax.parallel.mesh import MeshConfig
 PROMPT = np.arange(11) % 16
 
 
+@functools.cache
 def decoder(seed=0, cache=None, mesh=None, **memory):
   memory = MemoryConfig(**({"rule": "swla", "aggregation": "ssc", "chunk": 2, "segment_length": 4} | memory))
   config = ModelConfig(vocab_size=16, layers=1, d_model=16, heads=2, mlp_dim=16, memory=memory)
@@ -65,6 +67,7 @@ def test_a_prompt_of_a_model_with_a_mixer_is_read(saved, tmp_path, monkeypatch):
   chex.assert_trees_all_equal(jax.device_get(prompts.load(tmp_path / "old", decoder())), (logits, cache))
 
 
+@pytest.mark.slow
 def test_on_another_mesh(saved):
   mesh = meshes.make(MeshConfig(data=1, model=2), jax.devices()[:2])
   loaded = prompts.load(saved[0], decoder(mesh=mesh))

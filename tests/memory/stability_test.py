@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from marks import slow
+from quick_compile import jit
 
 from mc_jax.memory import documents, rules, segments, xla
 from mc_jax.memory.arithmetic import solve
@@ -118,6 +119,7 @@ def test_documents_that_start_in_a_chunk_do_not_revive_old_momentum(normalized, 
   index = documents.index(jnp.array([[1, 1, 1, 2, 2, 2, 2, 2]]))
   index = documents.Documents(*(x[:, None] for x in index))
 
+  @jit
   def ends(start):
     end, memory = rule.write(start, init, k, k, gates, index, solve=solve)
     return end, rule.network(k, lambda layer, x: memory.read(layer, x, k.dtype))[:, :, 3:]

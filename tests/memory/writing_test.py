@@ -6,12 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import samples
+from marks import slow
 
 from mc_jax.bench import stored_pairs
 from mc_jax.memory import arithmetic, networks, rules, segments
 
+SIZES = [sizes if sizes == (32, 64, 64) else slow(*sizes) for sizes in stored_pairs.SIZES]
 
-@pytest.mark.parametrize(("head_dim", "chunk", "segment"), stored_pairs.SIZES)
+
+@pytest.mark.parametrize(("head_dim", "chunk", "segment"), SIZES)
 def test_a_fresh_titans_writes_its_pairs(head_dim, chunk, segment):
   rule = rules.get("titans", chunk=chunk)
   share, left = stored_pairs.written(rule, segment, *stored_pairs.pairs(head_dim, segment))
@@ -21,7 +24,7 @@ def test_a_fresh_titans_writes_its_pairs(head_dim, chunk, segment):
   assert left < 1.3
 
 
-@pytest.mark.parametrize(("head_dim", "chunk", "segment"), stored_pairs.SIZES)
+@pytest.mark.parametrize(("head_dim", "chunk", "segment"), SIZES)
 def test_a_fresh_dla_writes_its_pairs(head_dim, chunk, segment):
   share, _ = stored_pairs.written(rules.get("dla", chunk=chunk), segment, *stored_pairs.pairs(head_dim, segment))
   assert 0.2 < share < 1.3
@@ -64,7 +67,7 @@ def lower(length, dtype, repeated):
 
 @pytest.mark.parametrize("solve", [arithmetic.solve, arithmetic.solve_in_kernel])
 @pytest.mark.parametrize("repeated", [False, True])
-@pytest.mark.parametrize("length", [1, 2, 7, 64, 65, 200])
+@pytest.mark.parametrize("length", [1, slow(2), 7, slow(64), 65, slow(200)])
 def test_the_solve_and_its_gradient_are_those_of_the_triangular_system(float64, length, repeated, solve):
   n, r = lower(length, np.float64, repeated), np.random.default_rng(2).normal(size=(2, length, 5))
 
@@ -82,7 +85,7 @@ def test_the_solve_and_its_gradient_are_those_of_the_triangular_system(float64, 
 
 
 @pytest.mark.parametrize("solve", [arithmetic.solve, arithmetic.solve_in_kernel])
-@pytest.mark.parametrize("repeated", [False, True])
+@pytest.mark.parametrize("repeated", [slow(False), True])
 def test_the_solve_in_float32_leaves_an_error_of_a_thousandth_at_most(repeated, solve):
   n, r = lower(256, np.float32, repeated), np.random.default_rng(2).normal(size=(2, 256, 5)).astype(np.float32)
   expected = np.linalg.solve(np.eye(256) + n.astype(np.float64), r)

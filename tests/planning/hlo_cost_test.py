@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
+from marks import slow
 
 from mc_jax.planning import chips, hlo, hlo_cost, topology
 
@@ -61,7 +62,7 @@ def test_a_scan_multiplies(on):
   assert not many.unknown_loops
 
 
-@pytest.mark.parametrize("on", [TPU, CPU])
+@pytest.mark.parametrize("on", [slow(TPU), CPU])
 def test_nested_scans_multiply(on):
   def f(x, ws):
     return jax.lax.scan(lambda x, _: (products(x, ws), None), x, None, length=5)[0]
@@ -69,6 +70,7 @@ def test_nested_scans_multiply(on):
   assert cost(f, *stacked(3), on=on).flops == 15 * PRODUCT
 
 
+@pytest.mark.slow
 def test_a_gradient_through_layers():
   """Forward one product a layer, backward two, and what the scan stacks is written once and read once."""
 
@@ -83,7 +85,7 @@ def test_a_gradient_through_layers():
   assert 8 * array < per_layer < 18 * array  # one whole stack would be 34
 
 
-@pytest.mark.parametrize(("bounds", "trips"), [((0, 7), 7), ((3, 8), 5), ((5, 5), 0)])
+@pytest.mark.parametrize(("bounds", "trips"), [slow((0, 7), 7), ((3, 8), 5), slow((5, 5), 0)])
 def test_bounds_and_steps_are_followed(bounds, trips):
   def f(x, ws):
     del ws
@@ -101,7 +103,7 @@ def test_a_loop_that_counts_by_doubling():
   assert not result.unknown_loops
 
 
-@pytest.mark.parametrize("on", [TPU, CPU])
+@pytest.mark.parametrize("on", [slow(TPU), CPU])
 def test_a_traced_bound_is_unknown(on):
   def f(x, n):
     return jax.lax.fori_loop(0, n, lambda _, x: x @ x, x)
@@ -114,7 +116,7 @@ def test_a_traced_bound_is_unknown(on):
   assert cost(f, *args, on=on, unknown_trips=2.5).flops == 2.5 * PRODUCT
 
 
-@pytest.mark.parametrize("on", [TPU, CPU])
+@pytest.mark.parametrize("on", [TPU, slow(CPU)])
 def test_an_inner_bound_that_the_outer_loop_changes_is_unknown(on):
   def f(x):
     def outer(i, x):
@@ -156,7 +158,7 @@ def test_a_reduction_to_a_pair():
   assert cost(lambda x: jnp.argmax(x, -1), x).hbm_bytes == pytest.approx(4 * 64 * WIDTH * (512 + 1), rel=0.01)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [slow("float32"), "bfloat16"])
 def test_batched_products(dtype):
   """XLA:TPU makes them strided convolutions, most positions of whose window fall into holes."""
 
@@ -240,6 +242,7 @@ def test_collectives_are_counted_apart():
   assert result.collective_bytes == {"all-reduce": 2 * 3 / 4 * 4 * WIDTH**2}
 
 
+@pytest.mark.slow
 def test_what_a_collective_cut_into_pieces_sends_counts_once():
   """Weights split along one axis are gathered for each product, forward and backward, beside other products."""
   pytest.importorskip("libtpu")
