@@ -37,9 +37,9 @@ class Parts(NamedTuple):
     """What the part `by` before this one has; zeros in the first parts."""
     return lax.ppermute(x, self.axis, [(i, i + by) for i in range(self.count - by)])
 
-  def back(self, x: jax.Array) -> jax.Array:
-    """What the part after this one has; zeros in the last part."""
-    return lax.ppermute(x, self.axis, [(i + 1, i) for i in range(self.count - 1)])
+  def back(self, x: jax.Array, by: int = 1) -> jax.Array:
+    """What the part `by` after this one has; zeros in the last parts."""
+    return lax.ppermute(x, self.axis, [(i + by, i) for i in range(self.count - by)])
 
   def mirrored(self, x: jax.Array, axis: int) -> jax.Array:
     """x whose second half along an array axis is swapped with that of the part as far from the other end.
