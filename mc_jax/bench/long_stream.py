@@ -173,7 +173,7 @@ def against_pass(options, init):
 
 def resident():
   """MiB of this process's memory."""
-  return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+  return int(pathlib.Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def stream(rule, aggregation, carry, dtype, count, *, rows=ROWS, block=BLOCK):
@@ -271,7 +271,7 @@ def report(record):
 
 def read(path, count):
   """The records of an earlier run with the same number of tokens and version of JAX."""
-  record = json.loads(path.read_text()) if path and path.exists() else {}
+  record = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
   same = (record.get("tokens"), record.get("jax")) == (count, jax.__version__)
   return {tuple(stream[name] for name in NAMES): stream for stream in record["streams"]} if same else {}
 

@@ -111,7 +111,7 @@ def compare(rule, aggregation, carry):
 
 def read(path):
   """{combination: errors} of an earlier run with the same version of JAX."""
-  record = json.loads(path.read_text()) if path and path.exists() else {}
+  record = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
   rows = record["rows"] if record.get("jax") == jax.__version__ else []
   return {(row["rule"], row["aggregation"], row["carry"]): {name: row[name] for name in MESHES} for row in rows}
 

@@ -63,7 +63,7 @@ def load(target: str):
 def utilization(path: pathlib.Path) -> dict[str, float]:
   """Mean use of each unit's slots over the bundles, from the compiler's table."""
   names, capacity, rows, table = [], [], [], False
-  for line in path.read_text().splitlines():
+  for line in path.read_text(encoding="utf-8").splitlines():
     if line.startswith(("MATMUL", "MXU")):  # the name depends on libtpu's version
       names = [n.strip() for n in line.split(",")]
     elif names and not capacity:
@@ -81,7 +81,7 @@ def kernels(dump: pathlib.Path) -> dict[str, dict]:
   """Each Pallas kernel's final schedule, by the name of its instruction."""
   schedules = {}
   for path in sorted(dump.glob("*schedule-analysis_final_bundles.txt")):
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     if "tpu_custom_call" not in text:
       continue
     name = re.search(r"\d+-(.*?)-\d+-schedule-analysis", path.name)

@@ -160,7 +160,7 @@ def test_a_deep_memory_that_has_written_nothing_says_nothing():
 
 def test_token_scores_have_an_age_for_every_segment():
   config = tiny(gate="token")
-  scores = jax.eval_shape(make(config).project, tokens(config)).token_scores
+  scores = jax.eval_shape(make(config).project, tokens(config)).tokens.token_scores
   chex.assert_shape(scores, (1, 12, 2, 3))
   chex.assert_type(scores, jnp.float32)
 
@@ -200,18 +200,18 @@ def test_options_reach_the_memories(monkeypatch):
   }
   given = {}
 
-  def memory_caching(q, k, v, u, gates, init, options, **kwargs):
-    given.update(vars(options) | kwargs)
-    return jnp.zeros_like(q)
+  def run(tokens, init, options, **kwargs):
+    given.update(vars(options) | tokens._asdict() | kwargs)
+    return jnp.zeros_like(tokens.q)
 
-  monkeypatch.setattr(context, "memory_caching", memory_caching)
+  monkeypatch.setattr(context, "run", run)
   config = tiny(rule="swla", window=3, segmentation="logarithmic", **options)
   document = jnp.ones((1, 12), jnp.int32)
   jax.eval_shape(lambda x: make(config)(x, Context(document)), tokens(config))
   assert {name: given[name] for name in options} == options
   assert given["rule"] == memory.rules.get("swla", chunk=2, window=3)
   assert given["segmentation"] == memory.segments.logarithmic()
-  assert given["segment_ids"] is not None
+  assert given["documents"] is not None
   assert given["token_scores"].shape == (1, 12, 2, 4)
 
 
