@@ -36,7 +36,7 @@ DELTA = rules.GradientRule("delta", networks.Matrix(), rules.squared_loss, chunk
     (rules.get("swla", chunk=2, window=4), "grm", "checkpoint"),
     slow(rules.get("swla", chunk=2, window=3), "ssc", "independent"),
     # Networks of other depths; the printed form of dla.
-    (rules.get("titans", chunk=2, depth=1, norm=True, normalized=False), "none", "checkpoint"),
+    slow(rules.get("titans", chunk=2, depth=1, norm=True, normalized=False), "none", "checkpoint"),
     slow(rules.get("titans", chunk=2, depth=3, expansion=1, max_grad_norm=1.0, normalized=False), "grm", "checkpoint"),
     (
       rules.get("dla", chunk=2, expansion=1, retention=False, max_grad_norm=None, normalized=False),
@@ -184,10 +184,10 @@ def test_inner_gradients_are_cut_to_their_norm_all_layers_together():
 @pytest.mark.parametrize(
   ("rule", "dtype"),
   [
-    (rules.get("titans", chunk=4, expansion=2), "float32"),
-    slow(rules.get("titans", chunk=4, expansion=2), "bfloat16"),
+    slow(rules.get("titans", chunk=4, expansion=2), "float32"),
+    (rules.get("titans", chunk=4, expansion=2), "bfloat16"),
     slow(rules.get("dla", chunk=4, expansion=2, depth=3, norm=True), "float32"),
-    (rules.get("dla", chunk=4, expansion=2, depth=3, norm=True), "bfloat16"),
+    slow(rules.get("dla", chunk=4, expansion=2, depth=3, norm=True), "bfloat16"),
   ],
   ids=lambda x: getattr(x, "name", x),
 )

@@ -70,7 +70,7 @@ def check(config, *, tolerance=1e-4, mesh=None, **cache):
     {"rule": "swla", "aggregation": "ssc", "carry": "independent"},
     slow({"rule": "dla", "aggregation": "soup", "gate": "token"}),
     slow({"rule": "linear", "aggregation": "none"}),
-    {"rule": "titans", "aggregation": "none", "after_training": "moving_average"},
+    slow({"rule": "titans", "aggregation": "none", "after_training": "moving_average"}),
   ],
   ids=str,
 )

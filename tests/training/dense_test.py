@@ -64,6 +64,7 @@ def test_how_many_there_are(tiny):
     _config(tiny, dense_steps=-1).check()
 
 
+@pytest.mark.slow
 def test_a_run_may_change_them_and_is_told(tiny, tmp_path, capsys):
   config = config_lib.replace(_config(tiny, dense_steps=1), {"train.steps": 3})
   _train(config, tmp_path)
