@@ -98,6 +98,7 @@ def test_on_a_mesh():
   assert texts(decoder(mesh=mesh), requests) == texts(decoder(), requests)
 
 
+@pytest.mark.slow
 def test_the_oldest_states_are_dropped_on_request():
   (prompt,) = prompts(9)
   with pytest.raises(ConfigError, match=r"capacity=2 is too small: 40 tokens .* need a capacity of 9 segments, got 2"):

@@ -212,7 +212,7 @@ def test_tied_embeddings_save_the_readout():
   chex.assert_shape(untied["readout/kernel"], (16, VOCAB))
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, slow(False)])
 def test_a_model_starts_unsure(tied):
   """The first loss is near log(vocab_size): logits of unit variance, half a nat above."""
   config = dataclasses.replace(TRANSFORMER, d_model=64, vocab_size=256, layers=8, tied_embeddings=tied)

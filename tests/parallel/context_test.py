@@ -167,6 +167,7 @@ def test_groups_of_rows_and_heads_that_pass_through_the_devices(batch, heads):
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.slow
 def test_windows_reach_over_borders():
   rule = build("swla", window=4)
   x = samples.inputs(rule, length=LENGTH)
