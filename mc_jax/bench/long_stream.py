@@ -173,7 +173,9 @@ def against_pass(options, init):
 
 def resident():
   """MiB of this process's memory."""
-  return int(pathlib.Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+  return (
+    int(pathlib.Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+  )
 
 
 def stream(rule, aggregation, carry, dtype, count, *, rows=ROWS, block=BLOCK):
