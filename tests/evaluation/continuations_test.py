@@ -103,6 +103,7 @@ def test_a_batch_is_spread_over_a_mesh(subject, monkeypatch):
   chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_continuation_ends_before_the_first_text_of_until(subject):
   tokenizer = tokenizers.Bytes()
   prompts = [pair.context for pair in _pairs((5, 1), (9, 1), (12, 1))]

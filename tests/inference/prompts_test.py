@@ -128,6 +128,7 @@ def test_two_that_save_at_once_do_not_mix(saved, tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_checksum_sees_every_bit_and_place():
   params = decoder().params
   leaves, tree = jax.tree.flatten(params)

@@ -218,6 +218,7 @@ def temporary_bytes(aggregation, length):
   return samples.jit(jax.grad(loss)).lower(x).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregation", ["grm", slow("soup"), slow("ssc")])
 def test_a_training_steps_memory_grows_with_the_states_and_not_with_length_times_state(aggregation):
   """Of every segment its state, its gradient and one copy; of every token some vectors; of one segment its chunks.

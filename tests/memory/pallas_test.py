@@ -266,6 +266,7 @@ def layer(implementation, **options):
   return functools.partial(samples.call, implementation=implementation, **options)
 
 
+@pytest.mark.slow
 def test_by_default_a_program_has_the_kernels_on_tpus_and_nothing_of_them_elsewhere():
   x = rounded(samples.inputs(TITANS, batch=1, length=LENGTH, head_dim=8), np.float32)
 

@@ -137,6 +137,7 @@ def test_the_connector_is_a_plain_linear_map_and_shared_on_request():
   chex.assert_trees_all_equal(shared.u, shared.q)
 
 
+@pytest.mark.slow
 def test_a_deep_memory_that_has_written_nothing_says_nothing():
   """Where M_0's answer is not read; of a printed rule it always is."""
 

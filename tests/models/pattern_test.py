@@ -169,6 +169,7 @@ def test_it_decodes_what_it_computes(pattern):
   chex.assert_trees_all_equal_shapes_and_dtypes(cache, empty)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [HYBRID, slow(TOY)], ids="-".join)
 def test_it_trains_on_a_mesh_as_on_one_device(pattern, run_config):
   def a_step(config, devices):

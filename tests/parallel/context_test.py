@@ -157,6 +157,7 @@ def test_selected_in_as_many_rounds_as_it_takes(monkeypatch, read_buffer):
   assert_same(run(x, rule, MESHES[0], read_buffer=read_buffer, **options), run(x, rule, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("batch", "heads"), [slow(1, 4), slow(4, 1), (3, 2)])
 def test_groups_of_rows_and_heads_that_pass_through_the_devices(batch, heads):
@@ -271,6 +272,7 @@ def kept_bytes(rule, aggregation, carry, count):
   return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(pull))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("rule", "aggregation", "carry"),
   [("linear", "grm", "checkpoint"), slow("titans", "grm", "independent"), slow("titans", "none", "checkpoint")],

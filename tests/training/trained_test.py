@@ -121,7 +121,7 @@ def test_on_a_mesh(run):
 
 
 def test_what_is_no_run_is_told_with_what_is_there(run, tmp_path):
-  with pytest.raises(ConfigError, match="nowhere is no folder"):
+  with pytest.raises(ConfigError, match="nowhere is not a folder"):
     trained.load(tmp_path / "nowhere")
   assert not (tmp_path / "nowhere").exists()
   with pytest.raises(ConfigError, match=r"no folder checkpoints/.*: it is empty"):
