@@ -197,24 +197,25 @@ class _Memories:
     self.write = functools.partial(
       by.write, options.rule, fresh, lengths=lengths, carries=options.carries, side_by_side=side_by_side
     )
-    self._states = None
+    self._written = {}  # states at the ends of segments, by what was read as they were written
 
   @property
   def states(self) -> State:
     """At the end of every segment. Every online read writes them, and all write the same."""
-    if self._states is None:
-      self._states = self.write(self.tokens._replace(q=self.tokens.q[..., :0]), read=_read_nothing).states
-    return self._states
+    if not self._written:
+      self._written[None] = self.write(self.tokens._replace(q=self.tokens.q[..., :0]), read=_read_nothing).states
+    return next(iter(self._written.values()))
 
   def online(self, contribution: Contribution, x: jax.Array) -> jax.Array:
     read = functools.partial(_read_online, contribution, self.tokens.k.dtype)
     written = self.write(self.tokens._replace(q=x), read=read)
-    if self._states is None:
-      self._states = written.states
+    self._written[contribution] = written.states
     return written.y
 
   def cached(self, contribution: Contribution, x: jax.Array, gamma: jax.Array) -> jax.Array:
-    memories = contribution.weights(self.states.memory)
+    # Of its own write: across devices the layers of a soup then write and read one after the other.
+    states = self._written.get(contribution, self.states)
+    memories = contribution.weights(states.memory)
     return self.by.read_caches(contribution, x, gamma, memories, self.lengths, self.segment)
 
   def selected(self, network: Network, x: jax.Array, index: jax.Array, gamma: jax.Array) -> jax.Array:
