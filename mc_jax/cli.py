@@ -14,7 +14,6 @@ import functools
 import io
 import json
 import os
-import pathlib
 import re
 import shlex
 import signal
@@ -212,7 +211,7 @@ def json_flag() -> flags.FlagHolder[str | None]:
 def write_json(path: str | None, record: Mapping[str, object]) -> None:
   """Writes a record to the file of `json_flag`, if there is one."""
   if path:
-    pathlib.Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    storage.write(path, json.dumps(record, indent=1) + "\n")
 
 
 def command(door: str) -> str:

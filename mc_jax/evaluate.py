@@ -11,8 +11,8 @@ import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 from absl import flags, logging
 
 from mc_jax import cli
-from mc_jax.evaluation import report, runs, task_flags, tasks
-from mc_jax.training import outputs, trained
+from mc_jax.evaluation import report, task_flags, tasks
+from mc_jax.training import evaluating, outputs, trained
 
 CONFIG = cli.overrides_flag()
 WORKDIR = cli.path_flag("workdir", None, "Folder of a run of mc_jax.train, or gs://BUCKET/FOLDER.")
@@ -29,7 +29,7 @@ def main(_: list[str]) -> None:
   options, names = task_flags.options(), task_flags.names()
   workdir, changes = outputs.workdir(WORKDIR.value), cli.overrides(CONFIG)
   model = trained.load(workdir, changes, step=STEP.value)
-  subject = runs.subject(model, changes, names, options)
+  subject = evaluating.subject(model, changes, names, options)
   changed = "".join(f", {field}={value}" for field, value in changes.items())
   print(f"{workdir}, step {model.step:,}{changed}", flush=True)
   results = []
@@ -44,7 +44,7 @@ def main(_: list[str]) -> None:
     "changed": changes,
     "config": dataclasses.asdict(model.config),
   }
-  files = runs.write(workdir, NAME.value or runs.file_name(names, changes), record, results)
+  files = evaluating.write(workdir, NAME.value or evaluating.file_name(names, changes), record, results)
   print(f"written to {workdir / 'evaluation'}: {', '.join(files)}")
 
 

@@ -46,6 +46,7 @@ def test_mistakes_end_with_a_clean_message(door, tmp_path, flags, message):
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_with_every_kind_of_flag(tmp_path):
   texts = tmp_path / "texts"
   texts.mkdir()

@@ -37,7 +37,8 @@ from mc_jax.inference import Decoder
 from mc_jax.models import CacheConfig
 from mc_jax.models.attention import Attention
 from mc_jax.models.memory_caching import MemoryCaching, capacity
-from mc_jax.planning import chips, hlo_cost, plans, topology
+from mc_jax.parallel import chips
+from mc_jax.planning import hlo_cost, plans, topology
 from mc_jax.training import config, state
 
 matplotlib.use("Agg")  # files only: no display is needed

@@ -34,7 +34,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from mc_jax import cli, memory
+from mc_jax import cli, memory, storage
 from mc_jax.memory import decode, segments, xla
 from mc_jax.memory.tokens import Tokens, heads_first
 
@@ -104,9 +104,9 @@ def write_block(rule, x, init, start):
 
 
 def error(actual, expected):
-  """The largest difference of two trees, relative to each array's largest value."""
+  """The largest difference of two trees, relative to each array's largest value; NaN if any is."""
   pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
-  return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)) for a, b in pairs)
+  return float(np.max([np.abs(a - b).max() / max(np.abs(b).max(), 1e-30) for a, b in pairs]))
 
 
 def in_order(cache):
@@ -285,7 +285,7 @@ def write(path, run, records):
   for record in records:
     lines = ",\n".join(f"    {json.dumps(block)}" for block in record["blocks"])
     text = text.replace('"blocks": []', f'"blocks": [\n{lines}\n   ]', 1)
-  path.write_text(text + "\n", encoding="utf-8")
+  storage.write(path, text + "\n")
 
 
 def main(_):

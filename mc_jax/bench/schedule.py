@@ -33,7 +33,8 @@ from jax.experimental import pallas as pl
 from mc_jax import cli
 from mc_jax.bench import kernel_cases
 from mc_jax.errors import ConfigError
-from mc_jax.planning import chips, topology
+from mc_jax.parallel import chips
+from mc_jax.planning import topology
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "TPU to compile for: v5e:2x2, v5p:2x2x1, v6e:4x4, ...")
 _TOP = flags.DEFINE_integer("top", 12, "Number of XLA fusions to list, the costliest first.", lower_bound=0)

@@ -1,8 +1,8 @@
 """Evaluation: the tasks that a trained model is measured by, in tables, files and plots.
 
-`runs` makes a `Subject` of a run's checkpoint, and `tasks` runs the tasks by name: `perplexity`, `recall` and the
-`gates` of recall rows take batches and score them with `scoring`; `harness` answers lm-evaluation-harness with
-`continuations`, which score or write what follows a context. All return `Result`s, which `report` prints, writes and
+`tasks` runs the tasks by name on a `Subject`: `perplexity`, `recall` and the `gates` of recall rows take batches and
+score them with `scoring`; `harness` answers lm-evaluation-harness with `continuations`, which score or write what
+follows a context. All return `Result`s, which `report` prints, writes and
 plots, with `heatmaps` for gates; `compare` puts several evaluations into one table and plot. `task_flags` are the flags
 that the doors mc_jax.evaluate and mc_jax.ablate share.
 """

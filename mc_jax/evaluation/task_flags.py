@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from absl import flags
 
 from mc_jax import cli
 from mc_jax.evaluation import Options, tasks
 
-_NAMES = ("lengths", "pairs", "rows", "limit", "num_fewshot", "include_path")  # as in Options
+_NAMES = tuple(field.name for field in dataclasses.fields(Options))
 
 
 def define() -> None:
@@ -16,7 +18,7 @@ def define() -> None:
   flags.DEFINE_list("tasks", None, text)
   cli.numbers_flag("lengths", [], "Lengths of rows in tokens; default: the run's.")
   cli.numbers_flag("pairs", [], "mqar: Numbers of key-value pairs; default: data.mqar.pairs.")
-  flags.DEFINE_integer("rows", 256, "Rows in each setting of a recall task.")
+  flags.DEFINE_integer("rows", Options.rows, "Rows in each setting of a recall task.")
   flags.DEFINE_float(
     "limit", None, "lm_eval: Number of documents in each task, or their share if below 1; default: all."
   )

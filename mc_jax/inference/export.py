@@ -276,7 +276,7 @@ def _read_json(path: pathlib.Path) -> dict:
 
 
 def _write_json(path: pathlib.Path, tree: dict) -> None:
-  path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+  storage.write(path, json.dumps(tree, indent=2) + "\n")
 
 
 def _some(names: list[str], most: int = 8) -> str:

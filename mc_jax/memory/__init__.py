@@ -7,7 +7,8 @@ from mc_jax.memory.routing import NAMES as GATES
 from mc_jax.memory.routing import POOLS
 from mc_jax.memory.tokens import Tokens
 
-RULES = rules.names()  # those that come with the package
+# Those that come with the package; others can be registered.
+RULES = rules.names()
 AGGREGATIONS = tuple(aggregate.AGGREGATIONS)
 
 __all__ = [

@@ -286,6 +286,6 @@ def _plain_product(a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-# A TPU's matrix unit is filled by 64 rows, and multiplies bfloat16. On a CPU at the quickstart's size blocks of 16 take
-# two thirds of the time of 64, and bfloat16 parts would take as long again.
+# A TPU's matrix unit is filled by 64 rows, and multiplies bfloat16. On a CPU smaller blocks are faster, and bfloat16
+# parts slower than the product that they replace (python -m mc_jax.bench.layer --rules=titans).
 _TPU, _PLAIN = By(64, _fine_product), By(16, _plain_product)

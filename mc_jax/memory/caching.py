@@ -26,7 +26,7 @@ from mc_jax.memory.xla import Written
 
 
 class Backend(NamedTuple):
-  """A way to run the passes over a sequence: functions with the arguments of those of xla.py and aggregate.py."""
+  """A way to run the passes over a sequence: functions with the arguments of those of xla.py and selection.py."""
 
   write: Callable[..., Written]
   read_caches: Callable[..., jax.Array]
@@ -197,25 +197,28 @@ class _Memories:
     self.write = functools.partial(
       by.write, options.rule, fresh, lengths=lengths, carries=options.carries, side_by_side=side_by_side
     )
-    self._written = {}  # states at the ends of segments, by what was read as they were written
+    self._states = None
 
   @property
   def states(self) -> State:
-    """At the end of every segment. Every online read writes them, and all write the same."""
-    if not self._written:
-      self._written[None] = self.write(self.tokens._replace(q=self.tokens.q[..., :0]), read=_read_nothing).states
-    return next(iter(self._written.values()))
+    """At the end of every segment, of the latest write. Every online read writes them, and all write the same.
+
+    The latest's, because a read must wait for it: XLA runs loops that do not depend on each other at the same time on
+    CPUs, and where sequences are split over devices it then mixes up their collectives (gradients of a soup were wrong,
+    and not always the same).
+    """
+    if self._states is None:
+      self._states = self.write(self.tokens, read=xla.read_nothing).states
+    return self._states
 
   def online(self, contribution: Contribution, x: jax.Array) -> jax.Array:
     read = functools.partial(_read_online, contribution, self.tokens.k.dtype)
     written = self.write(self.tokens._replace(q=x), read=read)
-    self._written[contribution] = written.states
+    self._states = written.states
     return written.y
 
   def cached(self, contribution: Contribution, x: jax.Array, gamma: jax.Array) -> jax.Array:
-    # Of its own write: across devices the layers of a soup then write and read one after the other.
-    states = self._written.get(contribution, self.states)
-    memories = contribution.weights(states.memory)
+    memories = contribution.weights(self.states.memory)
     return self.by.read_caches(contribution, x, gamma, memories, self.lengths, self.segment)
 
   def selected(self, network: Network, x: jax.Array, index: jax.Array, gamma: jax.Array) -> jax.Array:
@@ -225,10 +228,6 @@ class _Memories:
 def _read_online(contribution: Contribution, dtype: jnp.dtype, online: Online, x: jax.Array) -> jax.Array:
   """What tokens read of their online memories."""
   return contribution.through(lambda name, z: online.read(name, z, dtype), x)
-
-
-def _read_nothing(_, x: jax.Array) -> jax.Array:
-  return x
 
 
 def _visible(

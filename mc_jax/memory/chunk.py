@@ -55,7 +55,7 @@ class Coefficients(NamedTuple):
   Attributes:
     decay: A [..., T], or None without retention (1).
     regained: 1 - A [..., T], the share of M_0; None where memories fade to zero, or do not.
-    carry: c [..., T], or None without momentum. It counts where the document of S_0 goes on.
+    carry: c [..., T], or None without momentum. Used only by tokens that continue the document of S_0.
     mix: C [..., T, J].
     kept: b [..., T], or None without momentum.
     momentum: (Q B)_T [..., J], or None without momentum.
@@ -87,7 +87,7 @@ class Online(NamedTuple):
     seen: who sees whom; which tokens continue the document of `start`.
     coefficients: A, c and C of each layer.
     inputs: z {name: [..., J, in]}; errors: delta {name: [..., J, out]}.
-    rest: what the rule needs besides, to go on in the middle of the chunk.
+    rest: anything else that the rule needs to continue in the middle of the chunk.
   """
 
   start: State

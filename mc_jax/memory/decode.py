@@ -212,8 +212,8 @@ def prefill(
       first = _where(segment > 0, before, first)
     whole = into // options.chunk * options.chunk  # tokens in whole chunks
     first = xla.write(
-      *(rule, fresh, _valid(tokens, jnp.arange(size) < whole[:, None])._replace(q=tokens.k[..., :0]), (size,)),
-      **dict(read=lambda _, x: x, carries=True, side_by_side=1, start=first),
+      *(rule, fresh, _valid(tokens, jnp.arange(size) < whole[:, None])._replace(q=tokens.k), (size,)),
+      **dict(read=xla.read_nothing, carries=True, side_by_side=1, start=first),
     ).end
     place = whole[:, None] + jnp.arange(options.chunk)
     begun = jax.tree.map(lambda x: _take(x, jnp.minimum(place, size - 1)), tokens)

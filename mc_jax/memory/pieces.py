@@ -11,7 +11,7 @@ from jax import lax
 from mc_jax.memory import segments
 
 Pytree = Any
-Step = Callable[[Pytree, Pytree, Pytree, jax.Array], tuple[Pytree, Pytree, Pytree]]
+Step = Callable[[Pytree, Pytree, jax.Array], tuple[Pytree, Pytree, Pytree]]
 
 
 def scan(
@@ -20,7 +20,6 @@ def scan(
   tokens: Pytree,
   lengths: tuple[int, ...],
   *,
-  states: Pytree = (),
   last: np.ndarray | jax.Array | None = None,
   together: int = 1,
   remat: bool = False,
@@ -29,12 +28,11 @@ def scan(
   """Runs step over consecutive pieces; equal neighbours in one `jax.lax.scan`, so that each length is compiled once.
 
   Args:
-    step: (carry, piece of tokens, piece's states, index) to (carry, token outputs, state outputs). Token arrays in and
+    step: (carry, piece of tokens, index) to (carry, token outputs, state outputs). Token arrays in and
       out are [together * batch, heads, piece length, ...], state arrays [together * batch, ...].
     carry: handed from piece to piece. With together > 1 it must not depend on the pieces.
     tokens: arrays [batch, heads, length, ...] (heads may be 1).
     lengths: the pieces' lengths, adding up to length.
-    states: arrays [pieces, batch, ...], handed to step piece by piece.
     last: [pieces] int, what step gets as index (of the last piece, for pieces side by side); default 0, 1, ...
     together: pieces that go through step side by side, folded into the batch.
     remat: compute a step again in the backward pass instead of keeping what is inside it.
@@ -61,17 +59,14 @@ def scan(
       y = jnp.moveaxis(y, (0, 1), (2, 3))  # [batch, heads, blocks, side, length, ...]
       return y.reshape(*y.shape[:2], blocks * side * y.shape[4], *y.shape[5:])
 
-    def cut_states(x, piece=piece, count=count, blocks=blocks, side=side):
-      return x[piece : piece + count].reshape(blocks, side * x.shape[1], *x.shape[2:])
-
     def join_states(y, count=count, side=side):
       return y.reshape(count, y.shape[1] // side, *y.shape[2:])
 
-    xs = jax.tree.map(cut, tokens), jax.tree.map(cut_states, states)
+    xs = jax.tree.map(cut, tokens)
     index = last[piece : piece + count].reshape(blocks, side)[:, -1]
     if blocks == 1:
       run = jax.checkpoint(step) if remat else step
-      carry, *ys = run(carry, *jax.tree.map(lambda x: x[0], xs), index[0])
+      carry, *ys = run(carry, jax.tree.map(lambda x: x[0], xs), index[0])
       ys = jax.tree.map(lambda y: y[None], ys)
     else:
       # Inside a scan nothing can be merged with its recomputation, so the barriers against that are not needed.
@@ -81,7 +76,7 @@ def scan(
         carry, *ys = run(carry, *xs)
         return carry, ys
 
-      carry, ys = lax.scan(body, carry, (*xs, jnp.asarray(index)), unroll=min(unroll, blocks))
+      carry, ys = lax.scan(body, carry, (xs, jnp.asarray(index)), unroll=min(unroll, blocks))
     token_outputs.append(jax.tree.map(join, ys[0]))
     state_outputs.append(jax.tree.map(join_states, ys[1]))
     start += length * count

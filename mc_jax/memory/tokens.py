@@ -1,6 +1,6 @@
 """What tokens bring to their memories: one record, from the layer that makes it to the chunk step that writes it."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,7 @@ from mc_jax.memory import segments
 from mc_jax.memory.arithmetic import state_dtype
 from mc_jax.memory.documents import Documents
 from mc_jax.memory.networks import Weights
-
-if TYPE_CHECKING:
-  from mc_jax.memory.options import Options
+from mc_jax.memory.options import Options
 
 
 class Tokens(NamedTuple):
@@ -35,7 +33,7 @@ class Tokens(NamedTuple):
   token_scores: jax.Array | None = None
 
 
-def check(tokens: Tokens, init: Weights, options: "Options") -> None:
+def check(tokens: Tokens, init: Weights, options: Options) -> None:
   """Raises ValueError, naming the argument, where shapes and dtypes do not fit each other and the options."""
   rule, shape = options.rule, tokens.q.shape
   if len(shape) != 4 or 0 in shape:

@@ -54,6 +54,11 @@ def write_chunk(
   return state, read(online, x.q)
 
 
+def read_nothing(_: Online, q: jax.Array) -> jax.Array:
+  """For a write pass whose states alone are wanted: [..., 0] for each token."""
+  return q[..., :0]
+
+
 def write(
   rule: Rule,
   fresh: Weights,
@@ -78,10 +83,10 @@ def write(
     start: the state that comes into the first segment, if they carry; None: M_0.
   """
 
-  def step(state, x, _, __):
+  def step(state, x, _):
     return *write_chunk(rule, read, fresh, state, x), ()
 
-  def write_segment(state, x, _, __):
+  def write_segment(state, x, _):
     first = state if carries else rule.start(fresh, x.k)
     end, y, _ = pieces.scan(step, first, x, _chunks(rule, x.k), unroll=2)
     return end if carries else None, y, end
@@ -108,12 +113,12 @@ def summarize(
     [b, h, length] and [segments, b, h, d], at least float32.
   """
 
-  def step(keys, x, _, __):
+  def step(keys, x, _):
     seen = visible(x.documents, x.k.shape[-2])
     keys, so_far = routing.pool_keys(keys, x.k, seen)
     return keys, routing.online_scores(x.u, routing.summary(so_far, kind)), ()
 
-  def pool_segment(_, x, __, ___):
+  def pool_segment(_, x, __):
     keys, scores, _ = pieces.scan(step, routing.empty_pool(x.k), x, _chunks(rule, x.k))
     return None, scores, routing.summary(keys, kind)
 
@@ -150,7 +155,7 @@ def read_caches(
   tiles = segments.tiles(lengths, QUERY_TILE)
   last = counts[np.cumsum(tiles) - 1]
 
-  def read_tile(_, x, __, last):
+  def read_tile(_, x, last):
     x, gamma = x
     return (), aggregate.gated_sum(contribution, x, jnp.moveaxis(gamma, -1, 0), memories, last), ()
 

@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
 
 
 class Own(NamedTuple):
-  """What a layer keeps of a batch of sequences, but for its slots.
+  """A layer's cache for a batch of sequences, except for its slots.
 
   Attributes:
     tails: what each convolution has yet to see again, {name: [batch, conv_width - 1, heads, head_dim]}.
@@ -268,8 +268,8 @@ class MemoryCaching(layer.Mixer):
       )
     elif length // context <= options.build_rule().lookback:
       found.append(
-        f"model.memory.window={options.window} must be at most the tokens of a device, data.length={length} / "
-        f"mesh.context={context} = {length // context}"
+        f"the window of model.memory.rule={options.rule!r}, {options.build_rule().lookback + 1} tokens, must fit the "
+        f"tokens of a device, data.length={length} / mesh.context={context} = {length // context}"
       )
     return found
 

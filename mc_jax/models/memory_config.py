@@ -109,26 +109,28 @@ class MemoryConfig:
   @property
   def unread(self) -> dict[str, object]:
     """Fields that nothing reads, with their defaults: those of gates, where the aggregation has none."""
-    kind = memory.aggregate.AGGREGATIONS.get(self.aggregation)
-    return _GATES_ALONE if kind and not kind.gated and self.after_training is None else {}
+    gated = self._reading is None or self._reading.gated
+    return {} if gated or self.after_training is not None else _GATES_ALONE
+
+  @property
+  def _reading(self) -> memory.aggregate.Aggregation | None:
+    """How memories are read; None if `aggregation` is not a valid name."""
+    return memory.aggregate.AGGREGATIONS.get(self.aggregation)
 
   @property
   def reads_caches(self) -> bool:
     """Whether cached memories are read at all."""
-    return memory.aggregate.AGGREGATIONS[self.aggregation].caches != "none"
+    return self._reading is not None and self._reading.caches != "none"
 
   @property
   def selects(self) -> bool:
     """Whether tokens choose the caches that they read."""
-    kind = memory.aggregate.AGGREGATIONS.get(self.aggregation)
-    return kind is not None and kind.caches == "selected"
+    return self._reading is not None and self._reading.caches == "selected"
 
   @property
   def learns_densely(self) -> bool:
     """Whether scores choose caches, so that training does well to begin with reading them all: see `dense`."""
-    return (
-      self.selects and memory.aggregate.AGGREGATIONS[self.aggregation].gated and self.gate not in memory.routing.BLIND
-    )
+    return self.selects and self._reading.gated and self.gate not in memory.routing.BLIND
 
   def dense(self) -> MemoryConfig:
     """These values for the first steps of training: every cache is read, weighed by the scores that will choose later.
@@ -160,10 +162,10 @@ class MemoryConfig:
     return memory.segments.constant(self.segment_length)
 
   def build_options(self, kind: type[memory.Options] = memory.Options, **others) -> memory.Options:
-    """What `memory_caching` is told of it; or decoding, whose kind of options has `others` besides."""
+    """Options of `memory_caching`, or of decoding, whose kind of options takes `others` as well."""
     names = ("aggregation", "carry", "top_k", "pool", "gate", "gate_scale", "segment_group", "implementation")
-    told = {name: getattr(self, name) for name in names}
-    return kind(self.build_rule(), self.build_segmentation(), **told, **others)
+    options = {name: getattr(self, name) for name in names}
+    return kind(self.build_rule(), self.build_segmentation(), **options, **others)
 
 
 # What only gates read, with its default. (gate_scale and top_k may stand in a configuration that several aggregations

@@ -1,1 +1,1 @@
-"""Meshes, where arrays lie on them, the method across devices, and what a program costs on them."""
+"""Meshes, where arrays lie on them, the method across devices, and what chips can do."""

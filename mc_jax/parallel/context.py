@@ -1,7 +1,7 @@
 """Memory Caching on a mesh: rows and heads are split, and the sequence, of which each device has its own segments.
 
-The functions of mc_jax/memory run inside `jax.shard_map`, so that no kernel ever forces a gather. What a part of a
-sequence needs of the others is asked for in four places: what its first segment starts from (writing.py), the
+The functions of mc_jax/memory run inside `jax.shard_map`, so that no kernel ever forces a gather. Devices exchange
+data in four places: what its first segment starts from (writing.py), the
 segments' summaries (all of them, everywhere: one key for each segment and head), the caches (reading.py), and those
 that were selected (selecting.py).
 """

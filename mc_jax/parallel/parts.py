@@ -16,7 +16,7 @@ class Parts(NamedTuple):
   """The parts of a sequence along a mesh axis; inside `jax.shard_map`, where each device sees its own.
 
   Attributes:
-    count: how many there are.
+    count: the number of parts.
     axis: the mesh axis.
     buffer: bytes that a device gathers from others at a time, to read; at least one state of each is.
   """
@@ -26,7 +26,7 @@ class Parts(NamedTuple):
   buffer: int
 
   def index(self) -> jax.Array:
-    """Which part is here, int32."""
+    """The index of this device's part, int32."""
     return lax.axis_index(self.axis)
 
   def gather(self, x: jax.Array) -> jax.Array:

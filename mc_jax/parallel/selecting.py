@@ -1,7 +1,7 @@
 """Reading selected memories across devices: a query goes to the device whose memory it chose, and an answer comes back.
 
-What is exchanged has fixed shapes: a device has room for so many queries to the one before it, so many to the one
-before that, ...; queries that found no room go in another round, until all were answered. A sequence's first memories
+Exchanges have fixed shapes: each device can send a fixed number of queries to each earlier device, and queries that do
+not fit go in another round, until all are answered. A sequence's first memories
 are seen by most tokens: the room for the device `by` places back is a share of 1 / (by + 1) of all queries, and half as
 much again.
 """
@@ -46,7 +46,7 @@ def read_selected(
 
 
 def rooms(parts: Parts, q: jax.Array, k: int) -> tuple[int, ...]:
-  """For how many queries of each row and head there is room, to the device 1, 2, ... places back."""
+  """The number of queries of each row and head that fit, to the device 1, 2, ... places back."""
   rows, pairs = q.shape[0] * q.shape[1], q.shape[2] * k
   wanted = [min(1.0, _SPARE / (by + 1)) for by in range(1, parts.count)]
   most = parts.buffer / (rows * q.shape[-1] * (q.dtype.itemsize + jnp.dtype(state_dtype(q.dtype)).itemsize))

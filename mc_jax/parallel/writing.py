@@ -67,7 +67,7 @@ def _composed_start(parts: Parts, rule: Rule, fresh: Weights, tokens: Tokens, le
       tail = tuple(jnp.where((owner == before[..., :1])[..., None], x, 0) for x in tail)
     start, own = start._replace(tail=tail), own._replace(tail=tail)
   ends = xla.write(
-    rule, fresh, tokens, lengths, read=_read_nothing, carries=True, side_by_side=1, start=own
+    rule, fresh, tokens, lengths, read=xla.read_nothing, carries=True, side_by_side=1, start=own
   ).states.memory
   written = {name: w[-1] for name, w in ends.items()}
   decay = rule.decay(tokens.gates, state_dtype(tokens.k.dtype))
@@ -85,7 +85,10 @@ def _composed_start(parts: Parts, rule: Rule, fresh: Weights, tokens: Tokens, le
 
 
 def _after(earlier: tuple[jax.Array, Weights], later: tuple[jax.Array, Weights]) -> tuple[jax.Array, Weights]:
-  """(decay, written) of two stretches in a row. Selected, not multiplied by 0: what broke off may have overflowed."""
+  """(decay, written) of two stretches in a row.
+
+  Selected rather than multiplied by 0, because a state that is not continued may have overflowed.
+  """
   kept = later[0]
   written = {
     name: w + jnp.where(kept == 0, 0.0, kept * jnp.where(kept == 0, 0.0, earlier[1][name]))
@@ -94,12 +97,8 @@ def _after(earlier: tuple[jax.Array, Weights], later: tuple[jax.Array, Weights])
   return earlier[0] * later[0], written
 
 
-def _read_nothing(_, x: jax.Array) -> jax.Array:
-  return x[..., :0]
-
-
 def _groups(parts: Parts, tokens: Tokens) -> tuple[int, int]:
-  """Into how many groups rows and heads are split."""
+  """The numbers of groups of rows and of heads."""
   rows, heads = tokens.k.shape[:2]
   enough = _GROUPS_PER_PART * (parts.count - 1)
   by_rows = largest_divisor(rows, enough)

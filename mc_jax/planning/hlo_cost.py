@@ -29,7 +29,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from mc_jax.planning import chips, hlo
+from mc_jax.parallel import chips
+from mc_jax.planning import hlo
 
 
 class Kernel(NamedTuple):

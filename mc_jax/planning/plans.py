@@ -16,8 +16,8 @@ import time
 import jax
 
 from mc_jax.models.attention import Attention
-from mc_jax.parallel import attention
-from mc_jax.planning import chips, hlo_cost, topology
+from mc_jax.parallel import attention, chips
+from mc_jax.planning import hlo_cost, topology
 from mc_jax.training import state as states
 from mc_jax.training import step, watchdog
 from mc_jax.training.config import Config
@@ -42,7 +42,7 @@ class Plan:
     peak_flops: Peak bfloat16 FLOP/s.
     compile_seconds: Time the compilation took on this machine.
     refusal: The compiler's message if the step does not fit.
-    cost: The compiled step's cost; None if it does not fit.
+    cost: The compiled step's cost; None if the compiler refuses it.
     model_flops: FLOPs of a step on all chips, see `model_flops`.
     dense_steps: The number of initial steps that read all caches, model.memory.dense_steps.
     dense: The plan of one of those steps; None if there are none.

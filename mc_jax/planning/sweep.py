@@ -9,8 +9,9 @@ import time
 from collections.abc import Iterator, Sequence
 
 from mc_jax.errors import ConfigError
+from mc_jax.parallel import chips
 from mc_jax.parallel.mesh import MeshConfig
-from mc_jax.planning import chips, plans, report, topology
+from mc_jax.planning import plans, report, topology
 from mc_jax.planning.plans import Plan
 from mc_jax.training.config import Config
 from mc_jax.training.progress import duration

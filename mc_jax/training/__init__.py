@@ -6,5 +6,6 @@ What guards it: `checkpointing` saves and verifies, `interrupt` stops between tw
 hangs, `faulty` reports steps that are not finite and ends a run that has too many, `replay` dumps such a step and
 repeats it, `stability` looks into the memories. What a run leaves: `outputs` is its workdir, `metrics` its records,
 `progress` its lines on the terminal, `profiling` its traces, `kept` its tokenizer, `report` and `sampling` its table,
-curve and sample; `trained` loads its model again, for the doors mc_jax.evaluate, mc_jax.generate and mc_jax.export.
+curve and sample; `trained` loads its model again, for the doors mc_jax.evaluate, mc_jax.generate and mc_jax.export, and
+`evaluating` hands it to the tasks of evaluation/.
 """

@@ -263,18 +263,17 @@ AGGREGATION = (
 )
 
 
-def changed(stored: dict | Config, config: Config, workdir: epath.Path) -> dict[str, tuple]:
+def changed(then: Config, config: Config, workdir: epath.Path) -> dict[str, tuple]:
   """The fields in which a run differs from the checkpoint that it resumes from, {field: (then, now)}.
 
   Args:
-    stored: The checkpoint's configuration.
+    then: The checkpoint's configuration.
     config: The run's configuration.
     workdir: The checkpoint's workdir, for the error.
 
   Raises:
     ConfigError: The checkpoint is of another model; the error lists the differences.
   """
-  then = stored if isinstance(stored, Config) else config_lib.from_stored(stored)
   fields = config_lib.differences(then, config)
   unread = {f"model.memory.{name}" for name in then.model.memory.unread.keys() & config.model.memory.unread.keys()}
   model = {name: pair for name, pair in fields.items() if name.startswith("model.") and name not in {*HOW, *unread}}

@@ -19,7 +19,7 @@ from mc_jax.errors import ConfigError
 from mc_jax.evaluation import scoring
 from mc_jax.inference.text import known
 from mc_jax.kernels import cost
-from mc_jax.planning import chips
+from mc_jax.parallel import chips
 from mc_jax.training import config as config_lib
 from mc_jax.training import distributed, kept, metrics, optimizer, report, sampling, stability, state, trained
 from mc_jax.training.checkpointing import AGGREGATION, HOW, Checkpoints, changed, require_order

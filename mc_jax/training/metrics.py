@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import tensorboardX
 
 from mc_jax import storage
-from mc_jax.planning import chips
+from mc_jax.parallel import chips
 
 JSONL = "metrics.jsonl"
 TENSORBOARD = "tensorboard"

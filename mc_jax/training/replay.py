@@ -67,9 +67,9 @@ def replay(config: Config, workdir: epath.PathLike, step: int, devices: Sequence
     there = sorted(path.name for path in folder.parent.iterdir()) if folder.parent.exists() else []
     raise ConfigError(f"--replay={step}: {folder} holds no dump of a step; there are {', '.join(there) or 'none'}")
   require_intact(folder)
-  stored = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+  stored = config_lib.from_stored(json.loads((folder / _CONFIG).read_text(encoding="utf-8")))
   changed(stored, config, folder)
-  config = dataclasses.replace(config, data=config_lib.from_stored(stored).data)
+  config = dataclasses.replace(config, data=stored.data)
   mesh = config.check().make_mesh(devices)
   target = {"state": state.abstract(config, mesh), "batch": windows.shapes(config.data, mesh)}
   with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:

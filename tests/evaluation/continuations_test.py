@@ -53,7 +53,7 @@ MIXED = [(3, 5), (20, 2), (1, 1), (20, 3), (9, 1), (9, 1), (20, 2), (5, 0), (40,
   ("fields", "step"),
   [
     slow(GRM, 0, id="grm-steps"),
-    pytest.param(GRM, 10_000, id="grm-forward"),
+    slow(GRM, 10_000, id="grm-forward"),
     pytest.param(dict(pattern="attention"), 0, id="transformer-steps"),
     slow(dict(pattern="attention"), 10_000, id="transformer-forward"),
   ],

@@ -27,9 +27,9 @@ def undisturbed(config, forks, records, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_sigkill_at_12_random_moments(config, forks, records, undisturbed, tmp_path):
+def test_sigkill_at_20_random_moments(config, forks, records, undisturbed, tmp_path):
   choose, killed = random.Random(8), []
-  phases = [*PHASES * 2]
+  phases = [*PHASES * 3, "step", "save"]
   choose.shuffle(phases)
   for phase in phases:
     forks.start(config, tmp_path)
@@ -45,7 +45,7 @@ def test_sigkill_at_12_random_moments(config, forks, records, undisturbed, tmp_p
   forks.start(config, tmp_path)
   status, printed = forks.finish()
   assert status == 0, printed
-  assert len(killed) == 12
+  assert len(killed) == 20
   assert set(killed) == set(PHASES)
   assert [record["step"] for record in undisturbed] == list(range(1, 49))
   assert records(tmp_path) == undisturbed

@@ -63,6 +63,7 @@ def test_the_likeliest_tokens_are_those_of_forward_passes():
   assert len(set(map(tuple, found))) == 3
 
 
+@pytest.mark.slow
 def test_a_request_does_not_depend_on_the_batch():
   requests = [Request(prompt, 10 + i, seed=i, top_k=3 * i) for i, prompt in enumerate(prompts(3, 9, 6))]
   together = texts(decoder(), requests)

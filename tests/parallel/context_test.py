@@ -145,8 +145,9 @@ def test_the_cheaper_way_of_reading():
   assert to_states < to_queries
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("read_buffer", [1, slow(1 << 20)])
+@pytest.mark.parametrize("read_buffer", [1, 1 << 20])
 def test_selected_in_as_many_rounds_as_it_takes(monkeypatch, read_buffer):
   """Room for 8 queries at a time, and room for all: nothing is dropped."""
   if read_buffer > 1:

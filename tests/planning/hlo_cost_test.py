@@ -6,7 +6,8 @@ import pytest
 from jax.experimental import pallas as pl
 from marks import slow
 
-from mc_jax.planning import chips, hlo, hlo_cost, topology
+from mc_jax.parallel import chips
+from mc_jax.planning import hlo, hlo_cost, topology
 
 # What is compiled for a TPU that is not there can be put into the cache, but not taken out of it.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")

@@ -14,9 +14,9 @@ from flax import nnx
 from mc_jax.data import DataConfig
 from mc_jax.errors import ConfigError
 from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig
-from mc_jax.parallel import attention
+from mc_jax.parallel import attention, chips
 from mc_jax.parallel.mesh import MeshConfig
-from mc_jax.planning import chips, hlo_cost, plans, sweep, topology
+from mc_jax.planning import hlo_cost, plans, sweep, topology
 from mc_jax.training import state
 from mc_jax.training.config import Config
 

@@ -64,7 +64,7 @@ def test_what_8_devices_wrote_1_2_and_4_read_exactly(tiny, tmp_path):
     target, again = state.abstract(other, mesh), _batches(other, mesh)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
       restored = checkpoints.restore(7, target, again)
-      fields = changed(checkpoints.config(7), other, tmp_path)
+      fields = changed(config_lib.from_stored(checkpoints.config(7)), other, tmp_path)
     assert state.shardings(restored) == state.shardings(target)
     chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(saved))
     chex.assert_trees_all_equal(jax.device_get(next(again)), following)
@@ -81,10 +81,9 @@ def test_only_the_newest_are_kept(tiny, alone, tmp_path):
 
 
 def test_another_model_is_refused_with_what_differs(tiny):
-  stored = dataclasses.asdict(tiny())
   memory = dataclasses.replace(tiny().model.memory, top_k=3)
   with pytest.raises(ConfigError) as raised:
-    changed(stored, tiny(layers=2, memory=memory, steps=7), pathlib.Path("runs/x"))
+    changed(tiny(), tiny(layers=2, memory=memory, steps=7), pathlib.Path("runs/x"))
   message = str(raised.value)
   assert "runs/x holds a checkpoint of another model" in message
   assert "model.layers: 1 in the checkpoint, 2 now" in message
@@ -95,13 +94,13 @@ def test_another_model_is_refused_with_what_differs(tiny):
 def test_other_fields_may_change_and_new_ones_have_their_defaults(tiny):
   stored = dataclasses.asdict(tiny())
   del stored["model"]["attention"]  # as if saved before there was such a field
-  assert changed(stored, tiny(steps=7), pathlib.Path("x")) == {"train.steps": (6, 7)}
+  assert changed(config_lib.from_stored(stored), tiny(steps=7), pathlib.Path("x")) == {"train.steps": (6, 7)}
 
 
 def test_a_gate_that_nothing_reads_makes_no_other_model(tiny):
   memory = MemoryConfig(rule="linear", aggregation="residual", chunk=4, segment_length=8)
-  stored = dataclasses.asdict(tiny(memory=dataclasses.replace(memory, gate="sigmoid")))
+  stored = tiny(memory=dataclasses.replace(memory, gate="sigmoid"))
   assert set(changed(stored, tiny(memory=memory), pathlib.Path("x"))) == {"model.memory.gate"}
-  stored = dataclasses.asdict(tiny(memory=dataclasses.replace(memory, gate="sigmoid", aggregation="grm")))
+  stored = tiny(memory=dataclasses.replace(memory, gate="sigmoid", aggregation="grm"))
   with pytest.raises(ConfigError, match=r"model\.memory\.gate"):
     changed(stored, tiny(memory=dataclasses.replace(memory, aggregation="grm")), pathlib.Path("x"))

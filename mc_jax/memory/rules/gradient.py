@@ -293,7 +293,7 @@ class GradientRule(Rule):
     return c, chunks.prior(own, alpha, seen) if self.solve else None
 
   def begin(self, state: State, tokens: int, dtype: jnp.dtype) -> "Chunk":
-    """A chunk of so many tokens, none of which has come yet, see `Rule.begin`."""
+    """An empty chunk, see `Rule.begin`."""
     if not self.solve:
       return Chunk(state.memory, None)
     last = networks.last(self.network, state.memory)

@@ -146,23 +146,36 @@ class Rule(abc.ABC):
     """
 
   def begin(self, state: State, tokens: int, dtype: jnp.dtype) -> Any:
-    """`write`'s `chunk` where one of so many tokens begins with a state; dtype: the tokens'.
+    """The `chunk` argument of `write` for the first token of a chunk.
 
-    A pytree of arrays [batch, heads, ...], as those of `within` and `advance`.
+    Args:
+      state: the state before the chunk.
+      tokens: the number of tokens in a chunk.
+      dtype: the tokens'.
+
+    Returns:
+      A pytree of arrays [batch, heads, ...]; `within` and `advance` return the same.
     """
-    raise NotImplementedError(f"rule {self.name!r} does not say it")
+    raise NotImplementedError(f"rule {self.name!r} is frozen and must define begin")
 
   def within(self, online: Online) -> Any:
-    """`write`'s `chunk` after the tokens that `write` has made `online` of; they are one document."""
-    raise NotImplementedError(f"rule {self.name!r} does not say it")
+    """The `chunk` argument of `write` for the token that follows those of `online`, which are of one document."""
+    raise NotImplementedError(f"rule {self.name!r} is frozen and must define within")
 
   def advance(self, chunk: Any, place: jax.Array, online: Online, gates: Weights) -> Any:
-    """`write`'s `chunk` after one more token, the `place`-th [batch] int32, of which `write` has made `online`."""
-    raise NotImplementedError(f"rule {self.name!r} does not say it")
+    """The `chunk` argument of `write` for the next token.
+
+    Args:
+      chunk: the argument with which this token was written.
+      place: [batch] int32, this token's position in its chunk.
+      online: what `write` returned for this token.
+      gates: this token's.
+    """
+    raise NotImplementedError(f"rule {self.name!r} is frozen and must define advance")
 
   def decay(self, gates: Weights, dtype: jnp.dtype) -> jax.Array:
     """What a stretch of tokens leaves of the state that came in, for each of its rows.
 
     gates [b, h, T, ...] to an array that broadcasts to [b, h, in, 1].
     """
-    raise NotImplementedError(f"rule {self.name!r} does not say it")
+    raise NotImplementedError(f"rule {self.name!r} has transition={self.transition!r} and must define decay")

@@ -28,7 +28,7 @@ class Chip:
     link: bytes per second of one link in one direction; a chip has two links along every axis of the torus.
     axes: of the torus, 2 or 3.
     clock: cycles per second, of the compiler's estimates.
-    wraps: an axis of so many chips, or a multiple, is a ring; others are lines.
+    wraps: an axis whose number of chips is a multiple of this is a ring; any other is a line.
     network: bytes per second and chip that leave a slice through the data-centre network.
     wide: matrix units are 256 x 256, not 128 x 128.
   """
@@ -126,7 +126,7 @@ def sent(kind: str, put: float, got: float, group: int) -> float:
 
 
 def seconds(chip: Chip, kind: str, sent: float, group: Sequence[jax.Device], whole: Sequence[int]) -> float:
-  """Time in which each device of a group sends so many bytes, nothing else being under way.
+  """The time for each device of a group to send `sent` bytes over idle links.
 
   Args:
     group: the devices that take part.

@@ -1,4 +1,4 @@
-"""A run's checkpoint under evaluation: what it can be asked, and the files its evaluation leaves in the workdir."""
+"""Evaluates a run's checkpoint: which tasks suit it, and the files that the evaluation writes into its workdir."""
 
 from __future__ import annotations
 

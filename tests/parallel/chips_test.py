@@ -2,7 +2,7 @@
 
 import types
 
-from mc_jax.planning import chips
+from mc_jax.parallel import chips
 
 
 def test_peaks_are_known_by_the_device_kind():
