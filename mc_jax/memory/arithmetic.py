@@ -138,6 +138,24 @@ _masked_sums.defvjp(
 )
 
 
+@jax.custom_vjp
+def masked_sums(mask: jax.Array, x: jax.Array) -> jax.Array:
+  """sum_j mask_tj x_j of vectors, to x's full precision: mask [..., T, T] bool, x [..., T, d] to [..., T, d]."""
+  if x.dtype != jnp.float32:
+    return product(mask, x, x.dtype)
+  total = jnp.zeros_like(x)
+  for _ in range(3):  # as _exact_product has them
+    part = truncated(x)
+    total, x = total + product(mask, part, jnp.bfloat16), x - part
+  return total
+
+
+masked_sums.defvjp(
+  lambda mask, x: (masked_sums(mask, x), mask),
+  lambda mask, cotangent: (None, masked_sums(jnp.swapaxes(mask, -1, -2), cotangent)),
+)
+
+
 def _exact_product(x: jax.Array, mask: jax.Array) -> jax.Array:
   """x @ mask: [..., T] and [..., T, T] bool to [..., T].
 

@@ -172,6 +172,12 @@ def prior(c: Coefficients, alpha: jax.Array | None, seen: Visible) -> Prior:
   return Prior(decay, regained, carry, mix)
 
 
+def faded_prior(c: Coefficients) -> Prior:
+  """The coefficients of the token's own state before its write, after its decay; without momentum."""
+  row, col = (jax.lax.broadcasted_iota(jnp.int32, c.mix.shape[-2:], axis) for axis in (0, 1))
+  return Prior(c.decay, c.regained, None, jnp.where(row > col, c.mix, 0.0))
+
+
 def start_read(
   start: State, fresh: Weights, incoming: jax.Array | None, dtype: jnp.dtype, c: Coefficients | Prior | None = None
 ) -> Linear:

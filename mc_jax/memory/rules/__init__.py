@@ -16,7 +16,8 @@ A rule of your own is a file with a subclass of `Rule`, and `register("its name"
 import inspect
 from collections.abc import Callable
 
-from mc_jax.memory.rules import gradient
+from mc_jax.memory.rules import delta, gradient
+from mc_jax.memory.rules.delta import MatrixRule
 from mc_jax.memory.rules.gradient import GradientRule, dot_loss, squared_loss
 from mc_jax.memory.rules.rule import Gate, GateInit, Online, Rule, State
 
@@ -24,6 +25,7 @@ __all__ = [
   "Gate",
   "GateInit",
   "GradientRule",
+  "MatrixRule",
   "Online",
   "Rule",
   "State",
@@ -40,6 +42,15 @@ _RULES: dict[str, Callable[..., Rule]] = {
   "swla": gradient.swla,
   "dla": gradient.dla,
   "titans": gradient.titans,
+  "retnet": delta.retnet,
+  "mamba2": delta.mamba2,
+  "gla": delta.gla,
+  "deltanet": delta.deltanet,
+  "gated_deltanet": delta.gated_deltanet,
+  "kda": delta.kda,
+  "momentum_deltanet": delta.momentum_deltanet,
+  "gdn2": delta.gdn2,
+  "rwkv7": delta.rwkv7,
 }
 
 
