@@ -8,7 +8,7 @@ from mc_jax.models.linear import fan_in, parameter
 
 
 class CausalConvolution(nnx.Module):
-  """Depthwise: y_t = sum_{j < width} kernel_j * x_{t-j}, over tokens of t's own document.
+  """Depthwise: y_t = sum_{j < width} kernel_j * x_{t-j} + bias, over tokens of t's own document.
 
   A sum of shifted products: each is elementwise, so the whole fuses, and the mask between packed
   documents is one comparison per shift.
@@ -16,11 +16,14 @@ class CausalConvolution(nnx.Module):
   Args:
     channels: name and size of x's axes after [batch, length].
     width: tokens that a token sees, itself included.
+    bias: whether there is one; it starts at 0.
   """
 
-  def __init__(self, channels: dict[str, int], width: int, *, rngs: nnx.Rngs):
+  def __init__(self, channels: dict[str, int], width: int, *, bias: bool = False, rngs: nnx.Rngs):
     self.width = width
     self.kernel = parameter(fan_in(1, 0), (width, *channels.values()), ("conv_width", *channels), rngs)
+    if bias:
+      self.bias = parameter(jax.nn.initializers.zeros, tuple(channels.values()), channels, rngs)
 
   def __call__(self, x: jax.Array, document: jax.Array | None = None, before: jax.Array | None = None) -> jax.Array:
     """Convolves x [batch, length, *channels], in x's dtype.
@@ -39,7 +42,7 @@ class CausalConvolution(nnx.Module):
         same = document == _shift(document, distance)
         earlier = jnp.where(same.reshape(same.shape + (1,) * (x.ndim - 2)), earlier, 0)
       y += kernel[distance] * earlier
-    return y
+    return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
   def tail(self, x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
     """The last width - 1 tokens of x [batch, length, *channels], zeros where there are none.

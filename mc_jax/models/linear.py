@@ -72,6 +72,30 @@ class Linear(nnx.Module):
     return jnp.tensordot(x.astype(self.dtype), kernel, axes=self.contracted)
 
 
+class LowRank(nnx.Module):
+  """y = (x D) U + b: `Linear` through a layer of `rank` channels. `bias`: whether there is a b, which starts at 0."""
+
+  def __init__(
+    self,
+    inputs: dict[str, int],
+    rank: int,
+    outputs: dict[str, int],
+    *,
+    rngs: nnx.Rngs,
+    bias: bool = False,
+    dtype: jnp.dtype = jnp.float32,
+    scale: float = 1.0,
+  ):
+    self.down = Linear(inputs, {"rank": rank}, dtype=dtype, rngs=rngs)
+    self.up = Linear({"rank": rank}, outputs, dtype=dtype, scale=scale, rngs=rngs)
+    if bias:
+      self.bias = parameter(jax.nn.initializers.zeros, tuple(outputs.values()), outputs, rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = self.up(self.down(x))
+    return y + self.bias[...].astype(y.dtype) if hasattr(self, "bias") else y
+
+
 def residual_scale(layers: int) -> float:
   """Scale of a branch's last projection: 2 branches a layer then add up to unit variance."""
   return 1.0 / math.sqrt(2 * layers)

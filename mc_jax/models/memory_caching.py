@@ -13,12 +13,13 @@ from flax import nnx
 
 from mc_jax import memory
 from mc_jax.memory import arithmetic, caching, decode
-from mc_jax.models import layer, problems
+from mc_jax.models import forms, layer, problems
+from mc_jax.models.attention import positions, rotate
 from mc_jax.models.cache import CacheConfig, LayerCache
 from mc_jax.models.convolution import CausalConvolution
 from mc_jax.models.layer import PLAIN, Context, Work
-from mc_jax.models.linear import Linear, parameter, residual_scale
-from mc_jax.models.norms import RMSNorm, l2_normalize
+from mc_jax.models.linear import Linear, LowRank, parameter, residual_scale
+from mc_jax.models.norms import LayerNorm, RMSNorm, l2_normalize
 from mc_jax.models.token_gates import TokenGates
 from mc_jax.parallel import axes, decoding
 from mc_jax.parallel import context as on_mesh
@@ -35,14 +36,13 @@ class Inputs(NamedTuple):
   """What a layer makes of its tokens.
 
   Attributes:
-    tokens: what their memories are given: q, k, v, u in the computation's dtype, query and key of unit length; gates
-      and scores float32.
-    output_gate: like q, before its SiLU.
-    convolved: what the convolutions are given, {"query", "key", "value": like q}.
+    tokens: what their memories are given: q, k, v, u in the computation's dtype; gates and scores float32.
+    output_gate: like v, before its activation; None: there is none.
+    convolved: what the convolutions are given, {"query", "key", "value": [batch, length, *heads and width]}; or {}.
   """
 
   tokens: memory.Tokens
-  output_gate: jax.Array
+  output_gate: jax.Array | None
   convolved: dict[str, jax.Array]
 
 
@@ -50,7 +50,7 @@ class Own(NamedTuple):
   """A layer's cache for a batch of sequences, except for its slots.
 
   Attributes:
-    tails: what each convolution has yet to see again, {name: [batch, conv_width - 1, heads, head_dim]}.
+    tails: what each convolution has yet to see again, {name: [batch, conv_width - 1, *heads and width]}.
     memory: without its memories and summaries, which are the slots.
   """
 
@@ -62,8 +62,8 @@ class Own(NamedTuple):
 class MemoryCaching(layer.Mixer):
   """Projects tokens, lets the memories write and read, norms, gates and projects back.
 
-  q, k and v are linear maps of x, a short convolution and SiLU, then q and k have unit length per
-  head. The connector u_t = x_t W_u is a plain linear map (arXiv:2602.24281, section 3).
+  How, a form says (forms.py). By default q, k and v are linear maps of x, a short convolution and SiLU, then q and k
+  have unit length per head. The connector u_t = x_t W_u is a plain linear map (arXiv:2602.24281, section 3).
   """
 
   has_memories = True
@@ -74,37 +74,55 @@ class MemoryCaching(layer.Mixer):
     config = dataclasses.replace(config, memory=config.memory.as_read())
     self.config = config
     self.rule = config.memory.build_rule()
+    self.form, self.sizes = forms.of(config.memory), forms.sizes(config)
     embed = {"embed": config.d_model}
-    heads = {"heads": config.heads, "head_dim": config.head_dim}
-    # Queries, keys, values, output gates and connectors by one product, whose gradient in x is added up over the
-    # mesh once and not five times.
+    keys, values = self.sizes.keys, self.sizes.values
+    # Queries, keys, values, output gates and connectors by one product, where they are alike, whose gradient in x is
+    # added up over the mesh once and not five times; else by one a shape.
     #
     # Connectors have unit variance, hence |u| near sqrt(head_dim): pooled keys of different segments lie close
     # together, and the scores must tell them apart. On text (head_dim 64, segments of 256) they start with a standard
     # deviation of 0.1 over a token's segments, against 0.01 for u = q of unit length. Larger is not better: a summary
     # of few keys is longer, so that in a young segment the same factor makes the online gate all or nothing.
-    projections = {"projection": 5 if has_connector(config) else 4, **heads}
-    self.projection = Linear(embed, projections, dtype=config.dtype, rngs=rngs)
-    for name in ("query", "key", "value"):
-      setattr(self, f"{name}_convolution", CausalConvolution(heads, config.conv_width, rngs=rngs))
+    self.projected = _projected(config)
+    for module, names in self.projected:
+      shape = values if "value" in names else keys
+      projections = {"projection": len(names), **shape}
+      setattr(self, module, Linear(embed, projections, dtype=config.dtype, rngs=rngs))
+    if self.form.convolution:
+      for name, shape in (("query", keys), ("key", keys), ("value", values)):
+        convolution = CausalConvolution(shape, config.conv_width, bias=self.form.convolution_bias, rngs=rngs)
+        setattr(self, f"{name}_convolution", convolution)
     if self.rule.gates:
-      sizes = config.d_model, config.heads, config.head_dim
-      self.token_gates = TokenGates(self.rule, _longest_segment(config), *sizes, rngs=rngs)
+      widths = config.d_model, self.sizes.memories, self.sizes.key_dim
+      self.token_gates = TokenGates(self.rule, _longest_segment(config), *widths, self.form.gates, rngs=rngs)
     if config.memory.gate == "token":
-      ages = {"heads": config.heads, "age": config.ages}
+      ages = {"heads": self.sizes.memories, "age": config.ages}
       self.age_scores = Linear(embed, ages, rngs=rngs)
     if self.rule.learned_init:
-      start = self.rule.init(rngs.params(), heads=config.heads, head_dim=config.head_dim)
+      start = _fresh(self.rule, self.sizes, rngs.params())
       names = ("heads", "memory_in", "memory_out")
       self.initial = nnx.Dict({name: parameter(lambda *_, w=w: w, w.shape, names, rngs) for name, w in start.items()})
+    if self.form.gate_rank is not None:
+      self.output_gate = LowRank(embed, self.sizes.value_dim, values, bias=True, dtype=config.dtype, rngs=rngs)
+    if self.form.skip:
+      self.skip = parameter(jax.nn.initializers.ones, (self.sizes.memories,), ("heads",), rngs)
     if self.rule.initial_apart:
-      self.initial_norm = RMSNorm(heads, rngs=rngs)
-    self.norm = RMSNorm(heads, LEARNED if self.rule.initial_apart else 1.0, rngs=rngs)
-    self.output = Linear(heads, embed, dtype=config.dtype, scale=residual_scale(config.layers), rngs=rngs)
+      self.initial_norm = self._norm(1.0, rngs)
+    self.norm = self._norm(LEARNED if self.rule.initial_apart else 1.0, rngs)
+    self.output = Linear(values, embed, dtype=config.dtype, scale=residual_scale(config.layers), rngs=rngs)
+
+  def _norm(self, start: float, rngs: nnx.Rngs) -> RMSNorm:
+    """The form's norm of what memories answer, whose scale begins at `start`."""
+    if self.form.norm == "layer":
+      return LayerNorm(self.sizes.values, start, rngs=rngs)
+    groups = self.sizes.key_heads if self.form.norm == "group" else None
+    return RMSNorm(self.sizes.values, start, groups=groups, rngs=rngs)
 
   def __call__(self, x: jax.Array, context: Context = PLAIN, cache: LayerCache | None = None) -> tuple[jax.Array, Any]:
     """See `layer.Mixer`."""
-    inputs = self.project(x, context.document, None if cache is None else cache.own.tails)
+    before = {} if cache is None else {"tails": cache.own.tails, "start": cache.own.memory.position}
+    inputs = self.project(x, context.document, **before)
     if cache is not None:
       y, left = self._step(inputs, cache, context)
     elif context.cache is not None:
@@ -124,22 +142,24 @@ class MemoryCaching(layer.Mixer):
 
   def init_cache(self, config: CacheConfig, batch: int) -> LayerCache:
     """The cache of sequences that have no token yet."""
-    heads, head_dim = self.config.heads, self.config.head_dim
     memory = decoding.init_cache(
       self.options(config),
       self.initial_memory(),
       batch=batch,
-      head_dim=head_dim,
+      head_dim=self.sizes.key_dim,
       dtype=jnp.dtype(self.config.dtype),
     )
-    tail = jnp.zeros((batch, self.config.conv_width - 1, heads, head_dim), self.config.dtype)
-    return _layer_cache(dict.fromkeys(("query", "key", "value"), tail), memory)
+    keys, values = ((batch, self.config.conv_width - 1, *x.values()) for x in (self.sizes.keys, self.sizes.values))
+    shapes = {"query": keys, "key": keys, "value": values} if self.form.convolution else {}
+    return _layer_cache({name: jnp.zeros(shape, self.config.dtype) for name, shape in shapes.items()}, memory)
 
   def _prefill(self, inputs: Inputs, context: Context) -> tuple[jax.Array, LayerCache]:
     """The memories' answers to whole prompts, and the cache after them."""
     initial = self.initial_memory()
     y, memory = decoding.prefill(self.options(context.cache), inputs.tokens, initial, lengths=context.lengths)
-    tails = {name: self.query_convolution.tail(x, context.lengths) for name, x in inputs.convolved.items()}
+    tails = {
+      name: getattr(self, f"{name}_convolution").tail(x, context.lengths) for name, x in inputs.convolved.items()
+    }
     return y, _layer_cache(tails, memory)
 
   def _step(self, inputs: Inputs, cache: LayerCache, context: Context) -> tuple[jax.Array, LayerCache]:
@@ -161,54 +181,72 @@ class MemoryCaching(layer.Mixer):
     return self.config.memory.build_options(decode.Options, **sizes)
 
   def project(
-    self, x: jax.Array, document: jax.Array | None = None, tails: dict[str, jax.Array] | None = None
+    self,
+    x: jax.Array,
+    document: jax.Array | None = None,
+    tails: dict[str, jax.Array] | None = None,
+    start: jax.Array | None = None,
   ) -> Inputs:
     """What the memories are given for the tokens x [batch, length, d_model].
 
     Args:
       document: as of a call.
       tails: of the tokens before x, see `Own`; None: there are none.
+      start: [batch] int32, the number of tokens before x; None: there are none.
     """
-    projected = axes.constrain(self.projection(x), (*axes.TOKENS, None, "heads", None))
-    query, key, value, output_gate, *connector = (projected[:, :, i] for i in range(projected.shape[2]))
-    convolved = {"query": query, "key": key, "value": value}
-
-    def convolve(name):
+    form, sizes, made = self.form, self.sizes, {}
+    for module, names in self.projected:
+      projected = axes.constrain(getattr(self, module)(x), (*axes.TOKENS, None, "heads", None))
+      made |= {name: projected[:, :, i] for i, name in enumerate(names)}
+    if form.gate_rank is not None:
+      made["output_gate"] = axes.constrain(self.output_gate(x), axes.HEADS)
+    convolved = {name: made[name] for name in ("query", "key", "value")} if form.convolution else {}
+    for name, before in convolved.items():
       convolution = getattr(self, f"{name}_convolution")
-      return jax.nn.silu(convolution(convolved[name], document, tails and tails[name]))
-
-    q = l2_normalize(convolve("query"))
+      made[name] = jax.nn.silu(convolution(before, document, tails and tails[name]))
+    if form.unit_keys:
+      made |= {name: l2_normalize(made[name]) for name in ("query", "key")}
+    if form.rotary is not None:
+      # Connectors too: they are compared with keys.
+      place = _places(x, document, start)
+      turned = [name for name in ("query", "key", "connector") if name in made]
+      made |= {name: rotate(made[name], place, form.rotary) for name in turned}
+    q = made["query"] * sizes.key_dim**-0.5 if form.query_scale else made["query"]
+    q, k, u = (_for_memories(y, sizes) for y in (q, made["key"], made.get("connector", made["query"])))
     tokens = memory.Tokens(
       q=q,
-      k=l2_normalize(convolve("key")),
-      v=convolve("value"),
-      u=connector[0] if connector else q,
+      k=k,
+      v=made["value"],
+      u=u,
       gates=self.token_gates(x) if self.rule.gates else {},
       documents=None if document is None else memory.documents.index(document),
       token_scores=self.age_scores(x) if self.config.memory.gate == "token" else None,
     )
-    return Inputs(tokens, output_gate, convolved)
+    return Inputs(tokens, made.get("output_gate"), convolved)
 
   def initial_memory(self) -> memory.networks.Weights:
     """M_0: {weight: [heads, in, out]} float32, learned or the rule's constant."""
     if self.rule.learned_init:
       return {name: weight[...] for name, weight in self.initial.items()}
-    heads, head_dim = self.config.heads, self.config.head_dim
-    return self.rule.init(jax.random.key(0), heads=heads, head_dim=head_dim)
+    return _fresh(self.rule, self.sizes, jax.random.key(0))
 
   def read_out(self, y: jax.Array, inputs: Inputs, document: jax.Array | None = None) -> jax.Array:
-    """(RMSNorm(y) * SiLU(x W_g)) W_o: the memories' answers y, normed by head, back to d_model.
+    """(RMSNorm(y) * SiLU(x W_g)) W_o, or as the form has it: the memories' answers y, normed by head, back to d_model.
 
     Where M_0 is as loud as what memories have learned (`Rule.initial_apart`), y - M_0(q) and M_0(q), which has the
     network's own skip in it, are normed each by itself and added: of many caches weighed alike one holds what is asked
     for, and all hold M_0's answer, beside which a norm of the sum would leave little of the rest.
     """
+    gate = 1 if inputs.output_gate is None else _ACTIVATIONS[self.form.output_gate](inputs.output_gate)
+    first, last = (gate, 1) if self.form.gate_first else (1, gate)
+    if self.form.skip:
+      y += self.skip[...].astype(y.dtype)[:, None] * inputs.tokens.v
     if self.rule.initial_apart:
       untaught = self.untaught(inputs.tokens.q, document)
-      read = self.norm(y - untaught) + self.initial_norm(untaught)
+      read = self.norm((y - untaught) * first) + self.initial_norm(untaught * first)
     else:
-      read = self.norm(y)
-    return self.output(read * jax.nn.silu(inputs.output_gate))
+      read = self.norm(y * first)
+    return self.output(read * last)
 
   def untaught(self, q: jax.Array, document: jax.Array | None) -> jax.Array:
     """M_0(q), like q [batch, length, heads, head_dim]; 0 at padding, as memories' answers are."""
@@ -217,6 +255,36 @@ class MemoryCaching(layer.Mixer):
     network, weights = self.rule.network, self.initial_memory()
     y = network(jnp.moveaxis(q, 2, 1), arithmetic.dense(weights, q.dtype))
     return jnp.moveaxis(y, 1, 2).astype(q.dtype)
+
+  @classmethod
+  def problems(cls, config: ModelConfig, prefix: str) -> list[str]:
+    """Heads and widths must fit each other, the form and the rule's network."""
+    if config.memory.problems():  # heads and widths cannot be told, and these lines are listed anyway
+      return []
+    options, form, sizes = config.memory, forms.of(config.memory), forms.sizes(config)
+    name, found = f"{prefix}.memory", []
+    if sizes.memories % sizes.key_heads:
+      found.append(
+        f"{_memories_field(config, prefix)} must be a multiple of the heads of queries and keys, {sizes.key_heads} "
+        f"({name}.key_heads={options.key_heads}, {prefix}.heads={config.heads})"
+      )
+    expand_v = form.expand_v if options.expand_v is None else options.expand_v
+    if not math.isclose(sizes.value_dim, expand_v * sizes.key_dim) or sizes.value_dim < 1:
+      found.append(
+        f"{name}.expand_v={expand_v} makes values {expand_v * sizes.key_dim} wide, for keys are {sizes.key_dim}: their "
+        "product must be a whole number"
+      )
+    elif sizes.value_dim != sizes.key_dim:
+      try:
+        jax.eval_shape(functools.partial(_fresh, options.build_rule(), sizes), jax.random.key(0))
+      except ValueError as error:
+        found.append(f"{name}.expand_v={expand_v} does not go together with {name}.rule={options.rule!r}: {error}")
+    if form.rotary is not None and sizes.key_dim % 2:
+      found.append(
+        f"{name}.key_dim={options.key_dim} makes keys {sizes.key_dim} wide, which is odd: the rotary positions of "
+        f"{name}.form={options.form or options.rule!r} turn pairs"
+      )
+    return found
 
   @classmethod
   def label(cls, config: ModelConfig) -> str:
@@ -248,7 +316,7 @@ class MemoryCaching(layer.Mixer):
   def mesh_problems(cls, config: ModelConfig, length: int, sizes: dict[str, int]) -> list[str]:
     """Heads are split, and segments with mesh.context; the reference runs on one device."""
     options, context = config.memory, sizes["context"]
-    found = problems.indivisible(config.heads, f"model.heads={config.heads}", sizes, "model")
+    found = problems.indivisible(forms.sizes(config).memories, _memories_field(config, "model"), sizes, "model")
     if options.implementation == "reference" and math.prod(sizes.values()) > 1:
       found.append("model.memory.implementation='reference' runs on one device: use None, xla or pallas on a mesh")
     if context == 1:
@@ -305,11 +373,11 @@ class MemoryCaching(layer.Mixer):
     options = config.memory
     caches = len(options.build_segmentation().lengths(length))
     read = options.top_k if options.selects else caches / 2 if options.reads_caches else 0
-    network = 2 * config.heads * _memory_numbers(config)
+    network = 2 * forms.sizes(config).memories * _memory_numbers(config)
     # Deep memories that go from segment to segment go from device to device: each waits for those before it.
     chained = options.carry == "checkpoint" and options.build_rule().transition is None
     return Work(
-      parameters=6 * config.d_model**2,
+      parameters=config.d_model * _channels(config),
       flops=4 * read * network + (0 if chained else 16 * network),
       chained_flops=16 * network if chained else 0,
     )
@@ -319,14 +387,19 @@ class MemoryCaching(layer.Mixer):
     """One cached memory, in the computation's dtype; all of them, one a segment; and their pooled keys, float32."""
     options = config.memory.as_read()
     caches = 0 if not options.reads_caches else len(options.build_segmentation().lengths(length))
-    checkpoint = config.heads * _memory_numbers(config) * jnp.dtype(config.dtype).itemsize
-    return {"checkpoint": checkpoint, "sequence": caches * checkpoint, "summaries": caches * config.d_model * 4}
+    sizes = forms.sizes(config)
+    checkpoint = sizes.memories * _memory_numbers(config) * jnp.dtype(config.dtype).itemsize
+    summaries = caches * sizes.memories * sizes.key_dim * 4
+    return {"checkpoint": checkpoint, "sequence": caches * checkpoint, "summaries": summaries}
 
   @classmethod
   def segment_bytes(cls, config: ModelConfig, length: int) -> float:
     """Float32 states, momentum with them where there is any."""
-    rule, caches = config.memory.build_rule(), len(config.memory.build_segmentation().lengths(length))
-    return 4 * caches * config.heads * _state_numbers(rule, config.head_dim)
+    caches, memories = len(config.memory.build_segmentation().lengths(length)), forms.sizes(config).memories
+    return 4 * caches * memories * _state_numbers(config)
+
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
 
 def _layer_cache(tails: dict[str, jax.Array], memory: decode.Cache) -> LayerCache:
@@ -341,6 +414,42 @@ def has_connector(config: ModelConfig) -> bool:
   return own and memory.aggregate.scored(options.aggregation, options.gate)
 
 
+def _projected(config: ModelConfig) -> tuple[tuple[str, tuple[str, ...]], ...]:
+  """What linear maps of x there are: (the module's name, what it makes, in order), all of one shape by one module."""
+  form, sizes = forms.of(config.memory), forms.sizes(config)
+  connector = ("connector",) if has_connector(config) else ()
+  values = ("value", "output_gate") if form.output_gate is not None and form.gate_rank is None else ("value",)
+  if sizes.keys == sizes.values:
+    return (("projection", ("query", "key", *values, *connector)),)
+  return ("projection", ("query", "key", *connector)), ("value_projection", values)
+
+
+def _channels(config: ModelConfig) -> int:
+  """Channels that are mapped from and to the residual stream, connectors in any case."""
+  sizes, gate = forms.sizes(config), forms.of(config.memory).output_gate is not None
+  return 3 * math.prod(sizes.keys.values()) + (3 if gate else 2) * math.prod(sizes.values.values())
+
+
+def _for_memories(x: jax.Array, sizes: forms.Sizes) -> jax.Array:
+  """x [batch, length, key_heads, key_dim] to [batch, length, memories, key_dim]."""
+  return x if sizes.shared == 1 else axes.constrain(jnp.repeat(x, sizes.shared, axis=2), axes.HEADS)
+
+
+def _places(x: jax.Array, document: jax.Array | None, start: jax.Array | None) -> jax.Array:
+  """Positions of the tokens x in their documents, [batch or 1, length] int32; `start` as of `project`."""
+  if document is not None:
+    return positions(document)
+  place = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+  return place if start is None else start[:, None] + place
+
+
+def _memories_field(config: ModelConfig, prefix: str) -> str:
+  """The field that says how many memories there are, with its value."""
+  if config.memory.value_heads is None:
+    return f"{prefix}.heads={config.heads}"
+  return f"{prefix}.memory.value_heads={config.memory.value_heads}"
+
+
 def _longest_segment(config):
   if config.memory.segmentation == "constant":
     return config.memory.segment_length
@@ -353,17 +462,29 @@ def capacity(config: ModelConfig, cache: CacheConfig) -> int:
   return decode.capacity_for(length, cache.tokens) if cache.capacity is None else cache.capacity
 
 
+def _fresh(rule: memory.rules.Rule, sizes: forms.Sizes, key: jax.Array) -> memory.networks.Weights:
+  """M_0 of a layer's memories, {weight: [memories, in, out]} float32."""
+  widths = {"head_dim": sizes.key_dim}
+  if sizes.value_dim != sizes.key_dim:
+    widths["value_dim"] = sizes.value_dim
+  return rule.init(key, heads=sizes.memories, **widths)
+
+
 def _memory_numbers(config: ModelConfig) -> int:
   """Numbers in one head's memory."""
-  init = functools.partial(config.memory.build_rule().init, heads=1, head_dim=config.head_dim)
-  return sum(math.prod(w.shape) for w in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
+  return _numbers(functools.partial(_fresh, config.memory.build_rule(), _one_memory(config)))
 
 
-def _state_numbers(rule: memory.rules.Rule, head_dim: int) -> int:
+def _state_numbers(config: ModelConfig) -> int:
   """Numbers in what one head's memory carries from segment to segment: momentum with it, where there is any."""
+  rule, sizes = config.memory.build_rule(), _one_memory(config)
+  return _numbers(lambda key: rule.start(_fresh(rule, sizes, key), jnp.zeros((1, 1, 1, sizes.key_dim))))
 
-  def start(key):
-    fresh = rule.init(key, heads=1, head_dim=head_dim)
-    return rule.start(fresh, jnp.zeros((1, 1, 1, head_dim)))
 
-  return sum(math.prod(w.shape) for w in jax.tree.leaves(jax.eval_shape(start, jax.random.key(0))))
+def _one_memory(config: ModelConfig) -> forms.Sizes:
+  return forms.sizes(config)._replace(memories=1)
+
+
+def _numbers(make) -> int:
+  """Numbers in what `make` makes of a random key."""
+  return sum(math.prod(w.shape) for w in jax.tree.leaves(jax.eval_shape(make, jax.random.key(0))))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from mc_jax import memory
-from mc_jax.models import problems
+from mc_jax.models import forms, problems
 
 # Reading caches without parameters, for models trained without any (arXiv:2602.24281, section 4.3): the average
 # of the states' weights, read once; or grm that looks for what it asks (u = q).
@@ -31,6 +31,12 @@ class MemoryConfig:
   max_step: float | None = None  # swla, dla, titans: the largest step size; None: as the rule
   window: int = 2  # swla: tokens written at each step
 
+  form: str | None = None  # the layer around the memories: a name in forms.py; None: the rule's own, or memory_caching
+  key_dim: int | None = None  # width of a head's queries and keys; None: d_model / heads
+  expand_v: float | None = None  # width of a head's values, in widths of a key; None: as the form
+  key_heads: int | None = None  # heads of queries and keys, shared by memories; None: as the form (mamba2: 1) or heads
+  value_heads: int | None = None  # memories, heads of values and gates; None: model.heads; a multiple of key_heads
+
   aggregation: str = memory.Options.aggregation  # how cached memories are read: none, residual, grm, soup, ssc
   segmentation: str = "constant"  # constant, or logarithmic (by the powers of two in the length)
   segment_length: int = 256  # tokens between two cached states (segmentation="constant")
@@ -53,6 +59,7 @@ class MemoryConfig:
         prefix,
         self,
         rule=memory.rules.names(),
+        form=(None, *forms.FORMS),
         aggregation=tuple(memory.aggregate.AGGREGATIONS),
         segmentation=memory.segments.NAMES,
         carry=memory.CARRIES,
@@ -73,8 +80,11 @@ class MemoryConfig:
         dense_steps=0,
         segment_group=1,
         read_buffer_mib=1,
+        key_dim=1,
+        key_heads=1,
+        value_heads=1,
       ),
-      *problems.positive(prefix, self, "gate_scale", "max_step"),
+      *problems.positive(prefix, self, "gate_scale", "max_step", "expand_v"),
       *problems.at_least(prefix, self, max_grad_norm=0),
     ]
     deep = self.rule in memory.rules.names() and "normalized" in memory.rules.options(self.rule)
@@ -84,6 +94,11 @@ class MemoryConfig:
       found.append(
         f"{prefix}.max_grad_norm={self.max_grad_norm} clips the printed rules: it needs {prefix}.normalized=False, for "
         "normalized steps are bounded"
+      )
+    if not found and self.max_step is not None and not self._has_max_step:
+      found.append(
+        f"{prefix}.max_step={self.max_step} has no effect: the step sizes of {prefix}.form={self.form or self.rule!r} "
+        f"have no largest one; use max_step=None, or form={forms.DEFAULT!r}"
       )
     if self.after_training in AFTER_TRAINING and self.aggregation != "none":
       found.append(
@@ -111,6 +126,11 @@ class MemoryConfig:
     """Fields that nothing reads, with their defaults: those of gates, where the aggregation has none."""
     gated = self._reading is None or self._reading.gated
     return {} if gated or self.after_training is not None else _GATES_ALONE
+
+  @property
+  def _has_max_step(self) -> bool:
+    """Whether the form makes step sizes that the rule's `max_step` bounds."""
+    return not any("eta" in how.makes and not how.bounded for how in forms.of(self).gates)
 
   @property
   def _reading(self) -> memory.aggregate.Aggregation | None:
@@ -148,10 +168,9 @@ class MemoryConfig:
   def build_rule(self) -> memory.rules.Rule:
     """The rule, made with those of its options that it takes."""
     values = dataclasses.asdict(self)
-    options = {name: values[name] for name in memory.rules.options(self.rule) if name in values}
-    if options.get("max_grad_norm") is None:
-      options.pop("max_grad_norm", None)
-    elif options["max_grad_norm"] == 0:
+    taken = [name for name in memory.rules.options(self.rule) if values.get(name) is not None]
+    options = {name: values[name] for name in taken}
+    if options.get("max_grad_norm") == 0:
       options["max_grad_norm"] = None
     return memory.rules.get(self.rule, **options)
 

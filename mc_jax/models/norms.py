@@ -14,16 +14,30 @@ class RMSNorm(nnx.Module):
 
   `axes` names the axes of the scale, which are x's last ones: {"embed": d_model}, or
   {"heads": heads, "head_dim": head_dim} for a norm of each head with a scale of its own. The scale
-  begins at `start`.
+  begins at `start`. With `groups`, the mean is over all channels of each of so many groups of heads.
   """
 
-  def __init__(self, axes: dict[str, int], start: float = 1.0, *, rngs: nnx.Rngs):
+  def __init__(self, axes: dict[str, int], start: float = 1.0, *, groups: int | None = None, rngs: nnx.Rngs):
+    self.groups = groups
     self.scale = parameter(jax.nn.initializers.constant(start), tuple(axes.values()), axes, rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x32 = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    if self.groups is None:
+      mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    else:
+      by_head = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+      by_group = by_head.reshape(*x.shape[:-2], self.groups, -1, 1).mean(-2, keepdims=True)
+      mean_square = jnp.repeat(by_group[..., 0, :], x.shape[-2] // self.groups, axis=-2)
     return (x32 * jax.lax.rsqrt(mean_square + EPSILON) * self.scale[...]).astype(x.dtype)
+
+
+class LayerNorm(RMSNorm):
+  """RMSNorm of x less its mean: layer normalisation without a bias."""
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    return super().__call__(x32 - x32.mean(-1, keepdims=True)).astype(x.dtype)
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:

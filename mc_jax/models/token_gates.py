@@ -1,11 +1,14 @@
 """The gates of a memory rule, from tokens: retention, momentum, step sizes."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mc_jax.memory.rules import Rule
 from mc_jax.models.linear import Linear, parameter
+from mc_jax.models.published_gates import Parametrisation, Sizes
 from mc_jax.parallel import axes
 
 # Of the logits around their bias when training begins. The starting values are a matter of life
@@ -20,10 +23,29 @@ class TokenGates(nnx.Module):
     rule: whose gates they are.
     segment_length: in tokens; the gates' starting values depend on it.
     d_model, heads, head_dim: the layer's widths.
+    published: how gates are made that are made otherwise, as far as the rule has them.
   """
 
-  def __init__(self, rule: Rule, segment_length: int, d_model: int, heads: int, head_dim: int, *, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    rule: Rule,
+    segment_length: int,
+    d_model: int,
+    heads: int,
+    head_dim: int,
+    published: Sequence[Parametrisation] = (),
+    *,
+    rngs: nnx.Rngs,
+  ):
     starts = rule.gate_init(segment_length)
+    self.names = tuple(starts)
+    published = [how for how in published if how.gate in starts]
+    self.published = tuple(how.gate for how in published)
+    for how in published:
+      sizes = Sizes(d_model, heads, head_dim, rule.gates[how.gate].per_channel, starts[how.gate].maximum)
+      setattr(self, how.gate, how.build(sizes, rngs=rngs))
+    made = {name for how in published for name in how.makes}
+    starts = {name: start for name, start in starts.items() if name not in made}
     self.maximums = tuple((name, start.maximum) for name, start in starts.items())
     self.per_head = tuple(name for name in starts if not rule.gates[name].per_channel)
     self.per_channel = tuple(name for name in starts if rule.gates[name].per_channel)
@@ -46,7 +68,10 @@ class TokenGates(nnx.Module):
     if self.per_channel:
       logits = axes.constrain(self.channel_linear(x), (*axes.TOKENS, None, None, None)) + self.channel_bias[...]
       values |= {name: logits[:, :, i] for i, name in enumerate(self.per_channel)}
-    return {name: most * jax.nn.sigmoid(values[name]) for name, most in self.maximums}
+    values = {name: most * jax.nn.sigmoid(values[name]) for name, most in self.maximums}
+    for name in self.published:
+      values |= getattr(self, name)(x)
+    return {name: values[name] for name in self.names}
 
 
 def _biases(starts: list[float], outputs: dict[str, int], rngs: nnx.Rngs) -> nnx.Param:
