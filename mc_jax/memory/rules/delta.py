@@ -42,7 +42,6 @@ _LIFETIME = 16
 # and quotients of decays over a block of 16 tokens, e^75 at most, are still float32 numbers.
 _LEAST_LOG = -5.0
 _BLOCK = 16
-_LARGEST_LOG = 80.0
 
 
 class TokenState(NamedTuple):
@@ -269,23 +268,24 @@ class Channels(NamedTuple):
     """<x_t o e^(L_t - L_j), z_j> where t sees j, with `strict` j < t; 0 elsewhere. x, z [..., T, d] to [..., T, T]."""
     length = x.shape[-2]
     row, col = (jax.lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
+    token = jax.lax.broadcasted_iota(jnp.int32, (length, 1), 0)
     first = self._reference(_BLOCK, 0)
-    found = gram(x * jnp.exp(self.queries - first), z * jnp.exp(jnp.minimum(first - self.logs, _LARGEST_LOG)), dtype)
-    half = _BLOCK
-    while half < length:
-      boundary = self._reference(2 * half, half - 1)
-      queries, keys = (
-        jnp.exp(jnp.minimum(sign * (l - boundary), 0.0)) for sign, l in ((1, self.queries), (-1, self.logs))
-      )
-      here = (row // (2 * half) == col // (2 * half)) & (row % (2 * half) >= half) & (col % (2 * half) < half)
-      found = jnp.where(here, gram(x * queries, z * keys, dtype), found)
-      half *= 2
+    found = gram(x * jnp.exp(self.queries - first), z * jnp.exp(first - self.logs), dtype)
+    for level in range(_BLOCK.bit_length() - 1, (length - 1).bit_length()):  # halves of 2^level tokens
+      second = (token >> level) & 1 == 1
+      boundary = self._reference(2 << level, (1 << level) - 1)
+      queries = jnp.exp(jnp.where(second, self.queries - boundary, -jnp.inf))
+      keys = jnp.exp(jnp.where(second, -jnp.inf, boundary - self.logs))
+      found = jnp.where(row >> level == (col >> level) + 1, gram(x * queries, z * keys, dtype), found)
     seen = self.seen.same & (row > col) if strict else self.seen.same
     return jnp.where(seen, found, 0.0)
 
   def _reference(self, block: int, place: int) -> jax.Array:
-    """L at a place of each token's block, [..., T, d]; in a block that ends before that, at its end."""
-    logs, length, rows = self.logs, self.logs.shape[-2], []
+    """L at a place of each token's block, [..., T, d]; in a block that ends before that, at its end.
+
+    It cancels, and so would its gradients, all but their roundings.
+    """
+    logs, length, rows = jax.lax.stop_gradient(self.logs), self.logs.shape[-2], []
     for begin in range(0, length, block):
       here = min(begin + place, length - 1)
       count = min(block, length - begin)
