@@ -66,8 +66,8 @@ class MatrixRule(Rule):
     step: whether there are step sizes eta, "head" or "channel"; None: 1.
     erases: what eta is, if it is "channel": None: of what is written; "read": the key looks up through eta o k (gated
       DeltaNet 2); "erase": eta o k is erased, and a gate `write` o k written (RWKV-7).
-    max_step: the largest eta. Of the delta rule with unit keys, above 1 eigenvalues of the transition are negative,
-      down to 1 - max_step.
+    max_step: the largest eta; None: 1. Of the delta rule with unit keys, above 1 eigenvalues of the transition are
+      negative, down to 1 - max_step.
     learned_init: M_0 is a learned parameter, which starts at 0; if not, it is 0.
   """
 
@@ -79,15 +79,15 @@ class MatrixRule(Rule):
   momentum: bool = False
   step: Literal["head", "channel"] | None = "head"
   erases: Literal["read", "erase"] | None = None
-  max_step: float = 1.0
+  max_step: float | None = None
   learned_init: bool = False
   network = networks.Matrix()
 
   def __post_init__(self):
     if self.chunk < 1:
       raise ValueError(f"chunk must be at least 1 token, got {self.chunk}")
-    if not 0 < self.max_step < math.inf:
-      raise ValueError(f"max_step must be positive, got {self.max_step}")
+    if self.max_step is not None and not 0 < self.max_step < math.inf:
+      raise ValueError(f"max_step must be positive or None, got {self.max_step}")
     if self.momentum and self.decays == "channel":
       raise ValueError("momentum needs a decay by head: with one for each channel, steps have no common weight")
 
@@ -105,9 +105,9 @@ class MatrixRule(Rule):
       return None
     return "matrix" if self.curvature else {None: "scalar", "head": "scalar", "channel": "channel"}[self.decays]
 
-  def init(self, key: jax.Array, *, heads: int, head_dim: int) -> Weights:
-    """M_0 = 0: {"w": [heads, head_dim, head_dim]} float32."""
-    return self.network.init(key, heads, head_dim)
+  def init(self, key: jax.Array, *, heads: int, head_dim: int, value_dim: int | None = None) -> Weights:
+    """M_0 = 0: {"w": [heads, head_dim, value_dim]} float32."""
+    return self.network.init(key, heads, head_dim, value_dim)
 
   def gate_init(self, segment_length: int) -> dict[str, GateInit]:
     """Where gates start that are sigmoids: alpha at 1 - 1 / (16 segments), beta at an average over an eighth of one,
@@ -116,7 +116,7 @@ class MatrixRule(Rule):
     starts = {
       "alpha": GateInit(math.log(_LIFETIME * segment_length - 1)),
       "beta": GateInit(math.log(beta / (1 - beta))),
-      "eta": GateInit(0.0, self.max_step),
+      "eta": GateInit(0.0, 1.0 if self.max_step is None else self.max_step),
       "write": GateInit(0.0),
     }
     return {name: starts[name] for name in self.gates}
@@ -341,7 +341,7 @@ def retnet(*, chunk: int = 64, learned_init: bool = False) -> MatrixRule:
   return MatrixRule("retnet", chunk, "head", step=None, learned_init=learned_init)
 
 
-def mamba2(*, chunk: int = 64, max_step: float = 1.0, learned_init: bool = False) -> MatrixRule:
+def mamba2(*, chunk: int = 64, max_step: float | None = None, learned_init: bool = False) -> MatrixRule:
   """Mamba-2, W_t = alpha_t W_{t-1} + eta_t k_t (x) v_t (arXiv:2405.21060): k is B, q is C, eta the step dt."""
   return MatrixRule("mamba2", chunk, "head", max_step=max_step, learned_init=learned_init)
 
@@ -351,22 +351,22 @@ def gla(*, chunk: int = 64, learned_init: bool = False) -> MatrixRule:
   return MatrixRule("gla", chunk, "channel", step=None, learned_init=learned_init)
 
 
-def deltanet(*, chunk: int = 64, max_step: float = 1.0, learned_init: bool = False) -> MatrixRule:
+def deltanet(*, chunk: int = 64, max_step: float | None = None, learned_init: bool = False) -> MatrixRule:
   """DeltaNet, W_t = W_{t-1} - eta_t k_t (x) (k_t W_{t-1} - v_t) (arXiv:2406.06484)."""
   return MatrixRule("deltanet", chunk, curvature=1.0, max_step=max_step, learned_init=learned_init)
 
 
-def gated_deltanet(*, chunk: int = 64, max_step: float = 1.0, learned_init: bool = False) -> MatrixRule:
+def gated_deltanet(*, chunk: int = 64, max_step: float | None = None, learned_init: bool = False) -> MatrixRule:
   """Gated DeltaNet: DeltaNet after a decay by head, whose error sees it (arXiv:2412.06464)."""
   return MatrixRule("gated_deltanet", chunk, "head", curvature=1.0, max_step=max_step, learned_init=learned_init)
 
 
-def kda(*, chunk: int = 64, max_step: float = 1.0, learned_init: bool = False) -> MatrixRule:
+def kda(*, chunk: int = 64, max_step: float | None = None, learned_init: bool = False) -> MatrixRule:
   """Kimi Delta Attention: DeltaNet after a decay by channel, whose error sees it (arXiv:2510.26692)."""
   return MatrixRule("kda", chunk, "channel", curvature=1.0, max_step=max_step, learned_init=learned_init)
 
 
-def gdn2(*, chunk: int = 64, max_step: float = 1.0, learned_init: bool = False) -> MatrixRule:
+def gdn2(*, chunk: int = 64, max_step: float | None = None, learned_init: bool = False) -> MatrixRule:
   """Gated DeltaNet 2: the key that is looked up is eta_t o k_t, by channel; k_t is written."""
   return MatrixRule(
     "gdn2",
@@ -380,7 +380,7 @@ def gdn2(*, chunk: int = 64, max_step: float = 1.0, learned_init: bool = False) 
   )
 
 
-def rwkv7(*, chunk: int = 64, max_step: float = 1.0, learned_init: bool = False) -> MatrixRule:
+def rwkv7(*, chunk: int = 64, max_step: float | None = None, learned_init: bool = False) -> MatrixRule:
   """RWKV-7, W_t = alpha_t o W_{t-1} - eta_t o k_t (x) (k_t W_{t-1}) + write_t o k_t (x) v_t (arXiv:2503.14456)."""
   return MatrixRule(
     "rwkv7",
@@ -395,7 +395,7 @@ def rwkv7(*, chunk: int = 64, max_step: float = 1.0, learned_init: bool = False)
   )
 
 
-def momentum_deltanet(*, chunk: int = 64, max_step: float = 1.0, learned_init: bool = False) -> MatrixRule:
+def momentum_deltanet(*, chunk: int = 64, max_step: float | None = None, learned_init: bool = False) -> MatrixRule:
   """Titans with a matrix memory, its gradients not frozen (arXiv:2501.00663, Eq. 8-14; arXiv:2602.24281, Eq. 34-36).
 
   S_t = beta_t S_{t-1} - eta_t 2 k_t (x) (k_t W_{t-1} - v_t), W_t = alpha_t W_{t-1} + S_t.
