@@ -326,7 +326,8 @@ class Online(NamedTuple):
       z = z * left
       if decays.seen.continues is not None:  # the last token's document
         z = jnp.where(jnp.swapaxes(decays.seen.last, -1, -2), z, 0.0)
-      w -= product(jnp.swapaxes(z, -1, -2), delta, dtype)
+      # Rounded, a key that has faded is no longer quite along itself, and what is written beside it nobody corrects.
+      w -= arithmetic.fine_product(jnp.swapaxes(z, -1, -2), delta.astype(z.dtype), dtype)
     return w
 
 
