@@ -66,7 +66,7 @@ def token_specs(tokens: memory.Tokens, sizes: dict[str, int]) -> memory.Tokens:
 def check(shape: tuple[int, ...], sizes: dict[str, int], options: memory.Options) -> None:
   """Raises ValueError where q's shape [batch, length, heads, head_dim] and a mesh of these sizes do not go together."""
   batch, length, heads, _ = shape
-  rows, context = sizes["data"] * sizes["fsdp"], sizes["context"]
+  rows, context = axes.shards("batch", sizes), sizes["context"]
   if batch % rows:
     raise ValueError(f"batch={batch} must be a multiple of the mesh's data x fsdp = {rows}")
   if heads % sizes["model"]:
