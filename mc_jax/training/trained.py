@@ -21,7 +21,7 @@ from mc_jax.errors import ConfigError
 from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training import config as config_lib
 from mc_jax.training import kept, state
-from mc_jax.training.checkpointing import FOLDER, identity_of, require_intact
+from mc_jax.training.checkpointing import FOLDER, complete, identity_of, require_intact
 from mc_jax.training.config import Config
 
 
@@ -101,7 +101,7 @@ def load(
   """
   overrides = dict(overrides or {})
   with _open(epath.Path(workdir)) as manager:
-    step = _step(manager, epath.Path(workdir) / FOLDER, step)
+    step = _step(epath.Path(workdir) / FOLDER, step)
     args = ocp.args.Composite(config=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
     restored = manager.restore(step, args=args)
     stored = config_lib.from_stored(restored["config"])
@@ -147,9 +147,9 @@ def _open(workdir: epath.Path) -> ocp.CheckpointManager:
     logging.set_verbosity(verbosity)
 
 
-def _step(manager: ocp.CheckpointManager, folder: epath.Path, step: int | None) -> int:
+def _step(folder: epath.Path, step: int | None) -> int:
   """The requested step or the newest, of a checkpoint that is complete and undamaged."""
-  steps = [step for step in sorted(manager.all_steps()) if storage.has_digests(folder / str(step))]
+  steps = complete(folder)
   if not steps:
     raise ConfigError(f"{folder} holds no complete checkpoint: did the run reach its first one?")
   there = ", ".join(map(str, steps))
