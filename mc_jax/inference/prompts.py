@@ -18,6 +18,7 @@ from mc_jax.models import Cache, CacheConfig
 from mc_jax.models import cache as cache_lib
 from mc_jax.models.config import COMPUTATION, from_stored
 
+
 def save(folder: epath.PathLike, decoder: Decoder, logits: jax.Array, cache: Cache) -> None:
   """Saves the results of `decoder.prefill` with the configurations of model and cache and a checksum of the parameters.
 
