@@ -19,7 +19,7 @@ import numpy as np
 
 from mc_jax.data import files, tokenizers
 from mc_jax.data.formats import Block, JsonLines, TextFile
-from mc_jax.errors import ConfigError
+from mc_jax.errors import ConfigError, listed
 
 _END = 1 << 16  # bytes at each end of a file
 _READ = 4 << 20  # bytes
@@ -167,9 +167,9 @@ def _differences(then: Identity, now: Identity) -> Iterator[str]:
       )
       continue
     if gone:
-      yield f"{name}: {_of(gone, old, 'is', 'are')} gone: {_listed(gone)}"
+      yield f"{name}: {_of(gone, old, 'is', 'are')} gone: {listed(gone, _SHOWN)}"
     if changed := [file for file in old if new.get(file, old[file]) != old[file]]:
-      yield f"{name}: {_of(changed, old, 'has', 'have')} other contents: {_listed(changed)}"
+      yield f"{name}: {_of(changed, old, 'has', 'have')} other contents: {listed(changed, _SHOWN)}"
     if not gone and [file for file in new if file in old] != list(old):
       yield f"{name}: the files are read in another order"
 
@@ -185,11 +185,7 @@ def _of(some: Collection, every: Collection, one: str, more: str) -> str:
 
 
 def _some(names: list[str]) -> str:
-  return f"{len(names)} new file{'s' * (len(names) > 1)} ({_listed(names)})"
-
-
-def _listed(names: list[str]) -> str:
-  return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+  return f"{len(names)} new file{'s' * (len(names) > 1)} ({listed(names, _SHOWN)})"
 
 
 def _short(fingerprint: str | None) -> str:

@@ -17,7 +17,7 @@ from flax import traverse_util
 from mc_jax import storage
 from mc_jax.data import identity, tokenizers
 from mc_jax.data.identity import Identity
-from mc_jax.errors import ConfigError
+from mc_jax.errors import ConfigError, listed
 from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training import config as config_lib
 from mc_jax.training import kept, state
@@ -133,7 +133,7 @@ def _open(workdir: epath.Path) -> ocp.CheckpointManager:
     raise ConfigError(f"--workdir={workdir} is not a folder: it must be the workdir of a run of mc_jax.train")
   if not folder.is_dir():
     names = sorted(path.name for path in workdir.iterdir())
-    there = f"it holds {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "it is empty"
+    there = f"it holds {listed(names)}" if names else "it is empty"
     raise ConfigError(f"--workdir={workdir} has no folder {FOLDER}/, as runs of mc_jax.train have: {there}")
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)  # Orbax warns about the consequences of read_only
