@@ -110,6 +110,16 @@ class Aggregation(NamedTuple):
   caches: str = "all"
   gated: bool = True
 
+  @property
+  def reads_caches(self) -> bool:
+    """Whether cached memories are read at all."""
+    return self.caches != "none"
+
+  @property
+  def selects(self) -> bool:
+    """Whether tokens choose the caches that they read."""
+    return self.caches == "selected"
+
 
 def none(options, q, scores, visible, memories):
   """The online memory alone: the recurrence itself."""
@@ -179,7 +189,7 @@ def register(name: str, aggregation: Aggregation) -> None:
 def scored(name: str, gate: str) -> bool:
   """Whether an aggregation tells memories apart by scores: not where none is read, nor where all weigh the same."""
   aggregation = AGGREGATIONS[name]
-  return aggregation.caches == "selected" or (aggregation.gated and gate not in routing.BLIND)
+  return aggregation.selects or (aggregation.gated and gate not in routing.BLIND)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
