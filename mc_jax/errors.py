@@ -1,6 +1,8 @@
-"""The one error that bad input raises."""
+"""The one error that bad input raises, and parts of its messages."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class ConfigError(ValueError):
@@ -16,3 +18,8 @@ def missing_package(what: str, package: str, extra: str) -> ConfigError:
     extra: The extra of pyproject.toml that installs it. The package is not on an index: extras come from a clone.
   """
   return ConfigError(f"{what} needs the package {package}: pip install -e '.[{extra}]' in the clone of mc_jax")
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+  """The first `most` names, separated by commas, and the number of further ones."""
+  return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from mc_jax import cli
-from mc_jax.errors import ConfigError
+from mc_jax.errors import ConfigError, listed
 from mc_jax.training import config as config_lib
 from mc_jax.training.config import Config
 
@@ -120,7 +120,7 @@ def short_name(field: str) -> str:
 
 def in_cells(names: Sequence[str]) -> str:
   """Cells by the name of the first: "in rule=linear,seed=0 and 3 more"."""
-  return f"in {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+  return f"in {listed(names, 1)}"
 
 
 def _grid(axes: Sequence[str], arguments: Sequence[str]) -> dict[str, list[str]]:

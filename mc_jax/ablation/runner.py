@@ -89,8 +89,7 @@ class Job:
 
   def _newest(self) -> int:
     """The step of the newest complete checkpoint, 0 without one."""
-    folders = (epath.Path(self.folder) / checkpointing.FOLDER).glob("*")
-    return max((int(path.name) for path in folders if path.name.isdigit() and storage.has_digests(path)), default=0)
+    return max(checkpointing.complete(epath.Path(self.folder) / checkpointing.FOLDER), default=0)
 
   def _evaluated(self) -> bool:
     """Whether the last step was evaluated with the same arguments."""

@@ -25,6 +25,7 @@ TOGETHER = {"matrix": (8, 4), "deep": (2, 1)}
 
 
 def array(*shape, dtype=jnp.float32):
+  """The shape and dtype of an argument."""
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
@@ -59,6 +60,7 @@ def write_flops(rule, head_dim):
 
 
 def forward(rule, head_dim):
+  """The write pass, with the FLOPs of its forward kernel."""
   fn, args = write(rule, head_dim)
   return fn, args, {f"{rule.name}_write_fwd": write_flops(rule, head_dim)}
 
@@ -75,26 +77,32 @@ def backward(rule, head_dim):
 
 
 def titans_printed_write_fwd(head_dim=128, chunk=256):
+  """The forward write kernel of Titans as printed."""
   return forward(rules.get("titans", chunk=chunk, normalized=False), head_dim)
 
 
 def titans_printed_write_bwd(head_dim=128, chunk=256):
+  """The backward write kernel of Titans as printed."""
   return backward(rules.get("titans", chunk=chunk, normalized=False), head_dim)
 
 
 def titans_write_fwd(head_dim=128, chunk=256):
+  """The forward write kernel of Titans with its default options."""
   return forward(rules.get("titans", chunk=chunk), head_dim)
 
 
 def titans_write_bwd(head_dim=128, chunk=256):
+  """The backward write kernel of Titans with its default options."""
   return backward(rules.get("titans", chunk=chunk), head_dim)
 
 
 def linear_write_fwd(head_dim=128, chunk=256):
+  """The forward write kernel of linear attention."""
   return forward(rules.get("linear", chunk=chunk), head_dim)
 
 
 def linear_write_bwd(head_dim=128, chunk=256):
+  """The backward write kernel of linear attention."""
   return backward(rules.get("linear", chunk=chunk), head_dim)
 
 
@@ -120,6 +128,7 @@ def read_flops(memories, tokens):
 
 
 def cached_read_fwd(kind, head_dim):
+  """The gated read of all cached memories of NETWORKS[kind]."""
   contribution, memories = aggregate.ReadNetwork(NETWORKS[kind]), states(kind, head_dim, jnp.bfloat16)
   x, gates = array(ROWS, LENGTH, head_dim, dtype=jnp.bfloat16), array(CACHES, ROWS, LENGTH)
   tile = gated_sum.query_tile(contribution, x, memories)
@@ -133,6 +142,7 @@ def cached_read_fwd(kind, head_dim):
 
 
 def cached_read_bwd(kind, head_dim):
+  """The gradients of `cached_read_fwd`."""
   fn, args, flops = cached_read_fwd(kind, head_dim)
   forward, backward = TOGETHER[kind]
 
@@ -144,22 +154,27 @@ def cached_read_bwd(kind, head_dim):
 
 
 def cached_read_matrix_fwd(head_dim=128):
+  """The gated read of cached matrices."""
   return cached_read_fwd("matrix", head_dim)
 
 
 def cached_read_matrix_bwd(head_dim=128):
+  """The gradients of the gated read of cached matrices."""
   return cached_read_bwd("matrix", head_dim)
 
 
 def cached_read_deep_fwd(head_dim=128):
+  """The gated read of cached two-layer networks."""
   return cached_read_fwd("deep", head_dim)
 
 
 def cached_read_deep_bwd(head_dim=128):
+  """The gradients of the gated read of cached two-layer networks."""
   return cached_read_bwd("deep", head_dim)
 
 
 def selected_read_fwd(head_dim=128):
+  """The read of the TOP_K two-layer networks that each token selects."""
   memories = states("deep", head_dim, jnp.float32)
   block = grouped.block_size(aggregate.ReadNetwork(NETWORKS["deep"]), head_dim, memories)
   blocks = LENGTH * TOP_K // block + CACHES  # enough, if the last block of every memory is not full
@@ -173,6 +188,7 @@ def selected_read_fwd(head_dim=128):
 
 
 def selected_read_bwd(head_dim=128):
+  """The gradients of the read of selected networks."""
   fn, args, flops = selected_read_fwd(head_dim)
 
   def gradients(x, gates, owner, memories, cotangent):
@@ -201,10 +217,13 @@ def selected_alternative(product):
 
 
 def selected_ragged():
+  """The alternative with `jax.lax.ragged_dot`."""
   return selected_alternative(functools.partial(jax.lax.ragged_dot, preferred_element_type=jnp.float32))
 
 
 def selected_megablox():
+  """The alternative with the grouped product of megablox."""
+
   def product(x, w, sizes):
     return megablox.gmm(x, w, sizes, jnp.float32, (512, min(512, w.shape[1]), min(512, w.shape[2])))
 
@@ -212,6 +231,7 @@ def selected_megablox():
 
 
 def selected_grouped():
+  """`grouped` itself, forward and backward, to compare the alternatives with."""
   fn, args, _ = selected_read_fwd()
 
   def run(x, gates, owner, memories, cotangent):
@@ -219,13 +239,6 @@ def selected_grouped():
     return y, pull(cotangent)
 
   return run, (*args, jax.eval_shape(fn, *args))
-
-
-SCORED = tuple(
-  f"{kernel}_{direction}"
-  for kernel in ("titans_write", "linear_write", "cached_read_matrix", "cached_read_deep", "selected_read")
-  for direction in ("fwd", "bwd")
-)
 
 
 def splash(head_dim):

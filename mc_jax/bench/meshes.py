@@ -16,6 +16,7 @@ import pathlib
 import sys
 import time
 
+import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 import jax
 import numpy as np
 import tqdm

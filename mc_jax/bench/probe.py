@@ -9,6 +9,7 @@ affects both alike. Prints the medians, and the cost of looks for several values
 import statistics
 import time
 
+import mc_jax.xla_flags  # noqa: F401  isort: skip  (before jax)
 import jax
 import numpy as np
 from absl import flags

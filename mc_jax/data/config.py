@@ -52,7 +52,7 @@ class SourceConfig:
     elif self.source in SOURCES and self.source != "niah" and self.paths:
       problems.append(
         f"{prefix}.paths is not read by {prefix}.source={self.source}, got {self.paths!r}; "
-        f"it is by one of {', '.join(FORMATS[1:])}, niah"
+        f"sources that read it are {', '.join(FORMATS[1:])}, niah"
       )
     if self.task is not None:
       problems += self.task.problems(f"{prefix}.{self.source}", length)
@@ -136,7 +136,7 @@ class DataConfig(SourceConfig):
 
   @property
   def has_text(self) -> bool:
-    """Whether ids stand for text: those of some recall tasks are symbols."""
+    """Whether any ids stand for text; those of some recall tasks are symbols."""
     tasks = (recall.TASKS[source.source] for source in self.parts.values() if source.source in TASKS)
     return self.has_documents or any(task.reads_text for task in tasks)
 
@@ -152,9 +152,9 @@ class DataConfig(SourceConfig):
 
   @property
   def order(self) -> dict[str, object]:
-    """The fields that decide, besides the files, the order of rows and the held-out documents, {field: value}.
+    """The fields that, with the files, determine the order of rows and the held-out documents, {field: value}.
 
-    A position in one order means nothing in another.
+    A run can resume from a position only if these are unchanged.
     """
     packed = self.packing.method != "windows"
     fields: dict[str, object] = {"data.packing.method": self.packing.method}

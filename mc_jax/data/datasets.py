@@ -47,7 +47,7 @@ class Dataset:
     config: The configuration.
     tokenizer: The tokenizer of the text and of samples.
     vocab_size: All ids are below it.
-    training: (shard) -> its rows.
+    training: A function from a virtual shard's number to its rows.
     validation: Validation batches by the name of the source.
     unit: The unit of losses: "byte", or "answer" (token) if all sources are tasks.
     units_per_token: Bytes per token of the validation text; 1 for tasks.
@@ -70,17 +70,17 @@ class Dataset:
   identity: Identity
 
   def batches(self, mesh: jax.sharding.Mesh) -> Batches:
-    """The training batches on a mesh, from the first on."""
+    """The training batches on a mesh, starting with the first."""
     config = self.config
     shapes, packed = windows.shapes(config, mesh), config.packing.method != "windows"
     return Batches(self.training, config.virtual_shards, shapes, config.workers, packed, self.identity)
 
 
 def load(config: DataConfig) -> Dataset:
-  """Finds, checks and splits what `config` names.
+  """Finds, checks and splits the data of a configuration.
 
   Raises:
-    ConfigError: naming the setting or the file that cannot be.
+    ConfigError: A setting or a file cannot be used; the error names it.
   """
   tokenizer = tokenizers.load(config.tokenizer, config.separator)
   if config.packing.method == "windows" and config.source in FORMATS:
@@ -89,7 +89,7 @@ def load(config: DataConfig) -> Dataset:
 
 
 def _windows(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
-  """Windows of all the text."""
+  """The data of a run that reads windows of all text."""
   corpus = sources.load(config)
   rows = windows.training(corpus.training, config)
   batches = windows.validation(corpus.validation, config)
@@ -115,7 +115,7 @@ def _windows(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
 
 
 def _mixture(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
-  """Packed documents and rows of tasks."""
+  """The data of a run that reads packed documents and rows of tasks."""
   parts = config.parts
   documents = {
     name: Documents(_blocks(name, source, config, tokenizer), tokenizer, config.on_error)
@@ -133,15 +133,15 @@ def _mixture(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
       batches = windows.batches(rows, config.batch_size)
       validation[name] = Validation(batches, count, "byte" if name in documents else "answer")
   if not validation:
-    raise ConfigError("data.sources: none is for validation: one needs a split of both or validation")
-  orders = {name: Order(found.counts, config.seed, found.scattered) for name, found in documents.items()}
+    raise ConfigError("data.sources: none is held out for validation: one needs a split of both or validation")
+  orders = {name: Order(source.counts, config.seed, source.scattered) for name, source in documents.items()}
   sizes = [tokenizer.vocab_size] * bool(documents) + [
     parts[name].task.vocab_size or tokenizer.vocab_size for name in tasks
   ]
   unit = "byte" if any(source.unit == "byte" for source in validation.values()) else "answer"
-  alike = [source for source in validation.values() if source.unit == unit]
-  scored = sum(float(batch["weights"].sum()) for source in alike for batch in source.batches)
-  first = alike[0].batches[0]
+  in_unit = [source for source in validation.values() if source.unit == unit]
+  scored = sum(float(batch["weights"].sum()) for source in in_unit for batch in source.batches)
+  first = in_unit[0].batches[0]
   facts = {"tokenizer": f"{config.tokenizer}, {tokenizer.vocab_size:,} ids"} if documents else {}
   weights = sum(source.weight for source in parts.values() if source.trains)
   for name, source in parts.items():
@@ -155,13 +155,13 @@ def _mixture(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     training=functools.partial(_shard, config, documents, orders, tasks),
     validation=validation,
     unit=unit,
-    units_per_token=sum(source.count for source in alike) / scored,
+    units_per_token=sum(source.count for source in in_unit) / scored,
     prompt=first["tokens"][0, first["segment_ids"][0] == 1][:_PROMPT],
     references={},
     facts=facts,
     identity=Identity(
       tokenizer.fingerprint if config.has_text else None,
-      {name: identity.of_blocks(found.blocks) for name, found in documents.items()}
+      {name: identity.of_blocks(source.blocks) for name, source in documents.items()}
       | {name: identity.of_texts(_prose(parts[name].paths)) for name in tasks if parts[name].paths},
     ),
   )
@@ -193,7 +193,7 @@ def _blocks(name: str, source: PartConfig, config: DataConfig, tokenizer: Tokeni
 
 
 def _task(source: PartConfig, config: DataConfig, tokenizer: Tokenizer) -> Callable[[tuple], Row]:
-  """(key) -> the row of a recall task that a key determines."""
+  """A function from a key to the row of a recall task that it determines."""
   task, options = recall.TASKS[source.source], {}
   if task.reads_text:
     options["encode"] = functools.partial(_encode, tokenizer)
@@ -233,9 +233,9 @@ def _validation_rows(
   tokens: int,
   name: str,
 ) -> tuple[list[Row], float]:
-  """Held-out rows of a source and the divisor of their loss, see Validation.
+  """The held-out rows of a source, and the divisor of their loss (see Validation).
 
-  There are at least one row and at most `tokens` tokens; 0: all.
+  There is at least one row, and otherwise at most `tokens` tokens; 0 is no limit.
   """
   most = max(1, tokens // config.length) if tokens else None
   if task is not None:

@@ -19,7 +19,7 @@ from mc_jax.errors import ConfigError
 
 _GROUP = 4  # blocks whose documents are shuffled together
 _KEPT = 3 * _GROUP  # blocks in memory: shards are at slightly different positions
-SKIP = "on_error=skip leaves such documents out"  # the hint in errors about malformed documents
+SKIP = "on_error=skip leaves such documents out"  # hint in errors about malformed documents
 _LARGE = 65_536  # larger permutations are computed entry by entry
 
 
@@ -93,9 +93,9 @@ class Documents:
     if count is None:
       return decoded
     # An incomplete character decodes to U+FFFD, so the common prefix ends before it.
-    begun = self._tokenizer.decode(ids[:count])
-    alike = next((k for k, (a, b) in enumerate(zip(text, begun, strict=False)) if a != b), min(len(text), len(begun)))
-    before = len(text[:alike].encode())
+    start = self._tokenizer.decode(ids[:count])
+    common = next((k for k, (a, b) in enumerate(zip(text, start, strict=False)) if a != b), min(len(text), len(start)))
+    before = len(text[:common].encode())
     return before if size is None else round(before * size / max(decoded, 1))
 
   def __getitem__(self, i: int) -> np.ndarray:

@@ -68,16 +68,16 @@ def matches(paths: str) -> list[str]:
 def _patterns(paths: str, field: str) -> Iterator[tuple[str, list[str]]]:
   """(pattern, its matches) of a list separated by commas, where a comma may also be part of a name."""
   whole = _local(paths.strip())
-  left = [paths] if whole and os.path.lexists(whole) else [piece for piece in paths.split(",") if piece.strip()]
-  while left:
-    for count in range(1, 2 if storage.in_bucket(left[0]) else len(left) + 1):
-      pattern = ",".join(left[:count]).strip()
+  pieces = [paths] if whole and os.path.lexists(whole) else [piece for piece in paths.split(",") if piece.strip()]
+  while pieces:
+    for count in range(1, 2 if storage.in_bucket(pieces[0]) else len(pieces) + 1):
+      pattern = ",".join(pieces[:count]).strip()
       if matched := _matching(pattern, field):
         yield pattern, matched
-        left = left[count:]
+        pieces = pieces[count:]
         break
     else:
-      pattern = left[0].strip()
+      pattern = pieces[0].strip()
       raise ConfigError(f"{field}: no file matches {pattern!r}{_hint(pattern)}")
 
 
@@ -173,7 +173,7 @@ def local(url: str) -> str:
 
 
 def pyarrow_module(where: str):
-  """The module pyarrow, or an error that says which file needs it."""
+  """The module pyarrow. Raises ConfigError, naming the file `where` that needs it, if it is not installed."""
   try:
     import pyarrow
     import pyarrow.parquet

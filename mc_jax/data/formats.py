@@ -1,7 +1,7 @@
-"""Documents in files, block by block: what is read together, such as a Parquet file's row group.
+"""Documents in files, by block. A block is the unit of reading, such as a row group of a Parquet file.
 
-A block's documents can be read by their number in it. Blocks are as large as is good to keep in memory (megabytes, but
-for compressed JSON lines, which are whole files).
+The documents of a block can be read by their number in it. Blocks are small enough to keep several in memory: a few
+megabytes, except for compressed JSON lines, where a block is the whole file.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ SUFFIXES = {
   "arrayrecord": (".array_record", ".arrayrecord"),
 }
 
-# Arrow's types of columns that hold text; binary ones as UTF-8, "null" in a file without a single text.
+# Arrow's types of columns that can hold text: binary ones as UTF-8, and "null" in a file without any text.
 _STRINGS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
-_KINDS = {  # what JSON calls Python's types
+_KINDS = {  # JSON's names of Python's types
   type(None): "null",
   bool: "a boolean",
   int: "a number",
@@ -54,11 +54,11 @@ class Block(abc.ABC):
   """Documents `first`, ..., `first + count - 1` of a file.
 
   Attributes:
-    name: of the file, relative to the corpus.
-    url: of the file.
-    first: number of the first document within the file, from 0.
-    count: of documents.
-    size: bytes, about; of the compressed file where it is.
+    name: The file's name, relative to the corpus.
+    url: The file's URL.
+    first: The number of the first document within the file, from 0.
+    count: The number of documents.
+    size: The approximate size in bytes, compressed if the file is.
   """
 
   name: str
@@ -69,22 +69,26 @@ class Block(abc.ABC):
 
   @abc.abstractmethod
   def read(self) -> Sequence:
-    """What the documents are made from, by their number in the block.
+    """The raw content of each document, by its number in the block.
 
     Raises:
-      ConfigError: naming the file that cannot be read.
+      ConfigError: The file cannot be read; the error names it.
     """
 
   @abc.abstractmethod
   def place(self, i: int) -> str:
-    """Where document `i` of the block is, for errors: file and line, row or record."""
+    """The place of document `i` of the block, for errors: file and line, row or record."""
 
   @abc.abstractmethod
   def document(self, content: Sequence, i: int) -> Document:
-    """Document `i` of the block, from what `read` returned: text that is UTF-8 without NULs, or ids.
+    """Document `i` of the block: text that is valid UTF-8 without NULs, or ids.
+
+    Args:
+      content: The result of `read`.
+      i: The document's number in the block.
 
     Raises:
-      Malformed: naming file and place.
+      Malformed: The document is neither; the error names its place.
     """
 
 
@@ -107,12 +111,12 @@ class TextFile(Block):
 
 @dataclasses.dataclass(frozen=True)
 class JsonLines(Block):
-  """Lines of a file, each a JSON object; empty lines are empty documents."""
+  """Lines of a file, each a JSON object; an empty line is an empty document."""
 
   field: str
-  offset: int  # of the first line, bytes; 0 in a compressed file
-  end: int | None  # behind the last line; None: the file's end
-  digest: str = ""  # of the whole file, decompressed: see data.identity
+  offset: int  # byte offset of the first line; 0 in a compressed file
+  end: int | None  # byte offset of the end of the last line; None: the end of the file
+  digest: str = ""  # digest of the whole file, decompressed; see data.identity
 
   def read(self) -> Sequence[bytes]:
     with files.reading(self.url, self.offset) as file:
@@ -134,7 +138,7 @@ class JsonLines(Block):
       why = str(error).replace("line 1 column", "column")
       raise Malformed(f"{where}: not JSON (each line must be a whole object): {why}") from error
     if isinstance(record, list):
-      raise Malformed(f"{where}: a JSON array; of a file that is one array, jq -c '.[]' makes lines")
+      raise Malformed(f"{where}: a JSON array; jq -c '.[]' turns a file that is one array into lines")
     if not isinstance(record, dict) or self.field not in record:
       has = _listed(record) if isinstance(record, dict) else _KINDS[type(record)]
       raise Malformed(f"{where}: no field {self.field!r} (field of the source); the line has {has}")
@@ -165,7 +169,7 @@ class RowGroup(Block):
 
 
 class _Records:
-  """The records of an ArrayRecord file, by number; opened when first read, and again in another process."""
+  """The records of an ArrayRecord file, by number. Every process opens the file at its first read."""
 
   def __init__(self, url: str):
     self._url, self._reader = url, None
@@ -201,11 +205,11 @@ class TextRecords(Block):
 
 @dataclasses.dataclass(frozen=True)
 class TokenRecords(Block):
-  """An ArrayRecord file whose records are ids, made by data.prepare."""
+  """An ArrayRecord file of data.prepare, whose records are ids."""
 
   dtype: str
   vocab_size: int
-  lengths: str  # URL of the documents' bytes of text; "" where they are not known
+  lengths: str  # URL of the file with each document's bytes of text; "" if there is none
 
   def read(self) -> Sequence[bytes]:
     return _Records(self.url)
@@ -223,7 +227,7 @@ class TokenRecords(Block):
     return ids
 
   def text_bytes(self, i: int) -> int | None:
-    """UTF-8 bytes of the text that document `i` was made from, if known."""
+    """The number of UTF-8 bytes of document `i` before it was tokenized; None if unknown."""
     if not self.lengths:
       return None
     with files.reading(files.local(self.lengths), i * manifests.LENGTHS.itemsize) as file:
@@ -231,16 +235,18 @@ class TokenRecords(Block):
 
 
 def _text_of(value: object, field: str, where: str) -> str:
-  """A field's text; Malformed if it is none that a tokenizer can take."""
+  """The text of a field. Raises Malformed if it is not a string that a tokenizer can take."""
   if not isinstance(value, str):
     raise Malformed(f"{where}: field {field!r} is {_KINDS.get(type(value), type(value).__name__)}, not a string")
   if "\0" in value:
-    raise Malformed(f"{where}: field {field!r} holds a NUL character, which no text does")
+    raise Malformed(f"{where}: field {field!r} holds a NUL character, so it is not text")
   try:
     value.encode("utf-8")
   except UnicodeEncodeError as error:
-    half = f"\\u{ord(value[error.start]):04x}"
-    raise Malformed(f"{where}: field {field!r} holds {half}, half a character, at {error.start:,}") from error
+    surrogate = f"\\u{ord(value[error.start]):04x}"
+    raise Malformed(
+      f"{where}: field {field!r} holds {surrogate}, half a character, at position {error.start:,}"
+    ) from error
   return value
 
 
@@ -251,35 +257,36 @@ def _listed(names: Iterable[str]) -> str:
 def _whole(block: Block, content: Sequence) -> Sequence:
   if len(content) < block.count:
     raise ConfigError(
-      f"{block.url} was changed since the start: it had {block.count} documents from number {block.first} on, and now "
-      f"has {len(content)}"
+      f"{block.url} has changed since the run started: it had {block.count} documents from number {block.first} on, "
+      f"and now has {len(content)}"
     )
   return content
 
 
 def blocks(source: SourceConfig, fingerprint: str | None = None) -> list[Block]:
-  """The blocks of a source's files, in the order of their names; blocks without documents are left out.
+  """The blocks of a source's files, in the order of the files' names, without empty blocks.
 
   Args:
-    source: any but a task.
-    fingerprint: of the tokenizer that source "tokens" must be made with; None: of any.
+    source: A source of documents, not a task.
+    fingerprint: The fingerprint of the tokenizer that a source "tokens" must have been tokenized with; None: any.
 
   Raises:
-    ConfigError: naming what is missing, cannot be read, or is of another tokenizer; or there is not one document.
+    ConfigError: A file is missing, cannot be read or was tokenized with another tokenizer, and the error names it; or
+      there are no documents at all.
   """
   if source.source == "stdlib":
     root, texts = sources.stdlib_root(), sources.stdlib()
     return [TextFile(name, str(root / name), 0, 1, len(texts[name])) for name in sorted(texts)]
   if source.source == "tokens":
-    found = _prepared(source, fingerprint)
+    every = _prepared(source, fingerprint)
   else:
-    find = {"text": _text, "jsonl": _jsonl, "parquet": _row_groups, "arrayrecord": _text_records}[source.source]
+    split = {"text": _text, "jsonl": _jsonl, "parquet": _row_groups, "arrayrecord": _text_records}[source.source]
     urls = files.find(source.paths, SUFFIXES[source.source])
-    found = [block for name, url in urls.items() for block in find(name, url, source.field)]
-  found = [block for block in found if block.count]
-  if not found:
+    every = [block for name, url in urls.items() for block in split(name, url, source.field)]
+  filled = [block for block in every if block.count]
+  if not filled:
     raise ConfigError(f"data.paths: the files of {source.paths!r} hold no documents")
-  return found
+  return filled
 
 
 def _text(name: str, url: str, field: str) -> list[Block]:
@@ -287,10 +294,10 @@ def _text(name: str, url: str, field: str) -> list[Block]:
 
 
 def _jsonl(name: str, url: str, field: str) -> list[Block]:
-  """Blocks of about _JSONL_BLOCK bytes; of a compressed file, which must be read from its start, one."""
+  """Blocks of about _JSONL_BLOCK bytes; a single block for a compressed file, which must be read from its start."""
   compressed = url.endswith((".gz", ".zst"))
-  found, line, offset, count, position = [], 0, 0, 0, 0
-  open_line = False  # whether the last line has no end yet
+  blocks, line, offset, count, position = [], 0, 0, 0, 0
+  open_line = False  # whether the data so far end within a line
   digest = hashlib.blake2b(digest_size=8)
   with files.reading(url) as file:
     while data := file.read(_JSONL_BLOCK):
@@ -298,7 +305,7 @@ def _jsonl(name: str, url: str, field: str) -> list[Block]:
       last = data.rfind(b"\n") + 1
       if last and not compressed:
         count += data.count(b"\n")
-        found.append(JsonLines(name, url, line, count, position + last - offset, field, offset, position + last))
+        blocks.append(JsonLines(name, url, line, count, position + last - offset, field, offset, position + last))
         line, offset, count = line + count, position + last, 0
       else:
         count += data.count(b"\n")
@@ -306,8 +313,8 @@ def _jsonl(name: str, url: str, field: str) -> list[Block]:
       open_line = last < len(data)
   if count or open_line:
     size = files.size(url) if compressed else position - offset
-    found.append(JsonLines(name, url, line, count + open_line, size, field, offset, None))
-  return [dataclasses.replace(block, digest=digest.hexdigest()) for block in found]
+    blocks.append(JsonLines(name, url, line, count + open_line, size, field, offset, None))
+  return [dataclasses.replace(block, digest=digest.hexdigest()) for block in blocks]
 
 
 def _row_groups(name: str, url: str, field: str) -> list[Block]:
@@ -322,13 +329,13 @@ def _row_groups(name: str, url: str, field: str) -> list[Block]:
     if str(values) not in _STRINGS:
       raise ConfigError(f"{url}: column {field!r} (field of the source) holds {kind}, not strings")
     column = next(i for i in range(table.metadata.num_columns) if table.schema.column(i).path == field)
-    found, first = [], 0
+    blocks, first = [], 0
     for group in range(table.num_row_groups):
       metadata = table.metadata.row_group(group)
       size = metadata.column(column).total_compressed_size
-      found.append(RowGroup(name, url, first, metadata.num_rows, size, field, group))
+      blocks.append(RowGroup(name, url, first, metadata.num_rows, size, field, group))
       first += metadata.num_rows
-  return found
+  return blocks
 
 
 def _text_records(name: str, url: str, field: str) -> list[Block]:
@@ -337,31 +344,35 @@ def _text_records(name: str, url: str, field: str) -> list[Block]:
 
 
 def _prepared(source: SourceConfig, fingerprint: str | None) -> list[Block]:
-  found = []
+  blocks = []
   for folder in files.matches(source.paths):
     manifest = manifests.read(folder)
     if fingerprint is not None and manifest.tokenizer != fingerprint:
       raise ConfigError(
         f"{folder} was tokenized with another tokenizer (its manifest has {manifest.tokenizer}, data.tokenizer is "
-        f"{fingerprint}): set data.tokenizer to the one in that folder, and data.separator as it was then"
+        f"{fingerprint}): set data.tokenizer to the one in that folder, and data.separator to the one used then"
       )
     for shard in manifest.shards:
-      if not shard.documents:  # all of its part were skipped or empty; no reader opens a file without records
+      if not shard.documents:  # all were skipped or empty; no reader opens a file without records
         continue
       url = manifests.join(folder, shard.file)
       records = _array_record(url).num_records()
       if records != shard.documents:
-        raise ConfigError(f"{url} has {records} records, its manifest says {shard.documents}: it is torn or replaced")
+        raise ConfigError(
+          f"{url} has {records} records, its manifest says {shard.documents}: it is incomplete or was replaced"
+        )
       lengths = manifests.join(folder, shard.lengths) if shard.lengths else ""
       if lengths and files.size(lengths) != records * manifests.LENGTHS.itemsize:
-        raise ConfigError(f"{lengths} is not of the {records} records of {url}: it is torn or replaced")
+        raise ConfigError(
+          f"{lengths} does not belong to the {records} records of {url}: it is incomplete or was replaced"
+        )
       kind = (manifest.dtype, manifest.vocab_size)
-      found.append(TokenRecords(shard.file, url, 0, records, shard.bytes, *kind, lengths))
-  return found
+      blocks.append(TokenRecords(shard.file, url, 0, records, shard.bytes, *kind, lengths))
+  return blocks
 
 
 def _array_record(url: str):
-  """A reader of random records. A file that is none would read as empty."""
+  """A reader of single records. Raises ConfigError for other files, which the package would read as empty."""
   from array_record.python import array_record_module
 
   path = files.local(url)
@@ -381,7 +392,7 @@ def _array_record(url: str):
 
 @contextlib.contextmanager
 def _parquet(url: str):
-  """Opens a Parquet file; whatever goes wrong in it becomes an error that names it."""
+  """Opens a Parquet file; an error while it is read becomes a ConfigError that names it."""
   pyarrow = files.pyarrow_module(url)
   try:
     with files.reading(url) as file:

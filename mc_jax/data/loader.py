@@ -1,8 +1,9 @@
-"""Batches for a job: the rows of this process's devices, the same whatever the processes and workers.
+"""Batches of a job's rows, which do not depend on the number of processes and workers.
 
-Row i of a run is the next one of virtual shard i modulo their number; batch t is rows t B .. t B + B - 1. A shard goes
-its way whoever draws from it, so that a row is a function of the seed and its number, and the position of a run is that
-of its shards. A process follows the shards of its own rows; together they know all positions, which a checkpoint holds.
+Row i of a run is the next row of virtual shard i modulo the number of shards; batch t consists of rows t B to
+t B + B - 1. A shard yields the same rows whichever process draws them, so a row is a function of the seed and its
+number, and a run's position is that of its shards. Each process draws, and tracks the shards of, its devices' rows
+only; a checkpoint gathers the positions of all shards.
 """
 
 from __future__ import annotations
@@ -23,25 +24,24 @@ from mc_jax.data.identity import Identity
 from mc_jax.data.packing import Row
 from mc_jax.data.streams import Mixture
 
-IDENTITY = "identity"  # in the state of Batches
-_AHEAD = 2  # steps that a worker prepares before they are asked for
+IDENTITY = "identity"  # key in the state of Batches
+_AHEAD = 2  # steps that a worker prepares in advance
 
 
 class Rows:
-  """The rows of each batch that a process needs, {row of the batch: arrays}.
+  """An iterator over batches that yields the rows of one process, {row of the batch: arrays}.
 
   Args:
-    make: (shard) -> its rows from the first on.
-    shards: number of them.
-    batch: rows of a batch, in all processes.
-    rows: those of this process.
-    workers: processes that prepare them; each has its own part of the shards.
+    make: A function from a shard's number to its rows, starting with the first.
+    shards: The number of shards.
+    batch: The number of rows in a batch, over all processes.
+    rows: The rows of the batch that this process needs.
+    workers: The number of worker processes, each with its own part of the shards; 0: this process prepares the rows.
 
   Attributes:
-    position: rows of all processes drawn so far; a multiple of `batch`.
-    states: of the shards that rows were drawn from, see Mixture.state: as they are at `position`, however far ahead
-      the workers are.
-    padding: share of the places that no document filled, since the start.
+    position: The number of rows drawn so far by all processes, a multiple of `batch`.
+    states: {shard: Mixture.state} of the shards drawn from, as of `position`, however far ahead the workers are.
+    padding: The share of positions that no document has filled since the start.
   """
 
   def __init__(self, make: Callable[[int], Mixture], shards: int, batch: int, rows: Sequence[int], workers: int = 0):
@@ -52,7 +52,7 @@ class Rows:
     self.states: dict[int, np.ndarray] = {}
 
   def seek(self, position: int, states: dict[int, np.ndarray]) -> None:
-    """Goes to a position; shards whose state is not given start at their first row, and pass those before it."""
+    """Moves to a position. Shards without a state start at their first row and skip to the position."""
     self.close()
     self.position, self.states = position, dict(states)
 
@@ -79,7 +79,7 @@ class Rows:
     return 1.0 - self._filled / self._places if self._places else 0.0
 
   def close(self) -> None:
-    """Ends the workers; the next row starts new ones."""
+    """Stops the workers; the next row starts new ones."""
     if self._steps is not None and self._workers:
       self._steps.close()
     self._steps = None
@@ -87,17 +87,17 @@ class Rows:
   def _start(self) -> None:
     steps = _Steps(self._make, self._shards, self._batch, self._rows, self.position, self.states)
     if self._workers:
-      if not flags.FLAGS.is_parsed():  # Grain's workers ask for flags of their own, also where there is no command line
+      if not flags.FLAGS.is_parsed():  # Grain's workers read flags even if there is no command line
         flags.FLAGS.mark_as_parsed()
       options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=_AHEAD)
-      # Rows come through a pipe: Grain's shared memory outlives a process that ends with some still to be read.
+      # Send rows through pipes: Grain's shared memory outlives a process that ends before it has read everything.
       through_pipe = grain.experimental.DatasetOptions(min_shm_size=1 << 62)
       steps = grain.experimental.WithOptionsIterDataset(steps, through_pipe).mp_prefetch(options, _own_signals)
     self._steps = iter(steps)
 
 
 def _own_signals(worker: int, workers: int) -> None:
-  """In a worker: stopping is the trainer's to decide, who may draw rows after a signal; and a worker ends with it."""
+  """Lets a worker ignore signals, because the trainer may draw rows after one, and end with the trainer."""
   del worker, workers
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
@@ -105,36 +105,36 @@ def _own_signals(worker: int, workers: int) -> None:
 
 
 class _Steps(grain.IterDataset):
-  """(rows of a step, {shard: its state behind them}), of all shards or a worker's: worker w of W has w, w + W, ..."""
+  """(rows of a step, {shard: its state after them}) for all shards, or those of worker w of W: w, w + W, ..."""
 
   def __init__(self, make, shards: int, batch: int, rows: tuple[int, ...], position: int, states: dict):
     super().__init__()
     self._arguments = (make, shards, batch, rows, position, states)
     self._slice = slice(0, None, 1)
 
-  def set_slice(self, part: slice, sequential_slice: bool = False) -> None:
-    """What Grain asks of a source that workers share."""
+  def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
+    """Selects a worker's shards; Grain calls this on a source that workers share."""
     del sequential_slice
-    self._slice = part
+    self._slice = sl
 
   def __iter__(self) -> grain.DatasetIterator:
     return _StepsIterator(*self._arguments, self._slice)
 
 
 class _StepsIterator(grain.DatasetIterator):
-  """Iterator of _Steps. Its position is told by its elements, not by Grain's state."""
+  """Iterator of _Steps. Its elements carry its position, so Grain's state is empty."""
 
-  def __init__(self, make, shards, batch, rows, position, states, part):
+  def __init__(self, make, shards, batch, rows, position, states, shard_slice):
     super().__init__()
     self._make, self._shards, self._batch, self._rows, self._position = make, shards, batch, rows, position
-    self._states, self._part = states, part
+    self._states, self._slice = states, shard_slice
     self._mixtures: dict[int, Mixture] = {}
 
   def __next__(self) -> tuple[dict[int, Row], dict[int, np.ndarray]]:
     drawn, touched = {}, set()
     for row in self._rows:
       number, shard = divmod(self._position + row, self._shards)
-      if shard % self._part.step == self._part.start:
+      if shard % self._slice.step == self._slice.start:
         drawn[row] = self._mixture(shard).row(number)
         touched.add(shard)
     self._position += self._batch
@@ -151,19 +151,19 @@ class _StepsIterator(grain.DatasetIterator):
     return {}
 
   def set_state(self, state: dict) -> None:
-    raise NotImplementedError("positions are those of Rows")
+    raise NotImplementedError("Rows keeps the position")
 
 
 class Batches:
-  """Batches as arrays of the whole job.
+  """An iterator over batches, {name: array of the whole job}.
 
   Args:
-    make: see Rows.
-    shards: number of virtual shards.
-    shapes: of a batch, with shardings; see windows.shapes.
-    workers: see Rows.
-    states: Whether a position is kept with the shards' states; without them rows are functions of their number.
-    identity: What the rows are read from, which is kept with the position.
+    make: See Rows.
+    shards: The number of virtual shards.
+    shapes: The shapes, dtypes and shardings of a batch, see windows.shapes.
+    workers: See Rows.
+    states: Whether the state of a run includes the shards' states; False if every row is a function of its number.
+    identity: The identity of the data, stored with the position.
   """
 
   def __init__(
@@ -188,45 +188,45 @@ class Batches:
   def __next__(self) -> dict[str, jax.Array]:
     rows = next(self._rows)
 
-    def part(name: str, index: tuple[slice, slice]) -> np.ndarray:
+    def block(name: str, index: tuple[slice, slice]) -> np.ndarray:
       numbers, columns = index
       return np.stack([rows[i][name][columns] for i in range(self._shapes[name].shape[0])[numbers]])
 
     return {
-      name: jax.make_array_from_callback(spec.shape, spec.sharding, functools.partial(part, name))
+      name: jax.make_array_from_callback(spec.shape, spec.sharding, functools.partial(block, name))
       for name, spec in self._shapes.items()
     }
 
   @property
   def position(self) -> int:
-    """Rows drawn so far, in all processes."""
+    """The number of rows drawn so far by all processes."""
     return self._rows.position
 
   @property
   def padding(self) -> float:
-    """Share of the places of this process's rows that no document filled, since the start."""
+    """The share of positions in this process's rows that no document has filled since the start."""
     return self._rows.padding
 
   def state(self) -> dict:
-    """The position, as JSON's types; of one process's batches or of another number's, it is the same. A collective."""
-    place = {"rows": self.position, **self._identity}
+    """The position, JSON-serialisable and independent of the number of processes. All processes must call this."""
+    state = {"rows": self.position, **self._identity}
     if not self._states:
-      return place
+      return state
     states = merge(_gather(table(self._rows.states, self._shards)))
-    return place | {"shards": {str(shard): row.tolist() for shard, row in states.items()}}
+    return state | {"shards": {str(shard): row.tolist() for shard, row in states.items()}}
 
   def restore(self, state: dict) -> None:
-    """Goes where `state` was taken, in rows of the same DataConfig.order."""
+    """Moves to the position of `state`, which must come from a run with the same DataConfig.order."""
     shards = state.get("shards", {}) if self._states else {}
     self._rows.seek(state["rows"], {int(shard): np.array(row, np.int64) for shard, row in shards.items()})
 
   def close(self) -> None:
-    """Ends the workers."""
+    """Stops the workers."""
     self._rows.close()
 
 
 def table(states: dict[int, np.ndarray], shards: int) -> np.ndarray:
-  """[shards, width] int64 of what one process knows; -1 where it knows nothing."""
+  """One process's states as an int64 array [shards, width], -1 where it has none."""
   width = len(next(iter(states.values()))) if states else 0
   rows = np.full((shards, width), -1, np.int64)
   for shard, state in states.items():
@@ -235,13 +235,13 @@ def table(states: dict[int, np.ndarray], shards: int) -> np.ndarray:
 
 
 def merge(tables: Iterable[np.ndarray]) -> dict[int, np.ndarray]:
-  """{shard: state} of what several processes know. Each shard's is that of the one that has drawn most."""
-  known: dict[int, np.ndarray] = {}
+  """{shard: state} from the tables of several processes; for each shard the state with the most rows drawn."""
+  latest: dict[int, np.ndarray] = {}
   for rows in tables:
     for shard in np.flatnonzero(rows[:, 0] >= 0) if rows.size else ():
-      if shard not in known or rows[shard, 0] > known[shard][0]:
-        known[int(shard)] = rows[shard]
-  return dict(sorted(known.items()))
+      if shard not in latest or rows[shard, 0] > latest[shard][0]:
+        latest[int(shard)] = rows[shard]
+  return dict(sorted(latest.items()))
 
 
 def _gather(rows: np.ndarray) -> list[np.ndarray]:

@@ -1,9 +1,9 @@
-"""Locks a folder, so that one process at a time works in it. A lock names its holder and does not outlive it.
+"""Locks a folder for one process at a time. A lock names its holder and does not outlive it.
 
-On file systems it is a flock, which the kernel releases however its holder ends. A bucket has none, and neither have
-some network file systems: there it is a file that only one process can create, and whose holder rewrites it every few
-seconds. Who finds it watches whether it changes; after a minute of silence its holder counts as dead. That is as far as
-a bucket allows: a holder that was suspended for longer finds its lock taken over when it wakes up, and ends.
+On most file systems the lock is a flock, which the kernel releases however its holder ends. Buckets and some network
+file systems have none; there it is a file that only one process can create and that the holder rewrites every few
+seconds. A process that finds the file watches it: if it does not change for a minute, the holder counts as dead.
+Buckets allow no stronger guarantee, so a holder that was suspended for longer and finds its lock taken over exits.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from mc_jax import storage
 
 FILE = "lock"
 
-_BEAT = 15.0  # seconds between two signs of life
-_SILENCE = 60.0  # seconds without one, after which a holder counts as dead
+_BEAT = 15.0  # seconds between two rewrites by the holder
+_SILENCE = 60.0  # seconds without a rewrite after which a holder counts as dead
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -39,15 +39,15 @@ class Taken(OSError):
 
 
 class Lock(abc.ABC):
-  """A lock that this process holds until `release`, or until it ends."""
+  """A lock that this process holds until it calls `release` or ends."""
 
   @abc.abstractmethod
   def release(self) -> None:
-    """Lets others take it; without effect in a forked child."""
+    """Releases the lock; has no effect in a forked child."""
 
   @property
   def descriptors(self) -> tuple[int, ...]:
-    """File descriptors that keep the lock as long as a child process has them, whatever ends this one."""
+    """File descriptors that keep the lock while a child process holds them, even after this process has ended."""
     return ()
 
   def __enter__(self) -> Lock:
@@ -58,17 +58,17 @@ class Lock(abc.ABC):
 
 
 def take(folder: epath.PathLike, doing: str, instead: str, file: str = FILE) -> Lock:
-  """Takes the lock of a folder, which is made if it is missing.
+  """Takes the lock of a folder, creating the folder if it is missing.
 
   Args:
-    folder: On this machine or in a bucket.
-    doing: What holders do, for the message: "trains in".
-    instead: What else than waiting would help: "use another --workdir".
+    folder: The folder, on this machine or in a bucket.
+    doing: What a holder does, for the message, such as "trains in".
+    instead: An alternative to waiting, for the message, such as "use another --workdir".
     file: The lock's name in the folder.
 
   Raises:
-    Taken: Another process holds it. Nothing was changed.
-    OSError: It cannot be written.
+    Taken: Another process holds the lock; nothing was changed.
+    OSError: The lock cannot be written.
   """
   folder = epath.Path(folder)
   new = not folder.exists()
@@ -84,24 +84,24 @@ def take(folder: epath.PathLike, doing: str, instead: str, file: str = FILE) -> 
 
 
 class _Held(Exception):
-  """Who holds the lock, in words."""
+  """Another process holds the lock; the text describes it."""
 
   def __init__(self, content: bytes):
     try:
       super().__init__("pid {pid} on {host} since {since}".format(**json.loads(content)))
-    except (ValueError, KeyError, TypeError):  # it has just been taken, or somebody else wrote the file
+    except (ValueError, KeyError, TypeError):  # the lock has just been taken, or another program wrote the file
       super().__init__("its lock names no process yet")
 
 
 class _Unsupported(Exception):
-  """A file system without flock."""
+  """The file system has no flock."""
 
 
 class _Flock(Lock):
-  """A lock on a file of a file system."""
+  """A flock on a file."""
 
   def __init__(self, path: str, new: bool):
-    self._path, self._new = path, new  # new: the folder was made for it
+    self._path, self._new = path, new  # new: whether the folder was created for the lock
     while True:
       self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
       try:
@@ -116,9 +116,9 @@ class _Flock(Lock):
         raise
       if self._in_place():
         break
-      os.close(self._descriptor)  # of a file that its holder has just removed
+      os.close(self._descriptor)  # the previous holder has just removed this file
     _open.add(self._descriptor)
-    with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
+    with contextlib.suppress(OSError):  # the lock holds even if the disk is full
       os.ftruncate(self._descriptor, 0)
       os.pwrite(self._descriptor, _content(_holder()), 0)
 
@@ -134,18 +134,18 @@ class _Flock(Lock):
       with contextlib.suppress(OSError):
         os.unlink(self._path)
         if self._new:
-          os.rmdir(os.path.dirname(self._path))  # fails unless nothing came of it
+          os.rmdir(os.path.dirname(self._path))  # fails if the holder left anything in it
     os.close(self._descriptor)
 
   def _in_place(self) -> bool:
-    """Whether the file that is locked is still the one at the path."""
+    """Whether the path still refers to the locked file."""
     try:
       return os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
     except FileNotFoundError:
       return False
 
 
-_open: set[int] = set()  # descriptors that a fork copies: the child's copy would keep the lock
+_open: set[int] = set()  # a forked child closes its copies, which would keep the lock
 
 
 def _close_in_child() -> None:
@@ -157,7 +157,7 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 class _Heartbeat(Lock):
-  """A lock where there is no flock."""
+  """A lock for file systems without flock and for buckets."""
 
   def __init__(self, url: str):
     self._files, self._path = fsspec.core.url_to_fs(url)
@@ -195,17 +195,17 @@ class _Heartbeat(Lock):
       self._files.pipe_file(self._path, _content(self._holder | facts))
 
   def _take_over(self) -> None:
-    """Waits until the holder counts as dead, and takes its place."""
-    there, begin = self._read(), time.monotonic()
-    print(f"{self._path}: {_Held(there)}; watching for {_SILENCE:.0f} s whether it is alive", flush=True)
+    """Takes the lock over once its holder counts as dead. Raises _Held if the holder is alive."""
+    before, begin = self._read(), time.monotonic()
+    print(f"{self._path}: {_Held(before)}; checking for {_SILENCE:.0f} s whether it is alive", flush=True)
     while time.monotonic() < begin + _SILENCE:
       time.sleep(_BEAT / 3)
-      if (now := self._read()) != there and now:
+      if (now := self._read()) != before and now:
         raise _Held(now)
       if not now and self._create():
         return
     self._write()
-    time.sleep(_BEAT)  # of several that do this at once, the last one to write has it
+    time.sleep(_BEAT)  # if several processes do this at once, the last to write gets the lock
     if not self._is_mine(now := self._read()):
       raise _Held(now)
 
@@ -214,16 +214,16 @@ class _Heartbeat(Lock):
       if self._closed.wait(_BEAT):
         return
       try:
-        there = self._read()
-        if there and not self._is_mine(there):
-          print(f"error: {self._path} was taken over by {_Held(there)}", file=sys.__stderr__, flush=True)
+        content = self._read()
+        if content and not self._is_mine(content):
+          print(f"error: {self._path} was taken over by {_Held(content)}", file=sys.__stderr__, flush=True)
           os._exit(1)
         self._write(beat=beat)
-      except Exception as error:  # a network that fails now and then: the next beat may pass
+      except Exception as error:  # networks fail now and then; the next attempt may succeed
         print(f"{self._path} could not be renewed: {error}", file=sys.__stderr__, flush=True)
 
   def _read(self) -> bytes:
-    """The lock's content; nothing if it is not there."""
+    """The lock's content; empty if the lock does not exist."""
     try:
       return self._files.cat_file(self._path)
     except FileNotFoundError:
@@ -234,7 +234,7 @@ class _Heartbeat(Lock):
 
 
 def _holder() -> dict[str, object]:
-  """What a lock says of its holder."""
+  """The facts about this process that a lock stores."""
   now = datetime.datetime.now().astimezone()
   return {"host": platform.node(), "pid": os.getpid(), "since": now.isoformat(" ", "seconds")}
 

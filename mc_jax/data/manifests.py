@@ -1,4 +1,4 @@
-"""The manifest of a tokenized corpus: what made it, and what its files hold."""
+"""The manifest of a tokenized corpus: its tokenizer, its sources and the contents of its files."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from mc_jax import storage
 from mc_jax.errors import ConfigError
 
 FILE = "manifest.json"
-PLAN = "plan.json"  # what the shards are to hold
+PLAN = "plan.json"  # the blocks of each shard, written before any shard
 LENGTHS = np.dtype("<u8")
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a file: no folder, no way up
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # a file's name without a folder
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """A file of the corpus: a record is a document's ids."""
+  """A file of the corpus, whose records are the ids of documents."""
 
   file: str  # name in the manifest's folder
-  documents: int
-  tokens: int
-  text_bytes: int  # of the UTF-8 of the documents
-  bytes: int  # of the file
+  documents: int  # number of documents
+  tokens: int  # number of ids
+  text_bytes: int  # UTF-8 bytes of the documents' text
+  bytes: int  # size of the file
   skipped: int  # malformed documents that were left out
-  lengths: str = ""  # name of the file of the documents' text_bytes, LENGTHS [documents]; "" in older folders
+  lengths: str = ""  # name of the file with each document's text_bytes, LENGTHS [documents]; "" in older folders
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
   """A tokenized corpus."""
 
-  tokenizer: str  # fingerprint, see tokenizers.Tokenizer
-  tokenizer_file: str  # its copy in the manifest's folder; "" for bytes
-  vocab_size: int
-  dtype: str  # of the ids in a record, "<u2" or "<u4"
+  tokenizer: str  # the tokenizer's fingerprint, see tokenizers.Tokenizer
+  tokenizer_file: str  # name of its copy in the manifest's folder; "" for bytes
+  vocab_size: int  # all ids are below it
+  dtype: str  # dtype of the ids in a record, "<u2" or "<u4"
   sources: tuple[str, ...]  # names of the files that the documents came from
   shards: tuple[Shard, ...]
 
@@ -47,7 +47,7 @@ def read(folder: str) -> Manifest:
   """The manifest of a folder.
 
   Raises:
-    ConfigError: there is none, it is broken, or it names a file outside its folder.
+    ConfigError: The manifest is missing or malformed, or names a file outside its folder.
   """
   path = storage.path(folder) / FILE
   try:
@@ -72,12 +72,12 @@ def read(folder: str) -> Manifest:
 
 
 def write(folder: epath.Path, manifest: Manifest) -> None:
-  """Writes a folder's manifest, all or nothing."""
+  """Writes a folder's manifest, atomically."""
   storage.write(folder / FILE, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
 
 
 def lengths(shard: str) -> str:
-  """The name of the file of a shard's text_bytes, beside the shard."""
+  """The name of the file with a shard's text_bytes, in the same folder."""
   return f"{shard.removesuffix('.array_record')}.lengths"
 
 

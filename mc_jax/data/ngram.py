@@ -1,4 +1,4 @@
-"""Byte unigram and bigram models, the references that a run is compared with."""
+"""Byte unigram and bigram models, the baselines that a run's loss is compared with."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Documents packed into rows.
 
-A document of ids d_0 .. d_n (separators at both ends) gives n places: at place i the token d_i, whose target is
-d_(i+1). A piece is a stretch of them. A row holds pieces of one or more documents, each under a segment id of its own,
-1, 2, ... from left to right; 0 is padding, in the gaps that alignment leaves and at the row's end. Nothing crosses from
-piece to piece. (Positions count from each piece's start: models derive them from segment_ids.)
+A document of ids d_0 .. d_n, with separators at both ends, fills n positions: position i has the token d_i and the
+target d_(i+1). A piece is a stretch of these positions. A row consists of pieces of one or more documents, with the
+segment ids 1, 2, ... from left to right; 0 marks padding, in gaps left by alignment and at the end of the row. Nothing
+carries over between pieces, and models derive positions that count from each piece's start from segment_ids.
 """
 
 from __future__ import annotations
@@ -17,41 +17,46 @@ import numpy as np
 from mc_jax.data.config import PackingConfig
 
 Row = dict[str, np.ndarray]
-# Number of a document, from 0 -> its ids, int32 [n + 1] or none at all; None where there are no more documents.
+# From a document's number, from 0, to its ids, int32 [n + 1], or [0] to leave it out; None after the last document.
 Read = Callable[[int], np.ndarray | None]
 
 
 class Piece(NamedTuple):
-  """Places `start` .. `stop` - 1 of a document."""
+  """Positions `start` to `stop` - 1 of a document."""
 
-  ids: np.ndarray  # of the whole document, int32 [n + 1]
+  ids: np.ndarray  # ids of the whole document, int32 [n + 1]
   start: int
   stop: int
 
 
 class Cursor(NamedTuple):
-  """Where a stream of rows is. What follows is a function of it."""
+  """The position of a stream of rows, which determines all that follow. Rows are filled in groups."""
 
-  document: int  # the next rows are filled together: with this document first,
-  place: int  # from this place on;
-  rows: int  # so many of these rows are done
+  document: int  # number of the document that the current group of rows starts with
+  place: int  # position in that document
+  rows: int  # number of rows of the group that are done
 
 
 def aligned(place: int, align: int) -> int:
-  """The first multiple of `align` that is not below `place`."""
+  """The smallest multiple of `align` that is at least `place`."""
   return -(-place // align) * align
 
 
 def fill(read: Read, cursor: Cursor, length: int, config: PackingConfig) -> tuple[list[list[Piece]], Cursor]:
-  """The next rows that are filled together, and the cursor behind them.
+  """The next group of rows, and the cursor after it.
+
+  concat fills one row: documents follow each other, and one that is cut at the end continues in the next row. best_fit
+  fills about `window` rows together: documents longer than a row are cut into whole rows and a rest, others stay whole;
+  longest first, each piece goes to the row where it leaves the least room.
 
   Args:
-    read: the documents.
-    cursor: whose `rows` is not looked at.
-    length: places in a row.
-    config: concat fills one row: each document follows the one before it, and goes on in the next row where it was cut.
-      best_fit takes documents for `window` rows, or a few more; one longer than a row is cut into whole rows and a
-      rest, the others stay whole. Longest first, each goes where it leaves the least room.
+    read: The documents.
+    cursor: The start of the group; its `rows` is ignored.
+    length: The number of positions in a row.
+    config: The method and its settings.
+
+  Returns:
+    The pieces of each row, and the next cursor.
   """
   if config.method == "concat":
     return _concat(read, cursor, length, config.align)
@@ -81,7 +86,7 @@ def _best_fit(read: Read, cursor: Cursor, length: int, align: int, window: int) 
     stop = min(len(ids) - 1, start + length)
     if stop > start:
       room -= aligned(stop - start, align)
-      if room < 0 and pieces:  # this one would have a row nearly to itself: it opens the next window
+      if room < 0 and pieces:  # it would have a row nearly to itself, so it opens the next window
         break
       pieces.append(Piece(ids, start, stop))
     number, start = (number + 1, 0) if stop >= len(ids) - 1 else (number, stop)
@@ -90,12 +95,12 @@ def _best_fit(read: Read, cursor: Cursor, length: int, align: int, window: int) 
 
 
 def best_fit(sizes: Sequence[int], length: int, align: int) -> list[list[int]]:
-  """Numbers of the pieces in each row, ascending in every row; rows by their first piece.
+  """The numbers of the pieces in each row, ascending; rows are sorted by their first piece.
 
   Args:
-    sizes: of the pieces, 1 .. length each.
-    length: of a row, a multiple of `align`.
-    align: a piece starts at a multiple of it.
+    sizes: The pieces' sizes, from 1 to `length`.
+    length: The length of a row, a multiple of `align`.
+    align: Pieces start at multiples of it.
   """
   rows: list[list[int]] = []
   rooms: list[tuple[int, int]] = []  # (room, row), ascending
@@ -113,30 +118,30 @@ def best_fit(sizes: Sequence[int], length: int, align: int) -> list[list[int]]:
 
 
 def rows(documents: Sequence[np.ndarray], length: int, align: int) -> list[Row]:
-  """All of these documents, one after the other, in as many rows as it takes; see `build`."""
+  """Rows, as `build` returns, of all documents in order."""
   read = dict(enumerate(documents)).get
-  cursor, found = Cursor(0, 0, 0), []
+  cursor, built = Cursor(0, 0, 0), []
   while cursor.document < len(documents):
     (pieces,), cursor = _concat(read, cursor, length, align)
-    found.append(build(pieces, length, align))
-  return found
+    built.append(build(pieces, length, align))
+  return built
 
 
 def build(pieces: Sequence[Piece], length: int, align: int) -> Row:
-  """The row of these pieces: tokens, targets, segment_ids int32 [length], weights float32 [length]."""
+  """The row with these pieces: tokens, targets and segment_ids int32 [length], weights float32 [length]."""
   row = {name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segment_ids")}
   place = 0
   for number, (ids, start, stop) in enumerate(pieces, 1):
     place = aligned(place, align)
-    here = slice(place, place + stop - start)
-    row["tokens"][here] = ids[start:stop]
-    row["targets"][here] = ids[start + 1 : stop + 1]
-    row["segment_ids"][here] = number
-    place = here.stop
+    span = slice(place, place + stop - start)
+    row["tokens"][span] = ids[start:stop]
+    row["targets"][span] = ids[start + 1 : stop + 1]
+    row["segment_ids"][span] = number
+    place = span.stop
   row["weights"] = (row["segment_ids"] > 0).astype(np.float32)
   return row
 
 
 def padding(segment_ids: np.ndarray) -> float:
-  """Share of the places that no document fills."""
+  """The share of positions that no document fills."""
   return 1.0 - np.count_nonzero(segment_ids) / segment_ids.size

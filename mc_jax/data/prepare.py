@@ -4,8 +4,8 @@
   python -m mc_jax.data.prepare --source=parquet --paths=gs://bucket/fineweb --tokenizer=tokenizer.json --out=tokens
 
 Then train with --config.data.source=tokens --config.data.paths=tokens --config.data.tokenizer=tokens/tokenizer.json
---config.data.packing.method=best_fit. Killed, it goes on when the command is given again: a shard is in place whole or
-not at all, and which documents it holds was settled at the start.
+--config.data.packing.method=best_fit. After an interruption, the same command resumes: shards are written atomically,
+and their documents are fixed at the start.
 """
 
 from __future__ import annotations
@@ -21,33 +21,35 @@ from mc_jax.data.config import ERRORS, TEXTS, SourceConfig
 from mc_jax.errors import ConfigError
 
 _SOURCE = flags.DEFINE_enum("source", "text", TEXTS, "Format of the corpus.")
-_PATHS = flags.DEFINE_string("paths", "", "Its files, folders or globs, separated by commas; also gs://.")
-_FIELD = flags.DEFINE_string("field", "text", "What holds the text: of a JSON object, or a Parquet column.")
-_OUT = cli.path_flag("out", None, "Folder of the tokenized corpus; made if missing.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "bytes, a tokenizer.json, or a SentencePiece *.model.")
+_PATHS = flags.DEFINE_string("paths", "", "Corpus: files, folders or globs, separated by commas; also gs://.")
+_FIELD = flags.DEFINE_string("field", "text", "JSON field or Parquet column that holds the text.")
+_OUT = cli.path_flag("out", None, "Folder for the tokenized corpus; created if missing.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer: bytes, a tokenizer.json, or a SentencePiece *.model.")
 _TRAIN_BPE = flags.DEFINE_integer(
-  "train_bpe", None, "Instead: learn a byte-level BPE with so many ids.", lower_bound=257
+  "train_bpe", None, "Number of ids of a byte-level BPE to learn, instead of --tokenizer.", lower_bound=257
 )
-_TRAIN_BYTES = flags.DEFINE_integer("train_bytes", 100_000_000, "--train_bpe: from so much text.", lower_bound=1)
+_TRAIN_BYTES = flags.DEFINE_integer(
+  "train_bytes", 100_000_000, "Bytes of text that --train_bpe learns from.", lower_bound=1
+)
 _SEPARATOR = flags.DEFINE_string("separator", "", "Token between documents; default: the tokenizer's own.")
-_SHARDS = flags.DEFINE_integer("shards", 0, "Files to write; default: one per 64 MB of the corpus, at least 8.")
-_PROCESSES = flags.DEFINE_integer("processes", os.cpu_count(), "Processes that tokenize.", lower_bound=1)
-_ON_ERROR = flags.DEFINE_enum("on_error", "stop", ERRORS, "What a malformed document does.")
+_SHARDS = flags.DEFINE_integer("shards", 0, "Number of files; default: one per 64 MB of the corpus, at least 8.")
+_PROCESSES = flags.DEFINE_integer("processes", os.cpu_count(), "Number of processes that tokenize.", lower_bound=1)
+_ON_ERROR = flags.DEFINE_enum("on_error", "stop", ERRORS, "What to do at a malformed document.")
 _SUMS = {"documents": "documents", "text_bytes": "bytes of text", "tokens": "tokens", "skipped": "skipped"}
 
 
 def main(_: list[str]) -> None:
-  """Prepares as the flags say."""
+  """Prepares the corpus of the flags."""
   named = {f"data.{name}": f"--{name}" for name in ("source", "paths", "field", "tokenizer", "separator")}
   with cli.naming(named | {"on_error=skip": "--on_error=skip"}):
     _checked()
 
 
 def _checked() -> None:
-  """Checks the flags, and prepares while no other process does the same."""
+  """Checks the flags, and prepares the corpus while it holds the folder's lock."""
   source = SourceConfig(source=_SOURCE.value, paths=_PATHS.value, field=_FIELD.value)
-  if found := source.source_problems("data", length=1):
-    raise ConfigError("\n".join(found))
+  if problems := source.source_problems("data", length=1):
+    raise ConfigError("\n".join(problems))
   if (_TOKENIZER.value is None) == (_TRAIN_BPE.value is None):
     raise ConfigError("give one of --tokenizer and --train_bpe")
   if _TRAIN_BPE.value is None and flags.FLAGS["train_bytes"].present:
@@ -57,12 +59,12 @@ def _checked() -> None:
 
 
 def _prepare(source: SourceConfig) -> None:
-  """Learns the tokenizer where one is to be learned, prepares the corpus, and prints what it took."""
+  """Learns the tokenizer if --train_bpe is given, prepares the corpus, and prints its size and the time."""
   name = _TOKENIZER.value
   if _TRAIN_BPE.value:
     name = str(storage.path(_OUT.value) / learning.FILE)
     begin = time.monotonic()
-    print("learning the tokenizer, unless it is there ...", flush=True)
+    print("learning the tokenizer, unless the folder has it ...", flush=True)
     ids = learning.learn(source, _TRAIN_BPE.value, _TRAIN_BYTES.value, _OUT.value, _ON_ERROR.value)
     if ids is not None:
       fewer = ": the text has no more pairs" if ids < _TRAIN_BPE.value else ""

@@ -1,7 +1,7 @@
-"""Where text comes from, and which files are held out for validation.
+"""Reads files of text as streams of bytes, and decides which are held out for validation.
 
-A corpus is two streams of bytes, training and validation. Files are split whole: a file is in one
-of them, decided by a hash of its name below the folder that all files share: files added below it move no others.
+A corpus consists of two streams, training and validation. A file is in one of them as a whole, depending on a hash of
+its name relative to the folder that all files share, so files added below that folder move no others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mc_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """Tokens uint8 [length] of each split: its files in order, a separator before each."""
+  """The bytes of each split, uint8 [length], with a separator before each file, and its files in order."""
 
   training: np.ndarray
   validation: np.ndarray
@@ -35,16 +35,16 @@ def load(config: DataConfig) -> Corpus:
   """Reads and splits the corpus.
 
   Raises:
-    ConfigError: nothing found, a file that is not text, or a split that would be empty.
+    ConfigError: There are no files, a file is not text, or a split would be empty.
   """
   texts = stdlib() if config.source == "stdlib" else text(config.paths, config.on_error)
   training, validation = split(sorted(texts), config.validation_fraction, config.seed)
-  for name, held in (("training", training), ("validation", validation)):
-    if not any(texts[file] for file in held):
+  for name, files_of_split in (("training", training), ("validation", validation)):
+    if not any(texts[file] for file in files_of_split):
       raise ConfigError(
-        f"the {name} split would be empty: {len(texts)} file(s) found, of which a hash holds out "
-        f"data.validation_fraction={config.validation_fraction} by name. Give data.paths more "
-        "files, change data.validation_fraction (between 0 and 1), or try another data.seed"
+        f"the {name} split would be empty: of {len(texts)} file(s), a hash of their names holds out "
+        f"data.validation_fraction={config.validation_fraction}. Give data.paths more files, change "
+        "data.validation_fraction (between 0 and 1), or try another data.seed"
       )
   return Corpus(
     training=_join(texts[file] for file in training),
@@ -60,20 +60,20 @@ def _join(texts) -> np.ndarray:
 
 
 def split(names: list[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
-  """Training and validation names, in the order given; each name's place depends on it alone."""
+  """(training names, validation names) in the order given; each name's split depends on that name alone."""
   training = [name for name in names if not held_out(name, fraction, seed)]
   validation = [name for name in names if held_out(name, fraction, seed)]
   return training, validation
 
 
 def held_out(name: str, fraction: float, seed: int) -> bool:
-  """Whether what is called so is for validation: `fraction` of all names are."""
+  """Whether the file or document `name` is held out for validation, as the share `fraction` of all names is."""
   digest = hashlib.blake2b(f"{seed}/{name}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
   return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def is_text(data: bytes) -> bool:
-  """Whether `data` is UTF-8 and holds no NUL byte, as no text does."""
+  """Whether `data` is UTF-8 without NUL bytes."""
   try:
     data.decode("utf-8")
   except UnicodeDecodeError:
@@ -82,27 +82,29 @@ def is_text(data: bytes) -> bool:
 
 
 def plain(data: bytes) -> bytes:
-  """A file's text without the byte order mark that some editors put before it."""
+  """A file's text without the byte order mark that some editors write."""
   return data.removeprefix(codecs.BOM_UTF8)
 
 
 def not_text(where: str, data: bytes) -> str:
-  """What an error says of a file or a line that is not text."""
+  """The error message for a file or line that is not text."""
   if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
     return f"{where} is UTF-16, not UTF-8: convert it, for example with iconv -f UTF-16 -t UTF-8"
   return f"{where} is not text (UTF-8 without NUL bytes)"
 
 
 def stdlib_root() -> pathlib.Path:
-  """The folder of the standard library of the Python that runs this."""
+  """The folder of the running Python's standard library."""
   return pathlib.Path(sysconfig.get_paths()["stdlib"])
 
 
 def stdlib() -> dict[str, bytes]:
-  """The .py files of the standard library of the Python that runs this, by relative path.
+  """The .py files of the running Python's standard library, {relative path: UTF-8 text}.
 
-  Installed packages are left out, and so are the few files that are not UTF-8 on purpose (tests
-  of the parser).
+  Installed packages are excluded, and so are the few files that are deliberately not UTF-8 (tests of the parser).
+
+  Raises:
+    ConfigError: This Python ships without its source.
   """
   root = stdlib_root()
   texts = {}
@@ -123,14 +125,14 @@ def stdlib() -> dict[str, bytes]:
 
 
 def text(paths: str, on_error: str = "stop") -> dict[str, bytes]:
-  """The files named by `paths`, {name: UTF-8 text}, as files.find names them.
+  """The files of `paths`, {name: UTF-8 text}.
 
   Args:
-    paths: See files.find.
+    paths: Files, folders or globs; see files.find, which also names the files.
     on_error: "stop" at a file that is not text, or "skip" it with a warning.
 
   Raises:
-    ConfigError: Naming what matches nothing, cannot be read, or is not text.
+    ConfigError: A pattern matches nothing, or a file cannot be read or is not text; the error names it.
   """
   texts, skipped = {}, 0
   for name, url in files.find(paths).items():

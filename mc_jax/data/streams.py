@@ -1,6 +1,6 @@
-"""Endless streams of rows, each with a cursor that a few integers tell.
+"""Endless streams of rows, whose positions are cursors of a few integers.
 
-A stream is one virtual shard of one source. What it yields after `seek(cursor)` is a function of the cursor.
+A stream is one virtual shard of one source. The rows that it yields after `seek(cursor)` are a function of the cursor.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from mc_jax.errors import ConfigError
 
 
 class Stream(Protocol):
-  """Rows without end.
+  """An endless iterator of rows.
 
   Attributes:
-    cursor: of the next row.
+    cursor: The position of the next row.
   """
 
   cursor: Cursor
 
   def __next__(self) -> Row:
-    """Arrays [length] of a row: tokens, targets, segment_ids int32, weights float32."""
+    """The next row, arrays [length]: tokens, targets and segment_ids int32, weights float32."""
 
   def skip(self) -> None:
-    """Passes a row."""
+    """Skips a row."""
 
   def seek(self, cursor: Cursor) -> None:
-    """Goes where another stream of the same arguments was."""
+    """Moves to the cursor of a stream with the same arguments."""
 
 
 class Counted:
-  """Rows that are a function of their number in the stream.
+  """A stream whose rows are a function of their number.
 
   Args:
-    row: (number) -> row.
+    row: The function from a number, from 0, to a row.
   """
 
   def __init__(self, row: Callable[[int], Row]):
@@ -61,13 +61,13 @@ class Counted:
 
 
 class Packed:
-  """Rows of packed documents.
+  """A stream of rows of packed documents.
 
   Args:
-    read: (number) -> ids of the stream's document, for every number from 0: see packing.fill.
-    config: its length and packing.
-    first: rows that best_fit fills together at the start, instead of packing.window; differs from stream to stream,
-      lest all be filled anew at the same step.
+    read: A function from the number of a document in the stream, from 0, to its ids; see packing.fill.
+    config: The configuration, of which length and packing are used.
+    first: The number of rows in best_fit's first group, instead of packing.window. If it differs between streams, they
+      do not all fill new rows at the same step.
   """
 
   def __init__(self, read: packing.Read, config: DataConfig, first: int | None = None):
@@ -79,7 +79,7 @@ class Packed:
   @property
   def cursor(self) -> Cursor:
     if self._filled and self._done == len(self._filled):
-      return self._behind
+      return self._next_start
     return self._start._replace(rows=self._done)
 
   def __next__(self) -> Row:
@@ -96,29 +96,37 @@ class Packed:
     self._start, self._done, self._filled = cursor._replace(rows=0), cursor.rows, None
 
   def _fill(self) -> None:
-    """Has rows that are not done: those of the cursor, or, when they are, the next.
+    """Fills the group of rows at the cursor, and those after it until one has rows that are not done.
 
-    A cursor can have more rows done than there are, where documents have come to the corpus since.
+    A cursor can have more rows done than its group holds, if documents were added to the corpus since.
     """
     while self._filled is None or self._done >= len(self._filled):
       if self._filled is not None:
-        self._start, self._done = self._behind, 0
-      how = self._first if self._start[:2] == (0, 0) else self._packing
-      self._filled, self._behind = packing.fill(self._read, self._start, self._length, how)
+        self._start, self._done = self._next_start, 0
+      config = self._first if self._start[:2] == (0, 0) else self._packing
+      self._filled, self._next_start = packing.fill(self._read, self._start, self._length, config)
 
 
 def packed(
   documents: Documents, order: Order, part: PartConfig, config: DataConfig, key: tuple[int | str, ...], shard: int
 ) -> Packed:
-  """The stream of shard `shard`: every config.virtual_shards-th document of `order`.
+  """The stream of virtual shard `shard`, with every config.virtual_shards-th document of `order`.
 
   Args:
-    key: of what is random besides the order; differs from source to source.
+    documents: The source's documents.
+    order: Their order.
+    part: The source's configuration.
+    config: The run's configuration.
+    key: The key of random choices other than the order; differs from source to source.
+    shard: The shard's number, from 0.
+
+  Raises:
+    ConfigError: While it is read: no document is left to train on.
   """
   shards = config.virtual_shards
   empty = np.zeros(0, np.int32)
 
-  def wanted(number: int) -> np.ndarray:
+  def selected(number: int) -> np.ndarray:
     i = order[number]
     if part.split == "both" and sources.held_out(documents.name(i), config.validation_fraction, config.seed):
       return empty
@@ -130,12 +138,12 @@ def packed(
 
   def read(number: int) -> np.ndarray:
     nonlocal missed
-    ids = wanted(shard + shards * number)
+    ids = selected(shard + shards * number)
     missed = 0 if len(ids) else missed + 1
     if missed > 10_000 + 100 * len(documents):
       raise ConfigError(
-        f"no document to train on among {len(documents)} of {part.source} ({part.paths}): they are empty, malformed, "
-        "or all held out for validation (data.validation_fraction)"
+        f"no document to train on among {len(documents)} of {part.source} ({part.paths}): all are empty, malformed, "
+        "or held out for validation (data.validation_fraction)"
       )
     return ids
 
@@ -143,28 +151,28 @@ def packed(
 
 
 class Mixture:
-  """One virtual shard of a run: each row is one of its sources'.
+  """One virtual shard of a run, whose rows come from several sources.
 
-  Which source a row is of is drawn by weight, a function of the seed, the shard and the row's number.
+  The source of each row is drawn by weight, as a function of the key and the row's number.
 
   Args:
-    streams: by the name of their source, with the weight of each.
-    key: of the draws.
+    streams: {source: (stream, weight)}.
+    key: The key of the draws.
 
   Attributes:
-    drawn: rows drawn so far.
+    drawn: The number of rows drawn so far.
   """
 
   def __init__(self, streams: dict[str, tuple[Stream, float]], key: tuple[int | str, ...]):
     self._streams = [stream for stream, _ in streams.values()]
     weights = np.array([weight for _, weight in streams.values()])
     self._ends = np.cumsum(weights / weights.sum())
-    self._ends[np.flatnonzero(weights)[-1] :] = 1.0  # whatever the rounding
+    self._ends[np.flatnonzero(weights)[-1] :] = 1.0  # despite rounding
     self._key = key
     self.drawn = 0
 
   def row(self, number: int) -> Row:
-    """Row `number`, which must not be before `drawn`; those between are passed."""
+    """Row `number`, which is at least `drawn`; rows in between are skipped."""
     while self.drawn < number:
       self._next().skip()
       self.drawn += 1
@@ -179,21 +187,21 @@ class Mixture:
 
   @property
   def state(self) -> np.ndarray:
-    """[1 + 3 sources] int64: `drawn`, and the cursor of each stream."""
+    """`drawn` and the cursor of each stream: int64 [1 + 3 * sources]."""
     return np.array([self.drawn, *(n for stream in self._streams for n in stream.cursor)], np.int64)
 
   def restore(self, state: np.ndarray) -> None:
-    """Goes where another mixture of the same arguments was."""
+    """Moves to the state of a mixture with the same arguments."""
     self.drawn = int(state[0])
     for stream, cursor in zip(self._streams, np.reshape(state[1:], (-1, 3)), strict=True):
       stream.seek(Cursor(*(int(n) for n in cursor)))
 
 
 def windows(rows: Sequence[Row], shards: int, shard: int) -> Mixture:
-  """The rows of a shard, of rows that any number gives; such as those of windows.training."""
+  """The stream of a shard of rows that can be read by number, such as those of windows.training."""
   return Mixture({"windows": (Counted(lambda number: rows[number * shards + shard]), 1.0)}, ())
 
 
 def generator(*key: int | str) -> np.random.Generator:
-  """Random numbers that are a function of the key."""
+  """A random generator that is a function of the key."""
   return np.random.default_rng(hashed(key))

@@ -1,4 +1,4 @@
-"""Text as tokens: bytes, a Hugging Face tokenizer.json, or a SentencePiece model."""
+"""Tokenizers: bytes, a Hugging Face tokenizer.json, or a SentencePiece model."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from mc_jax.errors import ConfigError, missing_package
 VOCAB_SIZE = 256
 SEPARATOR = 0  # the byte before every file; it cannot occur in one (see formats.is_text)
 
-# Tokens that vocabularies have for the end of a text or, failing that, for its start.
+# Tokens that vocabularies use for the end of a text or, failing that, for its start.
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]", "<s>", "<bos>", "[BOS]")
 
 
 def encode(text: str | bytes) -> np.ndarray:
-  """Bytes of a text, uint8 [length]."""
+  """The bytes of a text, uint8 [length]; a string as UTF-8."""
   data = text.encode("utf-8") if isinstance(text, str) else text
   return np.frombuffer(data, dtype=np.uint8)
 
 
 def decode(tokens: np.ndarray) -> str:
-  """The text of bytes [length]; separators become newlines, broken UTF-8 U+FFFD."""
+  """The text of bytes [length]; separators become newlines, and invalid UTF-8 becomes U+FFFD."""
   data = np.asarray(tokens, dtype=np.uint8).tobytes()
   return data.replace(bytes([SEPARATOR]), b"\n").decode("utf-8", errors="replace")
 
 
 class Tokenizer(Protocol):
-  """Text to ids and back.
+  """Converts text to ids and back.
 
   Attributes:
-    vocab_size: ids are below it.
-    separator: id that stands at the start and at the end of a document.
-    fingerprint: of everything that ids depend on: equal fingerprints, equal ids.
+    vocab_size: All ids are below it.
+    separator: The id at the start and at the end of a document.
+    fingerprint: A digest of everything that ids depend on: equal fingerprints mean equal ids.
   """
 
   vocab_size: int
@@ -47,10 +47,10 @@ class Tokenizer(Protocol):
   fingerprint: str
 
   def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """Ids of each text, int32 [length], without separators.
+    """The ids of each text, int32 [length], without separators.
 
     Raises:
-      ValueError: The tokenizer cannot take one of the texts.
+      ValueError: The tokenizer fails on one of the texts.
     """
 
   def decode(self, ids: np.ndarray) -> str:
@@ -72,13 +72,13 @@ class Bytes:
 
 
 class HuggingFace:
-  """A tokenizer.json."""
+  """The tokenizer of a tokenizer.json."""
 
   def __init__(self, data: bytes, separator: str, where: str):
     tokenizers = _import("tokenizers", where)
     try:
       self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-    except Exception as error:  # the package raises no class of its own
+    except Exception as error:  # the package has no exception class of its own
       raise ConfigError(f"data.tokenizer: {where} is not a tokenizer.json of Hugging Face: {error}") from error
     self._tokenizer.no_padding()
     self._tokenizer.no_truncation()
@@ -98,7 +98,7 @@ class HuggingFace:
 
 
 class SentencePiece:
-  """A *.model of SentencePiece."""
+  """The tokenizer of a SentencePiece *.model."""
 
   def __init__(self, data: bytes, separator: str, where: str):
     sentencepiece = _import("sentencepiece", where)
@@ -128,11 +128,11 @@ def load(name: str, separator: str = "") -> Tokenizer:
   """The tokenizer of `data.tokenizer`.
 
   Args:
-    name: "bytes", or where a tokenizer.json or a SentencePiece *.model lies; also in a bucket.
-    separator: token that documents start and end with; "": the first that the vocabulary has of the usual ones.
+    name: "bytes", or the path of a tokenizer.json or a SentencePiece *.model, on this machine or in a bucket.
+    separator: The token at the start and end of documents; "": the first of the usual ones in the vocabulary.
 
   Raises:
-    ConfigError: no such file, not a tokenizer, or no such separator.
+    ConfigError: The file cannot be read or is not a tokenizer, or the vocabulary has no such separator.
   """
   if name == "bytes":
     if separator:
@@ -143,7 +143,7 @@ def load(name: str, separator: str = "") -> Tokenizer:
 
 
 def read(name: str) -> bytes:
-  """The bytes of a tokenizer's file; ConfigError if there is no such file."""
+  """The bytes of a tokenizer's file. Raises ConfigError if it cannot be read."""
   try:
     return storage.path(name).read_bytes()
   except OSError as error:
@@ -153,9 +153,9 @@ def read(name: str) -> bytes:
 
 
 def train_bpe(texts, vocab_size: int, path: pathlib.Path) -> None:
-  """Writes the tokenizer.json of a byte-level BPE with `vocab_size` ids, learned from an iterable of texts.
+  """Learns a byte-level BPE of up to `vocab_size` ids from an iterable of texts, and writes it to `path` as JSON.
 
-  Its separator is <|endoftext|>, id 0. Every text can be encoded, and decodes to itself.
+  The separator is <|endoftext|>, id 0. Every text can be encoded, and decodes to itself.
   """
   tokenizers = _import("tokenizers", "--train_bpe")
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -180,7 +180,7 @@ def _import(package: str, where: str):
 
 @contextlib.contextmanager
 def _refusing() -> Iterator[None]:
-  """What a package raises at a text becomes a ValueError; a panic of Rust is not even an Exception."""
+  """Turns any error of a package into ValueError, even a panic in Rust, which is not an Exception."""
   try:
     yield
   except BaseException as error:
@@ -190,14 +190,15 @@ def _refusing() -> Iterator[None]:
 
 
 def _separator(to_id, token: str, where: str) -> int:
-  ids = [to_id(candidate) for candidate in ([token] if token else _SEPARATORS)]
-  found = [number for number in ids if number is not None]
-  if not found:
+  """The id of the separator; with token="", that of the first usual one. Raises ConfigError if there is none."""
+  candidates = [to_id(candidate) for candidate in ([token] if token else _SEPARATORS)]
+  ids = [number for number in candidates if number is not None]
+  if not ids:
     missing = repr(token) if token else f"none of {', '.join(_SEPARATORS)}"
     raise ConfigError(
       f"data.separator must be a token of {where}, which has " + (f"no {missing}" if token else missing)
     )
-  return found[0]
+  return ids[0]
 
 
 def _fingerprint(data: bytes, separator: int) -> str:
@@ -205,7 +206,7 @@ def _fingerprint(data: bytes, separator: int) -> str:
 
 
 def _parts(ids: np.ndarray, separator: int) -> list[np.ndarray]:
-  """The stretches between separators, int [length] each."""
+  """The ids between separators, int [length] each."""
   ids = np.asarray(ids)
   cuts = np.flatnonzero(ids == separator)
   return [part[part != separator] for part in np.split(ids, cuts)]

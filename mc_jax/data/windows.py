@@ -1,8 +1,8 @@
-"""A stream of tokens cut into rows of one length, rows into batches, and batches among a mesh's devices.
+"""Cuts a stream of tokens into rows of one length, groups rows into batches, and places batches on a mesh.
 
-A batch is a dict of [batch, length] arrays: `tokens` int32; `targets` int32, the token after each;
-`weights` float32, 1 where the target counts and 0 where it does not; and, where documents are kept
-apart, `segment_ids` int32, 1, 2, ... from left to right.
+A batch is a dict of [batch, length] arrays: `tokens` int32; `targets` int32, the token after each; `weights` float32,
+1 where the target is scored and 0 elsewhere; and, if documents are separated, `segment_ids` int32, 1, 2, ... from left
+to right.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from mc_jax.parallel import axes
 
 Batch = dict[str, np.ndarray]
 
-# As good as endless: the length that Grain gives an endless dataset overflows in batches of one row.
+# Practically endless; the length that Grain reports for an endless dataset overflows in batches of one row.
 _EPOCHS = 1_000_000
 
 
 def training(stream: np.ndarray, config: DataConfig) -> grain.MapDataset:
-  """Endless shuffled rows of `stream` [tokens]: row i is a function of the seed and i alone.
+  """Endless shuffled rows of `stream` uint8 [tokens]; row i is a function of the seed and i alone.
 
-  An epoch visits every stretch of `length` tokens once on average: one window starts at a random
-  place in each, in an order of its own.
+  The stream is divided into stretches of `length` tokens. In every epoch, one row starts at a random position of each
+  stretch, in a new order of the stretches.
 
   Raises:
-    ConfigError: the stream is shorter than one row.
+    ConfigError: The stream is shorter than one row.
   """
   length = config.length
   last_start = len(stream) - length - 1
@@ -48,7 +48,12 @@ def training(stream: np.ndarray, config: DataConfig) -> grain.MapDataset:
 
 
 def place(batch: Batch, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-  """A batch that every process has, as arrays of the whole job."""
+  """The arrays of the whole job for a batch that every process has.
+
+  Args:
+    batch: The batch.
+    shapes: The shapes, dtypes and shardings of the arrays, see `shapes`.
+  """
   return {
     name: jax.make_array_from_callback(spec.shape, spec.sharding, batch[name].__getitem__)
     for name, spec in shapes.items()
@@ -56,10 +61,10 @@ def place(batch: Batch, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, ja
 
 
 def validation(stream: np.ndarray, config: DataConfig) -> list[Batch]:
-  """The same batches at every evaluation: windows of `stream` that do not overlap.
+  """The validation batches: windows of `stream` uint8 [tokens] that do not overlap, the same at every evaluation.
 
-  Up to `validation_tokens` they are spread evenly over the stream, for its first files are not
-  like the rest. The last batch is filled up with rows of weight 0.
+  At most `validation_tokens` are used, spread evenly over the stream, because its first files may not be
+  representative. The last batch is padded with rows of weight 0.
   """
   length = config.length
   starts = np.arange(0, len(stream) - 1, length)
@@ -71,18 +76,18 @@ def validation(stream: np.ndarray, config: DataConfig) -> list[Batch]:
 
 
 def batches(rows: list[Batch], batch_size: int) -> list[Batch]:
-  """Rows in batches; the last one is filled up with rows of weight 0."""
-  found = []
+  """Groups rows into batches; the last batch is padded with rows of weight 0."""
+  stacked = []
   for first in range(0, len(rows), batch_size):
     group = rows[first : first + batch_size]
     empty = {name: np.zeros_like(array) for name, array in group[0].items()}
     group = group + [empty] * (batch_size - len(group))
-    found.append({name: np.stack([row[name] for row in group]) for name in empty})
-  return found
+    stacked.append({name: np.stack([row[name] for row in group]) for name in empty})
+  return stacked
 
 
 def shapes(config: DataConfig, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes, dtypes and shardings of a batch on a mesh."""
+  """The shapes, dtypes and shardings of a batch on a mesh."""
   dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
   if config.segments:
     dtypes["segment_ids"] = np.int32
@@ -92,18 +97,18 @@ def shapes(config: DataConfig, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDt
 
 
 def _row(piece: np.ndarray, length: int, documents: bool) -> Batch:
-  """One row of `length` from up to length + 1 tokens; what is missing has weight 0."""
-  known = len(piece) - 1
+  """The row of up to length + 1 tokens; missing positions have weight 0."""
+  size = len(piece) - 1
   row = {
     "tokens": np.zeros(length, np.int32),
     "targets": np.zeros(length, np.int32),
     "weights": np.zeros(length, np.float32),
   }
-  row["tokens"][:known] = piece[:-1]
-  row["targets"][:known] = piece[1:]
-  row["weights"][:known] = 1.0
+  row["tokens"][:size] = piece[:-1]
+  row["targets"][:size] = piece[1:]
+  row["weights"][:size] = 1.0
   if documents:
     ids = np.zeros(length, np.int32)
-    ids[:known] = 1 + np.cumsum(piece[:-1] == tokenizers.SEPARATOR)
+    ids[:size] = 1 + np.cumsum(piece[:-1] == tokenizers.SEPARATOR)
     row["segment_ids"] = ids
   return row

@@ -8,7 +8,7 @@ import threading
 
 
 def follow_parent() -> None:
-  """Ends this worker when its parent process ends, even if that was killed: it would otherwise wait forever."""
+  """Ends this worker when its parent process ends; if the parent is killed, the worker would otherwise wait forever."""
 
   def follow() -> None:
     multiprocessing.parent_process().join()

@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 
 from mc_jax import storage
 from mc_jax.data import lock
-from mc_jax.errors import ConfigError
+from mc_jax.errors import ConfigError, listed
 from mc_jax.models import LanguageModel, ModelConfig
 from mc_jax.models.config import PARTS, completed, from_stored
 
@@ -82,7 +82,7 @@ def require_empty(folder: os.PathLike | str) -> pathlib.Path:
   if path.exists() and not path.is_dir():
     raise ConfigError(f"{path} is a file: the export needs a folder")
   if path.is_dir() and (names := sorted(entry.name for entry in path.iterdir() if entry.name != lock.FILE)):
-    raise ConfigError(f"{path} is not empty, it holds {_some(names)}: export to a new folder")
+    raise ConfigError(f"{path} is not empty, it holds {listed(names)}: export to a new folder")
   return path
 
 
@@ -224,9 +224,9 @@ def _names(stack: contextlib.ExitStack, path: pathlib.Path) -> list[tuple[str, s
 def _differences(places: Mapping[str, Tensor], holders: Mapping[str, safe_open]) -> Iterator[str]:
   """The differences from the configuration, one line each."""
   if missing := [name for name in places if name not in holders]:
-    yield f"  missing: {_some(missing)}"
+    yield f"  missing: {listed(missing)}"
   if unknown := [name for name in holders if name not in places]:
-    yield f"  unknown: {_some(unknown)}"
+    yield f"  unknown: {listed(unknown)}"
   for name, place in places.items():
     if name in holders:
       there = holders[name].get_slice(name)
@@ -277,8 +277,3 @@ def _read_json(path: pathlib.Path) -> dict:
 
 def _write_json(path: pathlib.Path, tree: dict) -> None:
   storage.write(path, json.dumps(tree, indent=2) + "\n")
-
-
-def _some(names: list[str], most: int = 8) -> str:
-  """The first names, and the number of further ones."""
-  return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -18,6 +18,7 @@ from mc_jax.errors import ConfigError
 from mc_jax.inference.sampling import Sampling, draw
 from mc_jax.models import Cache, CacheConfig, ModelConfig
 from mc_jax.models import cache as cache_lib
+from mc_jax.parallel import axes
 
 NOTHING = -1  # in place of a token
 
@@ -121,7 +122,7 @@ class Decoder:
   @property
   def rows(self) -> int:
     """The number of rows of a batch is a multiple of this."""
-    return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+    return 1 if self.mesh is None else axes.shards("batch", self.mesh.shape)
 
   def prefill(self, prompts: Sequence[np.ndarray]) -> tuple[jax.Array, Cache]:
     """Reads prompts, int [tokens] each; returns the logits after each, [b, vocab_size], and the cache.

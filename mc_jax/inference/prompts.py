@@ -16,10 +16,7 @@ from mc_jax.errors import ConfigError
 from mc_jax.inference.generation import Decoder, repeat
 from mc_jax.models import Cache, CacheConfig
 from mc_jax.models import cache as cache_lib
-from mc_jax.models.config import from_stored
-
-# Fields that say how a model is computed, which may differ.
-_HOW = ("remat", "memory.implementation", "memory.segment_group", "memory.read_buffer_mib", "memory.dense_steps")
+from mc_jax.models.config import COMPUTATION, from_stored
 
 
 def save(folder: epath.PathLike, decoder: Decoder, logits: jax.Array, cache: Cache) -> None:
@@ -71,7 +68,7 @@ def load(folder: epath.PathLike, decoder: Decoder) -> tuple[jax.Array, Cache]:
   differences = [
     f"  model.{field}: {saved[field]!r} then, {value!r} now"
     for field, value in here.items()
-    if field not in _HOW and saved[field] != value
+    if field not in COMPUTATION and saved[field] != value
   ]
   if not differences and record["params"] != checksum(decoder.params):
     differences.append("  the parameters: their checksums differ (another checkpoint?)")

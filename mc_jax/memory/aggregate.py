@@ -112,6 +112,16 @@ class Aggregation(NamedTuple):
   gated: bool = True
   mixes: bool = False
 
+  @property
+  def reads_caches(self) -> bool:
+    """Whether cached memories are read at all."""
+    return self.caches != "none"
+
+  @property
+  def selects(self) -> bool:
+    """Whether tokens choose the caches that they read."""
+    return self.caches == "selected"
+
 
 def none(options, q, scores, visible, memories):
   """The online memory alone: the recurrence itself."""
@@ -181,11 +191,11 @@ def register(name: str, aggregation: Aggregation) -> None:
 def scored(name: str, gate: str) -> bool:
   """Whether an aggregation tells memories apart by scores: not where none is read, nor where all weigh the same."""
   aggregation = AGGREGATIONS[name]
-  return aggregation.caches == "selected" or (aggregation.gated and gate not in routing.BLIND)
+  return aggregation.selects or (aggregation.gated and gate not in routing.BLIND)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gated_sum(
+def sum_of_stacked_reads(
   contribution: Contribution, x: jax.Array, gates: jax.Array, states: Weights, count: jax.Array
 ) -> jax.Array:
   """sum_{i < count} gamma_i contribution(x, M^(i)): one accumulator, through which the states stream.
@@ -210,7 +220,7 @@ def sum_of_reads(
   fetch: Callable[[int | jax.Array], Weights],
   count: int | jax.Array,
 ) -> jax.Array:
-  """`gated_sum` of memories that are fetched by their numbers 0, 1, ..., count - 1."""
+  """`sum_of_stacked_reads` of memories that are fetched by their numbers 0, 1, ..., count - 1."""
   shape = jax.eval_shape(lambda x: contribution(x, fetch(0)), x)
 
   def add(i, total):
@@ -220,11 +230,11 @@ def sum_of_reads(
   return lax.fori_loop(0, count, add, jnp.zeros(shape.shape, shape.dtype))
 
 
-def _gated_sum_forward(contribution, x, gates, states, count):
-  return gated_sum(contribution, x, gates, states, count), (x, gates, states, count)
+def _stacked_forward(contribution, x, gates, states, count):
+  return sum_of_stacked_reads(contribution, x, gates, states, count), (x, gates, states, count)
 
 
-def _gated_sum_backward(contribution, residuals, cotangent):
+def _stacked_backward(contribution, residuals, cotangent):
   x, gates, states, count = residuals
 
   def add(i, totals):
@@ -243,7 +253,7 @@ def _gated_sum_backward(contribution, residuals, cotangent):
   return x_total.astype(x.dtype), gate_totals, state_totals, None
 
 
-gated_sum.defvjp(_gated_sum_forward, _gated_sum_backward)
+sum_of_stacked_reads.defvjp(_stacked_forward, _stacked_backward)
 
 
 def _at(states: Weights, i: jax.Array) -> Weights:

@@ -56,12 +56,12 @@ class Options(options_lib.Options):
 
   def __post_init__(self):
     super().__post_init__()
-    if not isinstance(self.segmentation, segments.Constant):
+    if not self.segmentation.extends:
       raise ValueError(f"only constant segments can be decoded, got {self.segmentation}")
     options_lib.at_least_one("capacity", self.capacity)
     options_lib.one_of("cache_dtype", self.cache_dtype, (None, *CACHE_DTYPES))
     options_lib.one_of("memory", self.memory, MEMORIES)
-    if self.memory == "host" and aggregate.AGGREGATIONS[self.aggregation].caches != "selected":
+    if self.memory == "host" and not aggregate.AGGREGATIONS[self.aggregation].selects:
       raise ValueError(
         f"memory='host' needs aggregation='ssc', which reads few states; {self.aggregation!r} would fetch all of them "
         "for every token"
@@ -75,7 +75,7 @@ class Options(options_lib.Options):
   @property
   def slots(self) -> int:
     """Slots of a layer: none where nothing is read from them."""
-    return 0 if aggregate.AGGREGATIONS[self.aggregation].caches == "none" else self.capacity
+    return self.capacity if aggregate.AGGREGATIONS[self.aggregation].reads_caches else 0
 
   @property
   def chunk(self) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import ClassVar
 
 import numpy as np
 
@@ -9,6 +10,8 @@ import numpy as np
 @dataclasses.dataclass(frozen=True)
 class Constant:
   """Segments of `length` tokens; the last may be shorter. N = ceil(L / length), O(L^2 / length) in all."""
+
+  extends: ClassVar[bool] = True
 
   length: int
 
@@ -25,12 +28,16 @@ class Logarithmic:
   The cut depends on the sequence's length, so the outputs of a prefix are not a prefix of the outputs.
   """
 
+  extends: ClassVar[bool] = False
+
   def lengths(self, sequence_length: int) -> tuple[int, ...]:
     """The segments' lengths, first to last; they add up to sequence_length."""
     bits = range(sequence_length.bit_length() - 1, -1, -1)
     return tuple(1 << bit for bit in bits if sequence_length >> bit & 1)
 
 
+# `extends`: whether a longer sequence is cut at the same places as far as they go, so that sequences of unknown length
+# can be decoded, and documents of several lengths packed into a row.
 Segmentation = Constant | Logarithmic
 NAMES = ("constant", "logarithmic")
 
@@ -45,6 +52,12 @@ def constant(length: int) -> Constant:
 def logarithmic() -> Logarithmic:
   """Segments of decreasing powers of two."""
   return Logarithmic()
+
+
+def divides(segmentation: Segmentation, sequence_length: int, parts: int) -> bool:
+  """Whether a sequence is cut into segments of one length whose number is a multiple of `parts`."""
+  lengths = segmentation.lengths(sequence_length)
+  return len(set(lengths)) <= 1 and len(lengths) % parts == 0
 
 
 def runs(lengths: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mc_jax.memory import networks, segments
+from mc_jax.memory import networks
 from mc_jax.memory.arithmetic import state_dtype
 from mc_jax.memory.documents import Documents
 from mc_jax.memory.networks import Weights
@@ -72,7 +72,7 @@ def check(tokens: Tokens, init: Weights, options: Options) -> None:
       raise ValueError(
         f"segment_ids must be integers [batch, length] = {(batch, length)}; got shape {tokens.documents.number.shape}"
       )
-    if isinstance(options.segmentation, segments.Logarithmic):
+    if not options.segmentation.extends:
       raise ValueError(
         "segment_ids (packed documents) need segmentation constant: logarithmic cuts by the row's length"
       )

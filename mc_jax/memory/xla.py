@@ -157,6 +157,6 @@ def read_caches(
 
   def read_tile(_, x, last):
     x, gamma = x
-    return (), aggregate.gated_sum(contribution, x, jnp.moveaxis(gamma, -1, 0), memories, last), ()
+    return (), aggregate.sum_of_stacked_reads(contribution, x, jnp.moveaxis(gamma, -1, 0), memories, last), ()
 
   return pieces.scan(read_tile, (), (x, gamma), tiles, last=last, remat=True)[1]

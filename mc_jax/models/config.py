@@ -228,4 +228,13 @@ def require_registered(config: ModelConfig) -> ModelConfig:
   return config
 
 
+# Fields that say how a model is computed, not what it computes: two models may differ in them and share parameters,
+# caches and checkpoints. dense_steps is of training alone.
+COMPUTATION = (
+  "remat",
+  "memory.implementation",
+  "memory.segment_group",
+  "memory.read_buffer_mib",
+  "memory.dense_steps",
+)
 PARTS = {"memory": MemoryConfig, "attention": AttentionConfig}  # groups of a model's fields

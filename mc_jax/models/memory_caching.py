@@ -322,23 +322,24 @@ class MemoryCaching(layer.Mixer):
       found.append("model.memory.implementation='reference' runs on one device: use None, xla or pallas on a mesh")
     if context == 1:
       return found
-    if options.segmentation != "constant":
+    if memory.segments.divides(options.build_segmentation(), length, context):
+      if length // context <= (lookback := options.build_rule().lookback):
+        found.append(
+          f"the window of model.memory.rule={options.rule!r}, {lookback + 1} tokens, must fit the tokens of a device, "
+          f"data.length={length} / mesh.context={context} = {length // context}"
+        )
+    elif options.segmentation != "constant":
       found.append(
         f"mesh.context={context} needs model.memory.segmentation='constant', got {options.segmentation!r}: "
         "devices hold equally many segments"
       )
-    elif length % (options.segment_length * context):
+    else:
       segments, left = divmod(length, options.segment_length)
       found.append(
         f"data.length={length} has {segments}{' whole' if left else ''} segments of model.memory.segment_length="
         f"{options.segment_length}, which do not divide among mesh.context={context}: use a data.length that "
         f"is a multiple of {options.segment_length * context}, another model.memory.segment_length"
         + ("" if left else f", or a mesh.context that is one of {problems.divisors(segments, sizes)}")
-      )
-    elif length // context <= options.build_rule().lookback:
-      found.append(
-        f"the window of model.memory.rule={options.rule!r}, {options.build_rule().lookback + 1} tokens, must fit the "
-        f"tokens of a device, data.length={length} / mesh.context={context} = {length // context}"
       )
     return found
 
@@ -351,7 +352,7 @@ class MemoryCaching(layer.Mixer):
   def cache_problems(cls, config: ModelConfig, cache: CacheConfig, prefix: str) -> list[str]:
     """Segments must be cut the same whatever is still to come, and there must be room for their states."""
     options = config.memory.as_read()
-    if options.segmentation != "constant":
+    if not options.build_segmentation().extends:
       return [
         f"model.memory.segmentation={options.segmentation!r} cannot be decoded: where segments are cut depends on the "
         "length of the sequence; use segmentation='constant'"

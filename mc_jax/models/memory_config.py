@@ -140,12 +140,12 @@ class MemoryConfig:
   @property
   def reads_caches(self) -> bool:
     """Whether cached memories are read at all."""
-    return self._reading is not None and self._reading.caches != "none"
+    return self._reading is not None and self._reading.reads_caches
 
   @property
   def selects(self) -> bool:
     """Whether tokens choose the caches that they read."""
-    return self._reading is not None and self._reading.caches == "selected"
+    return self._reading is not None and self._reading.selects
 
   @property
   def learns_densely(self) -> bool:

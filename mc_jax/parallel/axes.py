@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -46,6 +46,11 @@ def spec(axes: Sequence[str | None], sizes: dict[str, int], shape: Sequence[int]
       names = names[:-1]
     entries.append(names if len(names) > 1 else names[0] if names else None)
   return PartitionSpec(*entries)
+
+
+def shards(name: str, sizes: Mapping[str, int]) -> int:
+  """The number of parts that a mesh with these sizes, {axis: size}, splits the logical axis `name` into."""
+  return math.prod(sizes[axis] for axis in RULES[name])
 
 
 def sharding(mesh: jax.sharding.Mesh, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:

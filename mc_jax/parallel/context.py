@@ -66,7 +66,7 @@ def token_specs(tokens: memory.Tokens, sizes: dict[str, int]) -> memory.Tokens:
 def check(shape: tuple[int, ...], sizes: dict[str, int], options: memory.Options) -> None:
   """Raises ValueError where q's shape [batch, length, heads, head_dim] and a mesh of these sizes do not go together."""
   batch, length, heads, _ = shape
-  rows, context = sizes["data"] * sizes["fsdp"], sizes["context"]
+  rows, context = axes.shards("batch", sizes), sizes["context"]
   if batch % rows:
     raise ValueError(f"batch={batch} must be a multiple of the mesh's data x fsdp = {rows}")
   if heads % sizes["model"]:
@@ -75,12 +75,11 @@ def check(shape: tuple[int, ...], sizes: dict[str, int], options: memory.Options
     raise ValueError("implementation='reference' runs on one device; use 'xla' on a mesh")
   if context == 1:
     return
-  lengths = options.segmentation.lengths(length)
-  if len(set(lengths)) > 1 or len(lengths) % context:
+  if not memory.segments.divides(options.segmentation, length, context):
+    lengths = options.segmentation.lengths(length)
     raise ValueError(
       f"length={length} is cut into {len(lengths)} segments, the first of {lengths[0]} tokens, the last of "
-      f"{lengths[-1]}: the mesh's "
-      f"context={context} needs segments of one length, and a multiple of {context} of them"
+      f"{lengths[-1]}: the mesh's context={context} needs segments of one length, and a multiple of {context} of them"
     )
   if length // context <= options.rule.lookback:
     raise ValueError(

@@ -62,10 +62,11 @@ def _sharded(run, tokens, init, cache, rows):
   if sizes["context"] > 1:
     raise ValueError(f"decoding needs a mesh with context=1, got {sizes['context']}: a token is on one device")
   batch, _, heads = tokens.q.shape[:3]
-  if batch % (sizes["data"] * sizes["fsdp"]) or heads % sizes["model"]:
+  row_shards = axes.shards("batch", sizes)
+  if batch % row_shards or heads % sizes["model"]:
     raise ValueError(
-      f"a batch of {batch} and {heads} heads must be multiples of the mesh's data x fsdp = "
-      f"{sizes['data'] * sizes['fsdp']} and model = {sizes['model']}"
+      f"a batch of {batch} and {heads} heads must be multiples of the mesh's data x fsdp = {row_shards} and "
+      f"model = {sizes['model']}"
     )
 
   def specs(tree, names):

@@ -1,22 +1,24 @@
-"""What a compiled program does in all: FLOPs, HBM traffic, collectives and time, each loop's body times its trips.
+"""Estimates the total cost of a compiled program: FLOPs, HBM traffic, collectives and time.
 
-XLA's own `cost_analysis()` counts a loop's body once, whatever its trip count, and an array in VMEM as one in HBM. This
-one reads the optimised HLO (hlo.py):
+XLA's own `cost_analysis()` counts the body of a loop once, whatever its trip count, and arrays in VMEM as if they were
+in HBM. This estimate reads the optimised HLO (hlo.py):
 
-* A loop's trips are XLA's `known_trip_count`, or found by running the loop's integer scalars (XLA:TPU prints no count).
-* A fusion is one operation: it reads its operands and writes its results, and nothing in between. What it reads only
-  through a slice or a gather is charged the slice; what it updates in place, the update.
-* An array has the size that its layout gives it, padded to whole tiles: f32[4096, 1] can be f32[4096, 128] on a TPU.
-* A Pallas kernel is worth what its `pl.CostEstimate` says.
-* A collective is charged what a device sends by the ring algorithm, its group read from `replica_groups`; one that XLA
-  cut into pieces between other operations counts once.
+* The body of a loop counts once per trip. The number of trips is XLA's `known_trip_count` or, since XLA:TPU does not
+  print it, comes from evaluating the loop's integer scalars.
+* A fusion is one operation that reads its operands and writes its results; intermediate values cost nothing. An operand
+  that it reads only through a slice or a gather counts as the slice, and a result that it updates in place as the
+  update.
+* An array has the size of its layout, padded to whole tiles: f32[4096, 1] can take as much as f32[4096, 128] on a TPU.
+* A Pallas kernel costs what its `pl.CostEstimate` states.
+* A collective costs the bytes that a device sends in the ring algorithm, for the group in `replica_groups`. A
+  collective that XLA splits into pieces between other operations counts once.
 
-For TPUs, an operation's time is the estimate that XLA:TPU prints beside it (`estimated_cycles`), and no less than its
-FLOPs and bytes take at the chip's peak; a kernel's, whose cycles XLA does not know, the longer of its bytes and of its
-FLOPs at the rate of its schedule (chips.py). Copies that XLA starts ahead run beside other operations, unless all bytes
-together take longer than those. Collectives: see `Time`.
+On TPUs, an operation takes the time that XLA:TPU estimates (`estimated_cycles`), and at least as long as its FLOPs and
+bytes take at the chip's peak. XLA does not estimate the cycles of a kernel; it takes as long as its bytes, or as its
+FLOPs at the rate of its schedule (chips.py), whichever is longer. Copies that XLA starts in advance overlap with other
+operations, unless all bytes together take longer. For collectives see `Time`.
 
-It is arithmetic on a program's text, not a measurement: it knows nothing of contention, of latency or of the host.
+This is arithmetic on a program's text, not a measurement: it ignores contention, latency and the host.
 """
 
 import collections
@@ -34,7 +36,7 @@ from mc_jax.planning import hlo
 
 
 class Kernel(NamedTuple):
-  """A Pallas kernel, all its calls together: how many, and the FLOPs and bytes of their `pl.CostEstimate`s."""
+  """The number of calls of a Pallas kernel, and the total FLOPs and bytes of their `pl.CostEstimate`s."""
 
   calls: float
   flops: float
@@ -45,10 +47,10 @@ class Time(NamedTuple):
   """Estimated seconds of one execution, on each device.
 
   Attributes:
-    compute: of everything but collectives.
-    waited: of collectives that nothing else runs beside.
-    beside: of collectives that XLA started ahead of what needs them (asynchronous ones).
-    classes: compute, by what takes it: {a kernel's name, or the kind of operation: seconds}.
+    compute: Seconds of everything except collectives.
+    waited: Seconds of synchronous collectives, during which nothing else runs.
+    beside: Seconds of asynchronous collectives, which run beside other operations.
+    classes: `compute` divided by kernel or kind of operation, {name: seconds}.
   """
 
   compute: float
@@ -58,27 +60,31 @@ class Time(NamedTuple):
 
   @property
   def step(self) -> float:
-    """Seconds in all: asynchronous collectives are taken to hide behind computation as far as there is any."""
+    """Total seconds, assuming that asynchronous collectives overlap with computation as far as possible."""
     return max(self.compute, self.beside) + self.waited
 
   @property
   def unhidden(self) -> float:
-    """Seconds in all if no collective were hidden."""
+    """Total seconds if no collective overlapped with computation."""
     return self.compute + self.beside + self.waited
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """What one execution costs each device.
+  """The cost of one execution, for each device.
 
   Attributes:
-    flops: of matrix products and convolutions, two a multiply-add, and of kernels. Elementwise work is not in it.
-    hbm_bytes: read from and written to the device's main memory, kernels included, collectives not.
-    collective_bytes: {kind ("all-gather", ...): bytes that a device sends}; "kernel" is what kernels send themselves.
-    kernels: {name: Kernel}, part of flops and hbm_bytes.
-    unknown_loops: loops whose trips are not known, as "instruction (where it comes from)".
-    unestimated_kernels: kernels without a `pl.CostEstimate`, taken for their operands' and results' bytes and no FLOPs.
-    time: if `cost` was told the devices.
+    flops: FLOPs of matrix products and convolutions, two per multiply-add, and of kernels; elementwise operations are
+      not counted.
+    hbm_bytes: Bytes read from and written to the device's main memory, including those of kernels and excluding those
+      of collectives.
+    collective_bytes: {kind: bytes that a device sends}, where kinds are "all-gather", ..., and "kernel" for what
+      kernels send themselves.
+    kernels: {name: Kernel}; included in flops and hbm_bytes.
+    unknown_loops: Loops whose number of trips is unknown, as "instruction (its op_name)".
+    unestimated_kernels: Kernels without a `pl.CostEstimate`, counted as the bytes of their operands and results and no
+      FLOPs.
+    time: The estimated time; None if `cost` was not given the devices.
   """
 
   flops: float
@@ -90,7 +96,7 @@ class Cost:
   time: Time | None = None
 
 
-# Of a kernel's name and its operands' shapes: the FLOPs of a call, None for a name that it does not know.
+# From a kernel's name and its operands' shapes to the FLOPs of a call; None for unknown kernels.
 KernelFlops = Callable[[str, Sequence[tuple[int, ...]]], float | None]
 
 
@@ -102,14 +108,15 @@ def cost(
   kernel_flops: KernelFlops = lambda name, shapes: None,
   kernel_rate: Callable[[str, chips.Chip], float] = chips.kernel_rate,
 ) -> Cost:
-  """The cost of one execution of a compiled function, of a conditional the costlier branch.
+  """The cost of one execution of a compiled function; a conditional costs as much as its most expensive branch.
 
   Args:
-    compiled: of `jax.jit(f).lower(...).compile()`, for TPU or CPU.
-    unknown_trips: how often the loops in `unknown_loops` are taken to run, for example the mean of a traced bound.
-    devices: the TPUs that it is compiled for, in the order of its mesh (`mesh.devices.flat`): to estimate times.
-    kernel_flops: for kernels without a `pl.CostEstimate`.
-    kernel_rate: of a kernel's name and the chip, the share of the chip's peak that it reaches.
+    compiled: The result of `jax.jit(f).lower(...).compile()`, for TPU or CPU.
+    unknown_trips: The number of trips to assume for loops in `unknown_loops`, such as the mean of a traced bound.
+    devices: The TPUs that the function is compiled for, in the order of its mesh (`mesh.devices.flat`), to estimate
+      times; None: no times.
+    kernel_flops: The FLOPs of kernels without a `pl.CostEstimate`.
+    kernel_rate: A function from a kernel's name and the chip to the share of the chip's peak that it reaches.
   """
   total = _Program(compiled.as_text(), unknown_trips, devices, kernel_flops, kernel_rate).cost()
 
@@ -136,7 +143,7 @@ def cost(
   )
 
 
-# What moves no data, or what its other half, -start, is charged for.
+# Operations that move no data.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id"}
 _COLLECTIVES = r"(all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-\w+)(-start)?$"
 _OF_COLLECTIVES = ("collective", "waited", "beside")
@@ -144,10 +151,7 @@ _SLICES = {"dynamic-slice", "slice", "gather"}
 
 
 class _Program:
-  """The computations of an HLO module, and what they cost.
-
-  Costs are counters {(kind, *name): amount}: `+` adds them up, `|` is the larger of each.
-  """
+  """An HLO module whose computations can be charged. Costs are counters, {(kind, *name): amount}."""
 
   def __init__(
     self,
@@ -169,7 +173,7 @@ class _Program:
     return self._computation(self.module.entry, [])
 
   def _computation(self, name: str, values: list) -> collections.Counter:
-    """values: what is known of the parameters, see hlo.Module.evaluate."""
+    """The cost of a computation whose parameters have the known values `values`, see hlo.Module.evaluate."""
     operations = self.computations[name].instructions.values()
     return sum((self._instruction(name, op, values) for op in operations), collections.Counter())
 
@@ -216,12 +220,12 @@ class _Program:
     fused = {x.attribute("custom_call_target", r'"(\w+)') for x in self.computations[where].instructions.values()}
     started = op.opcode.endswith("-start") or "AsyncCollectiveStart" in fused
     if "async_collective_fusion_config" in op.attributes and not started:
-      return collections.Counter()  # a piece of one that another fusion starts, beside other operations
+      return collections.Counter()  # a piece of a collective that another fusion starts
     put, got = (sum(a.bytes for source in ops for a in source.arrays) for ops in (operands, [op]))
     if op.opcode.endswith("-start"):
-      got = got - put if got > put else put  # its type holds the operands too
+      got = got - put if got > put else put  # the type of its result includes the operands
     if where.startswith("all-reduce-scatter"):
-      kind = "reduce-scatter"  # XLA:TPU fuses an all-reduce and the slice of it
+      kind = "reduce-scatter"  # XLA:TPU fuses an all-reduce with the slice of its result
     group = hlo.group(op) or list(range(len(self.devices) if self.devices else 2))
     sent = chips.sent(kind, put, got, len(group))
     total = collections.Counter({("collective", kind): sent})
@@ -231,13 +235,13 @@ class _Program:
     return total
 
   def _bytes(self, computation: hlo.Computation, op: hlo.Instruction, operands: list[hlo.Instruction]) -> float:
-    """HBM bytes of an operation that stands alone."""
+    """HBM bytes of an operation outside fusions."""
     # An asynchronous operation's type is (result, operand, ...) for copies and ((operands), result, ...) for slices.
     result = op.arrays
     if op.opcode.endswith("-start"):
       result = op.arrays[:1] if op.opcode == "copy-start" else op.arrays[len(op.operands) : len(op.operands) + 1]
     sliced = op.opcode.removesuffix("-start") in _SLICES
-    if op.opcode in ("dynamic-update-slice", "scatter"):  # in place: what is new is read and written
+    if op.opcode in ("dynamic-update-slice", "scatter"):  # in place: only the update is read and written
       target, update = operands[0].arrays[0], computation.instructions[op.operands[-1 if op.opcode == "scatter" else 1]]
       return update.arrays[0].bytes * (target.in_hbm + update.arrays[0].in_hbm)
     read = 0.0
@@ -247,7 +251,7 @@ class _Program:
     return read + sum(a.bytes for a in result if a.in_hbm)
 
   def _fusion_bytes(self, fused: hlo.Computation, op: hlo.Instruction, operands: list[hlo.Instruction]) -> float:
-    """HBM bytes of a fusion: its operands, as far as they are read, and its results, as far as they are written."""
+    """HBM bytes of a fusion: the parts of its operands that it reads and of its results that it writes."""
     updates = _updates(fused)
     in_place = {id(update) for update in updates if update}
     total = 0.0
@@ -258,14 +262,14 @@ class _Program:
     root = fused.instructions[fused.root]
     sources = [fused.instructions[name].opcode for name in root.operands] if root.opcode == "tuple" else []
     for i, (array, update) in enumerate(zip(op.arrays, updates, strict=True)):
-      handed_on = sources and (sources[i] == "parameter" or re.match(_COLLECTIVES, sources[i]))
-      if array.in_hbm and not handed_on:
+      forwarded = sources and (sources[i] == "parameter" or re.match(_COLLECTIVES, sources[i]))
+      if array.in_hbm and not forwarded:
         written = fused.instructions[update.operands[_UPDATES[update.opcode]]].arrays[0] if update else array
         total += written._replace(bits=array.bits).bytes
     return total
 
   def _read(self, fused: hlo.Computation, name: str, array: hlo.Array, in_place: set[int]) -> float:
-    """Bytes of an operand that a fused computation reads of its value `name`; at most all of it."""
+    """The bytes that a fused computation reads of the operand `array`, its value `name`; at most the array's size."""
     total = 0.0
     for user in fused.users.get(name, ()):
       if user.opcode in _SLICES and user.operands[0] == name:
@@ -277,7 +281,7 @@ class _Program:
       elif id(user) in in_place and user.operands[0] == name:
         continue
       elif re.match(_COLLECTIVES, user.opcode) or (user.opcode == "tuple" and user.name == fused.root):
-        continue  # sent, or handed on as it is
+        continue  # sent by the collective, or returned unchanged
       elif user.opcode in hlo.SAME_ELEMENTS and user.name != fused.root:
         total += self._read(fused, user.name, array, in_place)
       else:
@@ -285,7 +289,7 @@ class _Program:
     return min(total, array.bytes) if fused.users.get(name) else array.bytes
 
   def _kernel(self, op: hlo.Instruction, operands: list[hlo.Instruction]) -> collections.Counter:
-    # Its own name is what transformations are wrapped around: ".../transpose(jvp(NAME))/pallas_call".
+    # Transformations wrap the kernel's own name: ".../transpose(jvp(NAME))/pallas_call".
     named = re.search(r"([\w.\-]+)\)*/pallas_call", op.attribute("op_name", r'"([^"]*)') or "")
     name = named[1] if named else re.sub(r"(\.\d+|\.clone)+$", "", op.name)
     total = collections.Counter({("kernel calls", name): 1})
@@ -319,12 +323,12 @@ class _Program:
     return total
 
 
-# Operations that make their first operand's array anew, and which operand is what is new in it.
+# Operations that update their first operand, and the number of the operand that is the update.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 
 def _updates(fused: hlo.Computation) -> list[hlo.Instruction | None]:
-  """For every result of a fusion, the update that makes it in place."""
+  """For each result of a fusion, the update that writes it in place; None if it is written whole."""
   root = fused.instructions[fused.root]
   if root.opcode == "tuple":
     return [_updated(fused, fused.instructions[name]) for name in root.operands]
@@ -332,26 +336,26 @@ def _updates(fused: hlo.Computation) -> list[hlo.Instruction | None]:
 
 
 def _updated(fused: hlo.Computation, result: hlo.Instruction) -> hlo.Instruction | None:
-  """The update of a parameter that a fusion's result is, made in place; None if it is none."""
+  """The instruction that makes `result` an update of a fusion's parameter in place; None if it is not one."""
 
-  def behind(op):
+  def without_bitcasts(op):
     while op.opcode == "bitcast":
       op = fused.instructions[op.operands[0]]
     return op
 
-  update = behind(result)
-  if update.opcode in _UPDATES and behind(fused.instructions[update.operands[0]]).opcode == "parameter":
+  update = without_bitcasts(result)
+  if update.opcode in _UPDATES and without_bitcasts(fused.instructions[update.operands[0]]).opcode == "parameter":
     return update
   return None
 
 
 def _product_flops(op: hlo.Instruction, a: hlo.Array, b: hlo.Array) -> int:
-  """FLOPs of a dot or a convolution, two a multiply-add that does not fall into padding."""
+  """FLOPs of a dot or a convolution, two per multiply-add outside padding."""
   result = op.arrays[0].dims
   if op.opcode == "dot":
     contracted = op.attribute("lhs_contracting_dims", r"\{([\d,]*)\}")
     return 2 * math.prod(result) * math.prod(a.dims[int(i)] for i in contracted.split(",") if i)
-  # On a TPU, batched products are convolutions too, along strided and dilated windows of which one position counts.
+  # On TPUs batched products are convolutions too, with strides and dilation that leave one position of each window.
   inputs, kernel, outputs = re.split(r"_|->", op.attribute("dim_labels", r"([\w>\-]+)"))
   total = 2 * result[outputs.index("b")] * result[outputs.index("f")] * b.dims[kernel.index("i")]
   window = {
@@ -359,12 +363,13 @@ def _product_flops(op: hlo.Instruction, a: hlo.Array, b: hlo.Array) -> int:
     for key, value in re.findall(r"(\w+)=([\dx_\-]+)", op.attribute("window", r"\{([^}]*)\}") or "")
   }
   for i in range(len(inputs) - 2):
-    stride, spread, apart = (
+    stride, input_dilation, kernel_dilation = (
       int(window[key][i]) if key in window else 1 for key in ("stride", "lhs_dilate", "rhs_dilate")
     )
     before = int(window["pad"][i].split("_")[0]) if "pad" in window else 0
     places = np.arange(result[outputs.index(str(i))])[:, None] * stride - before
-    places = places + np.arange(b.dims[kernel.index(str(i))]) * apart
-    inside = (places >= 0) & (places <= (a.dims[inputs.index(str(i))] - 1) * spread) & (places % spread == 0)
+    places = places + np.arange(b.dims[kernel.index(str(i))]) * kernel_dilation
+    last = (a.dims[inputs.index(str(i))] - 1) * input_dilation
+    inside = (places >= 0) & (places <= last) & (places % input_dilation == 0)
     total *= int(inside.sum())
   return total

@@ -16,7 +16,7 @@ import time
 import jax
 
 from mc_jax.models.attention import Attention
-from mc_jax.parallel import attention, chips
+from mc_jax.parallel import attention, axes, chips
 from mc_jax.planning import hlo_cost, topology
 from mc_jax.training import state as states
 from mc_jax.training import step, watchdog
@@ -204,7 +204,7 @@ def model_flops(config: Config, state: states.TrainState, cost: hlo_cost.Cost, d
 
 def cached_memories(config: Config, sizes: dict[str, int]) -> float:
   """Bytes of one layer's states on a chip, float32: those of the layer that has most."""
-  rows = config.data.batch_size / config.train.microbatches / (sizes["data"] * sizes["fsdp"])
+  rows = config.data.batch_size / config.train.microbatches / axes.shards("batch", sizes)
   row = max(kind.segment_bytes(config.model, config.data.length) for kind in config.model.mixers)
   return rows * row / (sizes["context"] * sizes["model"])
 

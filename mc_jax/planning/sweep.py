@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from mc_jax.errors import ConfigError
-from mc_jax.parallel import chips
+from mc_jax.parallel import axes, chips
 from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.planning import plans, report, topology
 from mc_jax.planning.plans import Plan
@@ -112,8 +112,8 @@ def _guess(config: Config, sizes: dict[str, int], chip: chips.Chip) -> tuple[flo
   work = [kind.work(model, data.length, sizes["context"]) for kind in (*model.mixers, *model.feed_forwards)]
   parameters, flops, chained, gathers = (model.repeats * sum(numbers) for numbers in zip(*work, strict=True))
   parameters += model.vocab_size * model.d_model
-  sharded = sizes["fsdp"] * sizes["context"]
-  rows = data.batch_size / parts / (sizes["data"] * sizes["fsdp"])
+  sharded = axes.shards("embed", sizes)
+  rows = data.batch_size / parts / axes.shards("batch", sizes)
   residual = 2 * rows * data.length / sizes["context"] * model.d_model
   tokens = data.batch_size * data.length / math.prod(sizes.values())
   flops = (8 * parameters + flops + chained * (sizes["context"] + rows - 1) / rows) * tokens

@@ -22,6 +22,7 @@ from mc_jax import storage
 from mc_jax.data import loader
 from mc_jax.data.identity import Identity
 from mc_jax.errors import ConfigError
+from mc_jax.models.config import COMPUTATION
 from mc_jax.training import config as config_lib
 from mc_jax.training import distributed
 from mc_jax.training.config import Config
@@ -174,8 +175,8 @@ class Checkpoints:
       raise OSError(f"a checkpoint could not be written to {self._folder}; {self._newest()}. {cause}") from error
 
   def _newest(self) -> str:
-    newest = max((int(path.name) for path in _steps(self._folder) if storage.has_digests(path)), default=None)
-    return "there is none yet" if newest is None else f"the newest is that of step {newest}"
+    steps = complete(self._folder)
+    return f"the newest is that of step {steps[-1]}" if steps else "there is none yet"
 
   def _complete(self, step: int) -> None:
     """Writes a checkpoint's digests once it is committed."""
@@ -189,6 +190,11 @@ def identity_of(data: dict) -> Identity | None:
   return Identity(**data[loader.IDENTITY]) if loader.IDENTITY in data else None
 
 
+def complete(folder: epath.Path) -> list[int]:
+  """The steps of the complete checkpoints in a workdir's folder FOLDER, ascending; their files may be damaged."""
+  return [int(path.name) for path in _all(folder) if storage.has_digests(path)]
+
+
 def require_intact(checkpoint: epath.Path) -> None:
   """Raises ConfigError, naming the files, if a checkpoint's files are not what was written."""
   if problems := storage.damage(checkpoint):
@@ -198,7 +204,7 @@ def require_intact(checkpoint: epath.Path) -> None:
 def _move_damaged(folder: epath.Path, aside: epath.Path) -> None:
   """Moves checkpoints newer than the newest intact one away; all processes do this together."""
   damaged: dict[epath.Path, list[str]] = {}
-  for checkpoint in reversed(_steps(folder)):
+  for checkpoint in reversed(_all(folder)):
     if not storage.has_digests(checkpoint):
       problems = [f"{checkpoint} was not complete when the run ended: it has no {storage.DIGESTS}"]
     else:
@@ -226,7 +232,7 @@ def _move_damaged(folder: epath.Path, aside: epath.Path) -> None:
     multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
 
 
-def _steps(folder: epath.Path) -> list[epath.Path]:
+def _all(folder: epath.Path) -> list[epath.Path]:
   """The folders of all checkpoints, complete or not, oldest first."""
   if not folder.exists():
     return []
@@ -251,10 +257,7 @@ def _negative(metrics: dict[str, float]) -> float:
 
 
 # How a model is computed: these may change when a run resumes.
-HOW = (
-  *("model.remat", "model.memory.implementation", "model.memory.segment_group", "model.memory.read_buffer_mib"),
-  "model.memory.dense_steps",  # of training, not of the model
-)
+HOW = tuple(f"model.{field}" for field in COMPUTATION)
 # How caches are written and read: these may also change when a new run starts from another's parameters.
 AGGREGATION = (
   *("model.memory.aggregation", "model.memory.segmentation", "model.memory.segment_length", "model.memory.top_k"),

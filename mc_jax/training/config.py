@@ -25,6 +25,7 @@ from mc_jax.errors import ConfigError
 from mc_jax.models import ModelConfig
 from mc_jax.models.config import REPLACED, completed, require_registered, with_memories
 from mc_jax.models.problems import indivisible
+from mc_jax.parallel import axes
 from mc_jax.parallel import mesh as meshes
 from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training.optimizer import OptimizerConfig
@@ -184,7 +185,7 @@ class Config:
     rows = data.batch_size // parts
     by_part = f" / train.microbatches={parts} = {rows}" if parts > 1 else ""
     return [
-      *indivisible(rows, f"data.batch_size={data.batch_size}{by_part}", sizes, "data", "fsdp"),
+      *indivisible(rows, f"data.batch_size={data.batch_size}{by_part}", sizes, *axes.RULES["batch"]),
       *self.model.mesh_problems(data.length, sizes),
     ]
 

@@ -14,7 +14,7 @@ from etils import epath
 
 from mc_jax import storage
 from mc_jax.data import windows
-from mc_jax.errors import ConfigError
+from mc_jax.errors import ConfigError, listed
 from mc_jax.parallel import axes
 from mc_jax.training import config as config_lib
 from mc_jax.training import distributed, report, state
@@ -25,7 +25,6 @@ from mc_jax.training.step import Batch, token_losses
 
 FOLDER = "replay"
 _CONFIG = "config.json"
-_SHOWN = 8  # most names in a line
 
 
 def dump(workdir: epath.Path, step: int, current: TrainState, batch: Batch, config: Config) -> str:
@@ -95,9 +94,9 @@ def replay(config: Config, workdir: epath.PathLike, step: int, devices: Sequence
     {
       "loss": f"{values['loss']:.6g} nats",
       "gradient's norm": f"{np.sqrt(sum(squares.values())):.6g}",
-      "losses not finite": _named(rows),
-      "parameters not finite": _named([name for name, good in finite.items() if not good]),
-      "gradients not finite": _named([name for name, square in squares.items() if not np.isfinite(square)]),
+      "losses not finite": listed(rows) or "none",
+      "parameters not finite": listed([name for name, good in finite.items() if not good]) or "none",
+      "gradients not finite": listed([name for name, square in squares.items() if not np.isfinite(square)]) or "none",
     },
     f"step {step}, again",
   )
@@ -111,8 +110,3 @@ def _by_name(tree: dict) -> dict[str, np.ndarray]:
   """A nested dict's leaves under names such as "blocks.mixer.norm.scale"."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def _named(names: list[str]) -> str:
-  shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-  return shown or "none"

@@ -30,7 +30,7 @@ def probe(config: Config, mesh: jax.sharding.Mesh) -> Callable[[dict, Batch], di
   It takes a forward pass of these rows with XLA, which is done only every few steps (docs/stability.md).
   """
   graph = state.graph(config)
-  rows = mesh.shape["data"] * mesh.shape["fsdp"]
+  rows = axes.shards("batch", mesh.shape)
 
   def look(params: dict, batch: Batch) -> dict[str, jax.Array]:
     model = nnx.merge(graph, params)

@@ -17,11 +17,11 @@ from flax import traverse_util
 from mc_jax import storage
 from mc_jax.data import identity, tokenizers
 from mc_jax.data.identity import Identity
-from mc_jax.errors import ConfigError
+from mc_jax.errors import ConfigError, listed
 from mc_jax.parallel.mesh import MeshConfig
 from mc_jax.training import config as config_lib
 from mc_jax.training import kept, state
-from mc_jax.training.checkpointing import FOLDER, identity_of, require_intact
+from mc_jax.training.checkpointing import FOLDER, complete, identity_of, require_intact
 from mc_jax.training.config import Config
 
 
@@ -101,7 +101,7 @@ def load(
   """
   overrides = dict(overrides or {})
   with _open(epath.Path(workdir)) as manager:
-    step = _step(manager, epath.Path(workdir) / FOLDER, step)
+    step = _step(epath.Path(workdir) / FOLDER, step)
     args = ocp.args.Composite(config=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
     restored = manager.restore(step, args=args)
     stored = config_lib.from_stored(restored["config"])
@@ -133,7 +133,7 @@ def _open(workdir: epath.Path) -> ocp.CheckpointManager:
     raise ConfigError(f"--workdir={workdir} is not a folder: it must be the workdir of a run of mc_jax.train")
   if not folder.is_dir():
     names = sorted(path.name for path in workdir.iterdir())
-    there = f"it holds {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "it is empty"
+    there = f"it holds {listed(names)}" if names else "it is empty"
     raise ConfigError(f"--workdir={workdir} has no folder {FOLDER}/, as runs of mc_jax.train have: {there}")
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)  # Orbax warns about the consequences of read_only
@@ -147,9 +147,9 @@ def _open(workdir: epath.Path) -> ocp.CheckpointManager:
     logging.set_verbosity(verbosity)
 
 
-def _step(manager: ocp.CheckpointManager, folder: epath.Path, step: int | None) -> int:
+def _step(folder: epath.Path, step: int | None) -> int:
   """The requested step or the newest, of a checkpoint that is complete and undamaged."""
-  steps = [step for step in sorted(manager.all_steps()) if storage.has_digests(folder / str(step))]
+  steps = complete(folder)
   if not steps:
     raise ConfigError(f"{folder} holds no complete checkpoint: did the run reach its first one?")
   there = ", ".join(map(str, steps))

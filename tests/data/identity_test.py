@@ -111,7 +111,7 @@ def test_what_has_grown_is_allowed_when_asked_for():
   with pytest.raises(ConfigError, match=r": books has 6 new files \(d, e, f, g and 2 more\).*allow_growth=True"):
     identity.resumed(THEN, grown, allow_growth=False)
   (line,) = identity.resumed(THEN, grown, allow_growth=True)
-  assert "not comparable with earlier ones" in line
+  assert "cannot be compared with earlier ones" in line
   assert identity.resumed(THEN, dataclasses.replace(THEN, files=THEN.files | {"new": {"y": "1"}}), False) == []
 
 

@@ -63,7 +63,7 @@ def test_files_that_came_to_a_glob_are_told(corpora, tmp_path):
     source = SourceConfig(source="text", paths=f"{tmp_path}/*.txt")
     if name == "a":
       learning.learn(source, 258, 5000, str(tmp_path / "out"))
-  with pytest.raises(ConfigError, match=r"--paths='.*' matches other files than then"):
+  with pytest.raises(ConfigError, match=r"--paths='.*' now matches other files"):
     learning.learn(source, 258, 5000, str(tmp_path / "out"))
 
 

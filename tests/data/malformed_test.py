@@ -18,8 +18,8 @@ from mc_jax.errors import ConfigError
 GOOD = '{"text": "good"}'
 DEEP = "[" * 100_000 + "]" * 100_000
 LINES = {
-  "a lone surrogate": (r'{"text": "cut \ud83d"}', r"field 'text' holds \\ud83d, half a character, at 4"),
-  "the other half": (r'{"text": "\ude00"}', r"field 'text' holds \\ude00, half a character, at 0"),
+  "a lone surrogate": (r'{"text": "cut \ud83d"}', r"field 'text' holds \\ud83d, half a character, at position 4"),
+  "the other half": (r'{"text": "\ude00"}', r"field 'text' holds \\ude00, half a character, at position 0"),
   "a deep field": (f'{{"text": {DEEP}}}', "not JSON .*maximum recursion depth"),
   "a deep neighbour": (f'{{"text": "good", "tree": {DEEP}}}', "not JSON .*maximum recursion depth"),
   "a huge number": (f'{{"text": "good", "n": {"9" * 5000}}}', "not JSON .*4300 digits"),
@@ -30,7 +30,7 @@ LINES = {
   "a field that is no text": (r'{"\ud83d": 1}', r"the line has \\ud83d"),
   "a number": ("3", "the line has a number"),
   "a NUL": (r'{"text": "a\u0000b"}', "holds a NUL character"),
-  "an array": ('["a"]', r"a JSON array; of a file that is one array, jq -c '\.\[\]' makes lines"),
+  "an array": ('["a"]', r"a JSON array; jq -c '\.\[\]' turns a file that is one array into lines"),
   "a torn line": ('{"text": "go', "not JSON .*Unterminated string starting at: column 10"),
 }
 
@@ -168,7 +168,7 @@ def test_lines_in_utf16_are_named(tmp_path, encoding):
 def test_a_file_that_is_one_array_is_named(tmp_path):
   (tmp_path / "a.json").write_text(json.dumps([{"text": "one"}, {"text": "two"}]))
   documents = Documents(blocks(SourceConfig(source="jsonl", paths=str(tmp_path))), tokenizers.Bytes())
-  with pytest.raises(ConfigError, match=r"a\.json, line 1: a JSON array; of a file that is one array, jq"):
+  with pytest.raises(ConfigError, match=r"a\.json, line 1: a JSON array; jq -c '\.\[\]' turns"):
     documents[0]
 
 
@@ -176,12 +176,12 @@ def test_files_that_change_under_a_run_are_named(tmp_path):
   source = _write(tmp_path, [GOOD] * 9)
   lines = Documents(blocks(source), tokenizers.Bytes())
   (tmp_path / "a.jsonl").write_text(GOOD + "\n")
-  with pytest.raises(ConfigError, match=r"a\.jsonl was changed since the start: it had 9 documents"):
+  with pytest.raises(ConfigError, match=r"a\.jsonl has changed since the run started: it had 9 documents"):
     lines[5]
   written.parquet(tmp_path / "a.parquet", ["one"] * 9, rows=9)
   rows = Documents(blocks(SourceConfig(source="parquet", paths=f"{tmp_path}/a.parquet")), tokenizers.Bytes())
   written.parquet(tmp_path / "a.parquet", ["one"])
-  with pytest.raises(ConfigError, match=r"a\.parquet was changed since the start: it had 9 documents"):
+  with pytest.raises(ConfigError, match=r"a\.parquet has changed since the run started: it had 9 documents"):
     rows[5]
 
 

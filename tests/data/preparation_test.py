@@ -147,7 +147,7 @@ def test_a_corpus_without_text_is_refused(tmp_path, on_error):
   source, out = SourceConfig(source="jsonl", paths=str(tmp_path / "a.jsonl")), tmp_path / "out"
   skipped = int(on_error == "skip")
   for _ in range(2):  # not a success when it is tried again, either
-    with pytest.raises(ConfigError, match=rf"holds no text: of 2 documents {skipped} are malformed and were skipped"):
+    with pytest.raises(ConfigError, match=rf"holds no text: {skipped} of 2 documents are malformed and were skipped"):
       preparation.prepare(source, str(out), "bytes", on_error=on_error)
     assert not (out / manifests.FILE).exists()
   with pytest.raises(ConfigError, match="hold no text to learn from"):
@@ -182,5 +182,5 @@ def test_what_differs_from_what_was_begun_is_named(tmp_path, texts):
     ),
   ):
     other = dataclasses.replace(source, **change)
-    with pytest.raises(ConfigError, match=rf"holds another tokenized corpus, whole or begun: .*{message}"):
+    with pytest.raises(ConfigError, match=rf"holds another tokenized corpus, finished or not: .*{message}"):
       preparation.prepare(other, out, **{"tokenizer": bpe, "shards": 2} | fields)

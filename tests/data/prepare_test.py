@@ -75,5 +75,5 @@ def test_messages_name_its_own_flags(corpus, door, tmp_path, flags, message):
 
 def test_a_killed_process_ends_with_status_1(corpus, tmp_path, monkeypatch):
   monkeypatch.setattr(preparation, "_start", _die)
-  with pytest.raises(OSError, match="a process that tokenized was killed"):
+  with pytest.raises(OSError, match="a tokenizing process was killed"):
     preparation.prepare(SourceConfig(source="jsonl", paths=str(corpus)), str(tmp_path / "out"), "bytes", processes=1)

@@ -157,5 +157,5 @@ def test_a_torn_file_of_lengths_is_named(corpus, made, tmp_path):
   source = _prepared(corpus, made["bpe"], tmp_path / "out")
   path = tmp_path / "out" / "tokens-00000-of-00001.lengths"
   path.write_bytes(path.read_bytes()[:-8])
-  with pytest.raises(ConfigError, match=r"tokens-00000-of-00001\.lengths is not of the 40 records"):
+  with pytest.raises(ConfigError, match=r"tokens-00000-of-00001\.lengths does not belong to the 40 records"):
     blocks(source)

@@ -200,7 +200,7 @@ def test_a_checkpoint_without_an_identity_is_used_and_that_is_said(config, tmp_p
   assert trained.load(tmp_path / "run").identity is None
   (tmp_path / "corpus" / "3.txt").unlink()
   assert _train(run, tmp_path / "run", 3).step == 3
-  assert "does not say which files and which tokenizer it was trained on" in capsys.readouterr().out
+  assert "does not record which files and tokenizer it was trained with" in capsys.readouterr().out
   (tmp_path / "corpus" / "4.txt").unlink()  # now it is known
   _refused("1 of 11 files is gone", run, tmp_path / "run")
 

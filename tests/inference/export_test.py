@@ -1,5 +1,6 @@
 """An exported model comes back as it was, under the names of docs/export.md, and nothing else is taken for one."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -18,7 +19,10 @@ from safetensors.numpy import load_file, save_file
 from mc_jax.data import lock
 from mc_jax.errors import ConfigError
 from mc_jax.inference import export
-from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig
+from mc_jax.memory import rules
+from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig, layer
+from mc_jax.models.attention import Attention
+from mc_jax.models.norms import RMSNorm
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "export.md"
 TITANS = MemoryConfig(rule="titans", chunk=4, segment_length=8, expansion=2)
@@ -110,10 +114,8 @@ def test_bfloat16_is_half_the_bytes_and_the_nearest_number(exported, tmp_path):
 def test_a_tensor_is_one_layer_inputs_first(exported):
   folder, params = exported
   tensors = load_file(folder / export.WEIGHTS)
-  for layer in range(3):
-    np.testing.assert_array_equal(
-      tensors[f"blocks.{layer}.mlp.gate.kernel"], params["blocks"]["mlp"]["gate"]["kernel"][layer]
-    )
+  for i in range(3):
+    np.testing.assert_array_equal(tensors[f"blocks.{i}.mlp.gate.kernel"], params["blocks"]["mlp"]["gate"]["kernel"][i])
   x = np.ones((5, 8), np.float32)
   assert (x @ tensors["blocks.0.mlp.up.kernel"] @ tensors["blocks.0.mlp.down.kernel"]).shape == (5, 8)
   assert {x.dtype for x in tensors.values()} == {np.dtype(np.float32)}
@@ -143,16 +145,50 @@ def test_files_of_a_limited_size_and_an_index(exported, tmp_path):
   chex.assert_trees_all_equal(export.load(tmp_path / "many")[1], params)
 
 
-def test_the_documented_names_are_those_of_all_models():
+@dataclasses.dataclass(frozen=True)
+class Channels(rules.GradientRule):
+  """A rule one of whose gates has a value per channel; only its parameters matter here."""
+
+  @property
+  def gates(self):
+    return {"alpha": rules.Gate(per_channel=True), "eta": rules.Gate()}
+
+  def gate_init(self, segment_length):
+    return dict.fromkeys(self.gates, rules.GateInit(0.0))
+
+
+def test_the_documented_names_are_those_of_all_models(monkeypatch):
+  linear = rules.get("linear")
+  fields = {field.name: getattr(linear, field.name) for field in dataclasses.fields(linear)}
+  monkeypatch.setitem(rules._RULES, "channels", lambda: Channels(**fields))
+  variants = [*VARIANTS.values(), tiny(memory=MemoryConfig(rule="channels", segment_length=8))]
   rows = re.findall(r"^\| `([\w.{}]+)` \| ([\w, ]+) \|", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
   documented = {name: tuple(axes.split(", ")) for name, axes in rows}
   assert len(documented) == len(rows)
   found = {}
-  for config in VARIANTS.values():
+  for config in variants:
     for name, tensor in export.tensors(config).items():
       name = re.sub(r"(?<=\.initial\.)w\d+$", "w{n}", re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name))
       assert found.setdefault(name, tensor.axes) == tensor.axes
   assert documented == found
+
+
+class Sharing(Attention):
+  """Attention whose layers share a norm."""
+
+  name = "sharing"
+
+  @classmethod
+  def shared(cls, config, *, rngs):
+    return RMSNorm({"embed": config.d_model}, rngs=rngs)
+
+
+@pytest.mark.parametrize("pattern", ["sharing", "sharing,attention"])
+def test_what_layers_share_is_one_tensor_under_the_layers_name(pattern, monkeypatch):
+  monkeypatch.setitem(layer.LAYERS, "sharing", Sharing)
+  shared = {k: x for k, x in export.tensors(tiny(pattern=pattern, layers=2)).items() if not k.startswith("blocks.")}
+  assert shared.pop("shared.sharing.scale") == (("shared", "sharing", "scale"), None, ("embed",), (8,))
+  assert set(shared) == {"embedding", "norm.scale"}
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path, exported):

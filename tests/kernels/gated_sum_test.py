@@ -105,10 +105,10 @@ def test_bfloat16_is_summed_in_float32(kind):
 
 @KINDS
 def test_one_tile_is_the_loop_over_memories(kind):
-  """`mc_jax.memory.aggregate.gated_sum`, which reads one count of memories with all tokens."""
+  """`mc_jax.memory.aggregate.sum_of_stacked_reads`, which reads one count of memories with all tokens."""
   contribution, args, cotangent = setting(kind, length=TILE)
   loop = value_and_gradients(
-    lambda x, gates, states: aggregate.gated_sum(contribution, x, gates, states, 3), args, cotangent
+    lambda x, gates, states: aggregate.sum_of_stacked_reads(contribution, x, gates, states, 3), args, cotangent
   )
   assert_close(value_and_gradients(kernel(contribution, (3,)), args, cotangent), loop, 2e-6)
 

@@ -66,7 +66,7 @@ def test_a_gated_read_is_the_gated_sum_of_reads(network, count):
     return jnp.einsum("nbht,bhtnd->bhtd", gates, reads(network, q, states))
 
   def read(q, gates, states):
-    return aggregate.gated_sum(aggregate.ReadNetwork(network), q, gates, states, count)
+    return aggregate.sum_of_stacked_reads(aggregate.ReadNetwork(network), q, gates, states, count)
 
   actual = value_and_gradients(read, cotangent)(q, gates, states)
   expected = value_and_gradients(expected, cotangent)(q, gates, states)
@@ -90,7 +90,7 @@ def test_a_layer_of_a_soup_is_read_through_its_mixed_weights():
     return jnp.einsum("bhti,bhtio->bhto", x, mixed)
 
   def read(x, gates, w):
-    return aggregate.gated_sum(aggregate.ReadLayer("w1"), x, gates, {"w1": w}, 4)
+    return aggregate.sum_of_stacked_reads(aggregate.ReadLayer("w1"), x, gates, {"w1": w}, 4)
 
   actual, expected = (value_and_gradients(f, cotangent)(x, gates, w) for f in (read, soup))
   chex.assert_trees_all_close(actual, expected, rtol=1e-9, atol=1e-9)
