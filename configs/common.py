@@ -18,6 +18,16 @@ def titans(size: str):
   return c
 
 
+def gated_deltanet(size: str):
+  """Gated DeltaNet with gated residual memory (grm), values twice as wide as keys."""
+  c = paper(**SIZES[size])
+  c.model.memory.rule = "gated_deltanet"
+  c.model.memory.aggregation = "grm"
+  c.model.memory.segment_length = 256
+  c.model.memory.chunk = 128
+  return c
+
+
 def transformer(size: str):
   """The Transformer baseline."""
   c = paper(**SIZES[size])

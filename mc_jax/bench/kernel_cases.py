@@ -111,7 +111,11 @@ def _recurrence(make, name):
   return lambda head_dim=128, chunk=128: make(rules.get(name, chunk=chunk), head_dim)
 
 
-for _rule in ("gated_deltanet", "kda", "mamba2", "mlstm", "momentum_deltanet"):
+RECURRENCES = (
+  *("retnet", "mamba2", "gla", "deltanet", "gated_deltanet", "kda"),
+  *("mlstm", "momentum_deltanet", "gdn2", "rwkv7"),
+)
+for _rule in RECURRENCES:
   globals()[f"{_rule}_write_fwd"] = _recurrence(forward, _rule)
   globals()[f"{_rule}_write_bwd"] = _recurrence(backward, _rule)
 
@@ -255,6 +259,6 @@ def splash(head_dim):
 
 
 splash_128, splash_256 = functools.partial(splash, 128), functools.partial(splash, 256)
-for _name in ("titans_write", "cached_read_deep", "selected_read"):
+for _name in ("titans_write", "cached_read_deep", "selected_read", *(f"{_rule}_write" for _rule in RECURRENCES)):
   for _direction in ("fwd", "bwd"):
     globals()[f"{_name}_{_direction}_256"] = functools.partial(globals()[f"{_name}_{_direction}"], head_dim=256)

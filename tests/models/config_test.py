@@ -112,6 +112,15 @@ def test_the_rule_gets_the_options_that_it_takes(rule):
   assert built == memory.rules.get(rule, chunk=16)
 
 
+@pytest.mark.parametrize(
+  "reading", [{"aggregation": "soup"}, {"aggregation": "none", "after_training": "moving_average"}]
+)
+def test_memories_of_different_scales_are_not_added_up(reading):
+  (problem,) = ModelConfig(memory=MemoryConfig(rule="mlstm", **reading)).problems()
+  assert "adds up the weights of memories, and model.memory.rule='mlstm' gives each a scale of its own" in problem
+  assert ModelConfig(memory=MemoryConfig(rule="mlstm", aggregation="grm")).problems() == []
+
+
 def test_options_reach_the_rule():
   assert MemoryConfig(rule="swla", window=3).build_rule().window == 3
   assert MemoryConfig(rule="titans", depth=4, expansion=2).build_rule().network.depth == 4
