@@ -151,7 +151,7 @@ def cached_read_deep_bwd(head_dim=128):
 
 def selected_read_fwd(head_dim=128):
   memories = states("deep", head_dim, jnp.float32)
-  block = grouped.block_size(memories)
+  block = grouped.block_size(aggregate.ReadNetwork(NETWORKS["deep"]), head_dim, memories)
   blocks = LENGTH * TOP_K // block + CACHES  # enough, if the last block of every memory is not full
   x, owner = array(ROWS, blocks, block, head_dim, dtype=jnp.bfloat16), array(ROWS, blocks, dtype=jnp.int32)
 

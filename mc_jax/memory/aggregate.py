@@ -100,8 +100,8 @@ class Aggregation(NamedTuple):
   Attributes:
     read: (options, q, scores, visible, memories) to (y, Reads or None if no cache is read). options are `Options`; q is
       [b, h, T, d]; scores are those of the online memory [b, h, T] and of the caches [b, h, T, n], zeros if nothing is
-      scored; visible is bool, which caches a token may read, and broadcasts against these; y is [b, h, T, d], at least
-      float32.
+      scored; visible is bool, which caches a token may read, and broadcasts against these; y is [b, h, T, value_dim],
+      at least float32.
     caches: which are read: "none", "all" that are visible, or "selected", some of each token's choice.
     gated: whether scores weigh the memories.
   """

@@ -92,8 +92,8 @@ def memory_caching(
   """Reads every token from its online memory and the cached ones (arXiv:2602.24281, section 3).
 
   Args:
-    q, k, v: queries, keys, values [batch, length, heads, head_dim]. The rules' default step sizes count on
-      L2-normalised keys.
+    q, k: queries and keys [batch, length, heads, head_dim]. The rules' default step sizes count on L2-normalised keys.
+    v: values [batch, length, heads, value_dim], as wide as what init's weights answer; see `Rule.init`.
     u: connectors, the gates' queries, like q.
     gates: the rule's (rule.gates), as positive values, not logits: {name: [batch, length, heads]}, or [batch, length,
       heads, head_dim] where the gate is one per channel.
@@ -104,7 +104,7 @@ def memory_caching(
       carry, top_k, pool, gate, gate_scale, segment_group, implementation.
 
   Returns:
-    [batch, length, heads, head_dim] in q's dtype; 0 at padding. Whatever that dtype, states, scores and softmax are at
+    [batch, length, heads, value_dim] in q's dtype; 0 at padding. Whatever that dtype, states, scores and softmax are at
     least float32.
 
   Differentiable once, in reverse mode. Documents are kept apart as long as states are finite.

@@ -19,6 +19,7 @@ Where the z_j and delta_j come from is a rule's business (rules/).
 
 Shapes: `...` is [batch, heads], T the chunk's tokens, J = T + window - 1 the keys written in it (a window reaches
 back; the chunk's keys come first), d = head_dim. Documents broadcast over heads: [batch, 1, T].
+Values and answers are [..., value_dim].
 """
 
 from typing import Any, NamedTuple
@@ -40,8 +41,8 @@ class State(NamedTuple):
   Attributes:
     memory: M, {name: [..., in, out]}, at least float32.
     momentum: S, {name: [..., in, out]} of layers that have one; None if the rule has none.
-    tail: keys and values of the last window - 1 tokens, [..., window - 1, d] each; None if the window is 1. Zero where
-      there is no such token: a zero pair writes nothing.
+    tail: keys and values of the last window - 1 tokens, [..., window - 1, d] and [..., window - 1, value_dim]; None if
+      the window is 1. Zero where there is no such token: a zero pair writes nothing.
   """
 
   memory: Weights

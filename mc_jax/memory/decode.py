@@ -148,7 +148,7 @@ def init_cache(options: Options, init: Weights, *, batch: int, head_dim: int, dt
     options: of the layer.
     init: M_0, {name: [heads, in, out]}.
     batch: sequences.
-    head_dim: of the tokens.
+    head_dim: The width of the tokens' q and k.
     dtype: of the tokens' q, k and v.
   """
   heads, wide = len(next(iter(init.values()))), state_dtype(dtype)
@@ -178,7 +178,7 @@ def prefill(
     lengths: [batch] int32, tokens of each prompt, at least 1; what follows them is padding. None: all of them.
 
   Returns:
-    [batch, length, heads, head_dim] in q's dtype, 0 at padding; and the cache.
+    [batch, length, heads, value_dim] in q's dtype, 0 at padding; and the cache.
 
   Raises:
     ValueError: shapes that do not fit, as `memory_caching`.
@@ -253,7 +253,7 @@ def step(
     active: [batch] bool; what the others bring is not written. None: all are.
 
   Returns:
-    [batch, 1, heads, head_dim] in q's dtype, without meaning where not active; and the cache.
+    [batch, 1, heads, value_dim] in q's dtype, without meaning where not active; and the cache.
 
   Raises:
     ValueError: shapes that do not fit, each other or the cache.
@@ -321,7 +321,7 @@ def _append(options: Options, cache: Cache, finished: jax.Array, dtype: jnp.dtyp
 
 
 def _read(options: Options, x: Tokens, cache: Cache) -> jax.Array:
-  """y [b, h, 1, d], at least float32: the online memory, and the cached ones as the aggregation has it."""
+  """y [b, h, 1, value_dim], at least float32: the online memory, and the cached ones as the aggregation has it."""
   segment = _segment(options, cache.position)
   held = _held(segment, options.slots)
   wide, shape = cache.keys.dtype, x.q.shape[:3]

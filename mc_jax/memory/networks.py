@@ -31,10 +31,20 @@ class Network(Protocol):
   least_features: float
 
   def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
-    """M(x): x [..., head_dim] to [..., head_dim]; calls linear(name, ...) once for every name."""
+    """M(x): x [..., head_dim] to [..., value_dim]; calls linear(name, ...) once for every name."""
 
-  def init(self, key: jax.Array, heads: int, head_dim: int) -> Weights:
-    """M_0: {name: [heads, in, out]} float32."""
+  def init(self, key: jax.Array, heads: int, head_dim: int, value_dim: int | None = None) -> Weights:
+    """M_0: {name: [heads, in, out]} float32.
+
+    Args:
+      key: a random key.
+      heads: The number of memories.
+      head_dim: The width of queries and keys.
+      value_dim: The width of values and answers; None: head_dim.
+
+    Raises:
+      ValueError: the network cannot answer with this width (see `require_equal_widths`).
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +56,9 @@ class Matrix:
   def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
     return linear("w", x)
 
-  def init(self, key: jax.Array, heads: int, head_dim: int) -> Weights:
+  def init(self, key: jax.Array, heads: int, head_dim: int, value_dim: int | None = None) -> Weights:
     del key  # zeros
-    return {"w": jnp.zeros((heads, head_dim, head_dim), jnp.float32)}
+    return {"w": jnp.zeros((heads, head_dim, head_dim if value_dim is None else value_dim), jnp.float32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +96,8 @@ class MLP:
     h = linear(f"w{self.depth}", h)
     return x + (layer_norm(h) if self.norm else h)
 
-  def init(self, key: jax.Array, heads: int, head_dim: int) -> Weights:
+  def init(self, key: jax.Array, heads: int, head_dim: int, value_dim: int | None = None) -> Weights:
+    require_equal_widths(head_dim, value_dim)
     widths = [head_dim] + [self.expansion * head_dim] * (self.depth - 1) + [head_dim]
 
     def scale(layer, d_in):
@@ -102,6 +113,36 @@ class MLP:
         zip(jax.random.split(key, self.depth), widths[:-1], widths[1:], strict=True), start=1
       )
     }
+
+
+def require_equal_widths(head_dim: int, value_dim: int | None) -> None:
+  """Raises ValueError unless values are as wide as keys, as a network needs them that answers with x + ..."""
+  if value_dim not in (None, head_dim):
+    raise ValueError(
+      f"value_dim must be head_dim = {head_dim}: only a matrix memory (rule linear or swla) answers with another width "
+      f"than that of its keys; got {value_dim}"
+    )
+
+
+def value_dim(network: Network, weights: Weights, head_dim: int) -> int:
+  """The width of the network's answers, and so of the values that it stores.
+
+  Args:
+    network: M.
+    weights: {name: [..., in, out]}.
+    head_dim: The width of its inputs.
+
+  Raises:
+    ValueError: a layer takes inputs of another width.
+  """
+
+  def linear(name, x):
+    width, out = weights[name].shape[-2:]
+    if x.shape[-1] != width:
+      raise ValueError(f"init[{name!r}] must be [heads, in, out] with in = {x.shape[-1]}; got in = {width}")
+    return jnp.zeros((*x.shape[:-1], out))
+
+  return jax.eval_shape(lambda: network(jnp.zeros((1, head_dim)), linear)).shape[-1]
 
 
 def last(network: Network, weights: Weights) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from mc_jax.kernels import gated_sum, grouped, recurrence, vmem
-from mc_jax.memory import aggregate, arithmetic, selection, xla
+from mc_jax.memory import aggregate, arithmetic, networks, selection, xla
 from mc_jax.memory import documents as documents_lib
 from mc_jax.memory.networks import Network, Weights
 from mc_jax.memory.rules import Rule, State
@@ -28,11 +28,13 @@ def unsupported(rule: Rule, lengths: tuple[int, ...], q: jax.Array, init: Weight
   if len(lengths) > 1 and chunk % rows:
     return f"chunks of {chunk} tokens (a multiple of {rows} is, for {q.dtype})"
   chunk = -(-chunk // rows) * rows
-  needed = _vmem(rule, chunk, -(-lengths[0] // chunk), q.shape[-1], init)
+  widths = q.shape[-1], networks.value_dim(rule.network, init, q.shape[-1])
+  needed = _vmem(rule, chunk, -(-lengths[0] // chunk), *widths, init)
   if needed > vmem.budget():
     return (
-      f"rule {rule.name!r} at head_dim {q.shape[-1]}, with segments of {lengths[0]} tokens and chunks of {chunk}, on a "
-      f"chip with {vmem.budget() >> 20} MiB of VMEM for kernels (they would need some {-(-needed >> 20)})"
+      f"rule {rule.name!r} at head_dim {widths[0]} and value_dim {widths[1]}, with segments of {lengths[0]} tokens and "
+      f"chunks of {chunk}, on a chip with {vmem.budget() >> 20} MiB of VMEM for kernels (they would need some "
+      f"{-(-needed >> 20)})"
     )
   return None
 
@@ -42,7 +44,7 @@ def _rows_of(dtype: jnp.dtype) -> int:
   return 16 if dtype == jnp.bfloat16 else 8
 
 
-def _vmem(rule: Rule, chunk: int, chunks: int, head_dim: int, init: Weights) -> int:
+def _vmem(rule: Rule, chunk: int, chunks: int, head_dim: int, value_dim: int, init: Weights) -> int:
   """Bytes that the write's backward kernel takes, which takes the most: estimated, and compiled for in the tests.
 
   Blocks and scratch are counted. What lives between its instructions was, by the compiler, 25 to 26 arrays of
@@ -60,7 +62,8 @@ def _vmem(rule: Rule, chunk: int, chunks: int, head_dim: int, init: Weights) -> 
   key = jax.ShapeDtypeStruct((1, 1, chunk, head_dim), jnp.float32)
   state = sum(map(tiled, jax.tree.leaves(jax.eval_shape(rule.start, fresh, key))))
   widest = padded(max(chunk, *(max(w.shape[1:]) for w in init.values())))
-  blocks = (3 + chunks) * state + 4 * memory + 2 * 2 * 4 * 4 * chunk * padded(head_dim)
+  tokens = 4 * chunk * 2 * (padded(head_dim) + padded(value_dim))  # q and k, v and y
+  blocks = (3 + chunks) * state + 4 * memory + 2 * 2 * tokens  # those and their gradients, in two buffers
   return blocks + 13 * len(init) * 4 * chunk * widest
 
 
@@ -151,7 +154,7 @@ def read_selected(
 ) -> jax.Array:
   """`selection.read_selected`, every block of pairs read by one kernel that runs the whole network."""
   rows = _rows(states, arithmetic.state_dtype(q.dtype))  # each is fetched once: rounding it first would save nothing
-  block = grouped.block_size(rows)
+  block = grouped.block_size(aggregate.ReadNetwork(network), q.shape[-1], rows)
   if block is None:
     return selection.read_selected(network, q, index, gates, states)
 

@@ -34,7 +34,7 @@ class Caches(NamedTuple):
 def run(tokens: Tokens, init: networks.Weights, options: Options) -> jax.Array:
   """The whole method; arguments as `mc_jax.memory.caching.run` documents and checks them.
 
-  Everything is computed in q's dtype or float32, whichever is wider. Returns [batch, length, heads, head_dim] in q's
+  Everything is computed in q's dtype or float32, whichever is wider. Returns [batch, length, heads, value_dim] in q's
   dtype, 0 at padding.
   """
   batch, length = tokens.q.shape[:2]
@@ -50,7 +50,7 @@ def run(tokens: Tokens, init: networks.Weights, options: Options) -> jax.Array:
 
 
 def _sequence(tokens, init, document, *, options):
-  """One row and head: tokens' arrays [length, ...], document's [length]. To [length, head_dim]."""
+  """One row and head: tokens' arrays [length, ...], document's [length]. To [length, value_dim]."""
   q, k, _, u, _, _, token_scores = tokens
   rule, gate = options.rule, options.gate
   lengths = options.segmentation.lengths(len(q))

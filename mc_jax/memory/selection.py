@@ -28,7 +28,7 @@ def read_selected(network: Network, q: jax.Array, index: jax.Array, gates: jax.A
     states: {name: [n, b, h, in, out]}.
 
   Returns:
-    [b, h, length, d], at least float32.
+    [b, h, length, out], at least float32.
   """
 
   def read_blocks(x, gates, owner, states):
@@ -65,8 +65,8 @@ def select_and_read(
   """`read_selected`, its blocks of `block` tokens read by a function handed in.
 
   read_blocks: (x [b, h, blocks, block, d], gates [b, h, blocks, block], owner [b, h, blocks] int32 ascending, states)
-  to gated answers like x, 0 where a gate is. Every memory owns a block at least; an owner of n marks a block that
-  nobody looks at.
+  to gated answers [b, h, blocks, block, out], 0 where a gate is. Every memory owns a block at least; an owner of n
+  marks a block that nobody looks at.
   """
   index, gates = jnp.moveaxis(index, -1, 2), jnp.moveaxis(gates, -1, 2)
   layout = _layout(index, lax.stop_gradient(gates), len(jax.tree.leaves(states)[0]), block)

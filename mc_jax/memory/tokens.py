@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mc_jax.memory import segments
+from mc_jax.memory import networks, segments
 from mc_jax.memory.arithmetic import state_dtype
 from mc_jax.memory.documents import Documents
 from mc_jax.memory.networks import Weights
@@ -16,7 +16,9 @@ class Tokens(NamedTuple):
   """A batch of sequences as the layer has them, [batch, length, heads, ...]; inside, [batch, heads, length, ...].
 
   Attributes:
-    q, k, v: queries, keys and values [batch, length, heads, head_dim]. (In a soup's layers q is as wide as the layer.)
+    q, k: queries and keys [batch, length, heads, head_dim]. (In a soup's layers q is as wide as the layer.)
+    v: values [batch, length, heads, value_dim], as wide as the answers of the memory's network: any width if it is a
+      matrix, head_dim if it is an MLP.
     u: connectors, the gates' queries, like q.
     gates: positive values, not logits: {name: [batch, length, heads]}, or [batch, length, heads, head_dim] where the
       rule's gate is one per channel.
@@ -40,7 +42,7 @@ def check(tokens: Tokens, init: Weights, options: Options) -> None:
     raise ValueError(f"q must be [batch, length, heads, head_dim], none of them 0; got shape {shape}")
   for name in "qkvu":
     x = getattr(tokens, name)
-    if x.shape != shape:
+    if name != "v" and x.shape != shape:
       raise ValueError(f"{name} must have q's shape {shape}; got {x.shape}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
       raise ValueError(f"{name} must be floating point; got {x.dtype}")
@@ -59,6 +61,12 @@ def check(tokens: Tokens, init: Weights, options: Options) -> None:
   for name, w in init.items():
     if w.ndim != 3 or w.shape[0] != heads:
       raise ValueError(f"init[{name!r}] must be [heads, in, out] with {heads} heads; got {w.shape}")
+  expected = *shape[:3], networks.value_dim(rule.network, init, head_dim)
+  if tokens.v.shape != expected:
+    raise ValueError(
+      f"v must be [batch, length, heads, value_dim] = {expected}, as wide as the answers of init's weights; got "
+      f"{tokens.v.shape}"
+    )
   if tokens.documents is not None:
     if tokens.documents.number.shape != (batch, length):
       raise ValueError(

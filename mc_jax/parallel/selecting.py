@@ -42,44 +42,48 @@ def read_selected(
   away = jnp.maximum(away, 0)  # a gate that is no number may be that of a later memory
   here = jnp.where((away == 0) & (gates != 0), gates, 0.0)
   y = local(network, q, jnp.where(away == 0, index % n, 0), here, states)
-  return y + _exchange(functools.partial(local, network), parts, q, (away, index % n), gates, states)
+  room = rooms(parts, q, y, index.shape[-1])
+  return y + _exchange(functools.partial(local, network), parts, room, q, (away, index % n), gates, states)
 
 
-def rooms(parts: Parts, q: jax.Array, k: int) -> tuple[int, ...]:
-  """The number of queries of each row and head that fit, to the device 1, 2, ... places back."""
+def rooms(parts: Parts, q: jax.Array, y: jax.Array, k: int) -> tuple[int, ...]:
+  """The number of queries of each row and head that fit, to the device 1, 2, ... places back.
+
+  A query q [b, h, length, d] goes there, and an answer y [b, h, length, out] comes back.
+  """
   rows, pairs = q.shape[0] * q.shape[1], q.shape[2] * k
   wanted = [min(1.0, _SPARE / (by + 1)) for by in range(1, parts.count)]
-  most = parts.buffer / (rows * q.shape[-1] * (q.dtype.itemsize + jnp.dtype(state_dtype(q.dtype)).itemsize))
+  most = parts.buffer / (rows * sum(x.shape[-1] * jnp.dtype(x.dtype).itemsize for x in (q, y)))
   shrink = min(1.0, most / (sum(wanted) * pairs))
   return tuple(min(pairs, 8 * max(1, math.ceil(share * shrink * pairs / 8))) for share in wanted)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _exchange(read, parts, q, chosen, gates, states):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _exchange(read, parts, room, q, chosen, gates, states):
   """The sum over a token's choices on other devices, [b, h, length, out]."""
 
   def add(i, total):
-    return total + _round(read, parts, i, q, chosen, gates, states)
+    return total + _round(read, parts, room, i, q, chosen, gates, states)
 
-  like = jax.eval_shape(functools.partial(_round, read, parts, 0), q, chosen, gates, states)
-  return lax.fori_loop(0, _rounds(parts, q, chosen[0]), add, jnp.zeros(like.shape, like.dtype))
-
-
-def _exchange_forward(read, parts, *args):
-  return _exchange(read, parts, *args), args
+  like = jax.eval_shape(functools.partial(_round, read, parts, room, 0), q, chosen, gates, states)
+  return lax.fori_loop(0, _rounds(room, chosen[0]), add, jnp.zeros(like.shape, like.dtype))
 
 
-def _exchange_backward(read, parts, residuals, cotangent):
+def _exchange_forward(read, parts, room, *args):
+  return _exchange(read, parts, room, *args), args
+
+
+def _exchange_backward(read, parts, room, residuals, cotangent):
   q, chosen, gates, states = residuals
 
   def add(i, totals):
     def one_round(q, gates, states):
-      return _round(read, parts, i, q, chosen, gates, states)
+      return _round(read, parts, room, i, q, chosen, gates, states)
 
     return jax.tree.map(jnp.add, totals, jax.vjp(one_round, q, gates, states)[1](cotangent))
 
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, state_dtype(x.dtype)), (q, gates, states))
-  totals = lax.fori_loop(0, _rounds(parts, q, chosen[0]), add, zeros)
+  totals = lax.fori_loop(0, _rounds(room, chosen[0]), add, zeros)
   d_q, d_gates, d_states = jax.tree.map(lambda d, x: d.astype(x.dtype), totals, (q, gates, states))
   return d_q, None, d_gates, d_states
 
@@ -87,15 +91,13 @@ def _exchange_backward(read, parts, residuals, cotangent):
 _exchange.defvjp(_exchange_forward, _exchange_backward)
 
 
-def _rounds(parts: Parts, q: jax.Array, away: jax.Array) -> jax.Array:
+def _rounds(room: tuple[int, ...], away: jax.Array) -> jax.Array:
   """How many rounds it takes until every query was answered: the same on all devices, or they would wait for ever."""
-  room = rooms(parts, q, away.shape[-1])
   sizes = jnp.stack([(away == by + 1).sum((-1, -2)) for by in range(len(room))], -1)
   return lax.pmax((-(-sizes // jnp.array(room))).max(), mesh.AXES)
 
 
-def _round(read, parts, i, q, chosen, gates, states):
-  room = rooms(parts, q, gates.shape[-1])
+def _round(read, parts, room, i, q, chosen, gates, states):
   layout, gates, wanted = _layout(room, i, chosen, gates)
   x = selection.spread(q, layout)
   ends = [sum(room[: by + 1]) for by in range(len(room))]

@@ -133,4 +133,4 @@ def test_blocks_fit_vmem(monkeypatch, capacity, head_dim, tokens):
   monkeypatch.setattr(vmem, "capacity", lambda: capacity << 20)
   shape = jax.ShapeDtypeStruct
   states = shape((1, 1, head_dim, 4 * head_dim), jnp.float32), shape((1, 1, 4 * head_dim, head_dim), jnp.float32)
-  assert block_size(states) == tokens
+  assert block_size(lambda x, states: x, head_dim, states) == tokens

@@ -120,7 +120,8 @@ class Vector:
   def __call__(self, x, linear):
     return x * linear("w", jnp.ones_like(x[..., :1]))
 
-  def init(self, key, heads, head_dim):
+  def init(self, key, heads, head_dim, value_dim=None):
+    networks.require_equal_widths(head_dim, value_dim)
     return {"w": jax.random.normal(key, (heads, 1, head_dim))}
 
 

@@ -59,8 +59,8 @@ class Fading(rules.Rule):
   def gates(self):
     return {"alpha": rules.Gate(per_channel=True), "eta": rules.Gate()}
 
-  def init(self, key, *, heads, head_dim):
-    return self.network.init(key, heads, head_dim)
+  def init(self, key, *, heads, head_dim, value_dim=None):
+    return self.network.init(key, heads, head_dim, value_dim)
 
   def gate_init(self, segment_length):
     return {"alpha": rules.GateInit(math.log(segment_length)), "eta": rules.GateInit(0.0)}

@@ -72,10 +72,12 @@ class Inputs(NamedTuple):
     return memory.Tokens(self.q, self.k, self.v, self.u, self.gates, documents, self.token_scores)
 
 
-def inputs(rule, *, batch=4, length=LENGTH, heads=2, head_dim=4, ages=None, seed=0) -> Inputs:
+def inputs(rule, *, batch=4, length=LENGTH, heads=2, head_dim=4, value_dim=None, ages=None, seed=0) -> Inputs:
   """Random inputs, float64 numpy: normalised keys, M_0 never zero, gates that matter."""
   rng = np.random.default_rng(seed)
   q, k, v, u = rng.normal(size=(4, batch, length, heads, head_dim))
+  if value_dim is not None:
+    v = rng.normal(size=(batch, length, heads, value_dim))
   k /= np.linalg.norm(k, axis=-1, keepdims=True)
   low, high = {"alpha": (0.6, 1.0), "beta": (0.3, 0.9)}, (0.02, 0.2)
   shape = batch, length, heads
@@ -83,7 +85,8 @@ def inputs(rule, *, batch=4, length=LENGTH, heads=2, head_dim=4, ages=None, seed
     name: rng.uniform(*low.get(name, high), (*shape, head_dim) if gate.per_channel else shape)
     for name, gate in rule.gates.items()
   }
-  shapes = jax.eval_shape(functools.partial(rule.init, heads=heads, head_dim=head_dim), jax.random.key(0))
+  init = functools.partial(rule.init, heads=heads, head_dim=head_dim, value_dim=value_dim)
+  shapes = jax.eval_shape(init, jax.random.key(0))
   init = {name: rng.normal(size=w.shape) * 0.6 for name, w in shapes.items()}
   scores = None if ages is None else rng.normal(size=(batch, length, heads, ages))
   return Inputs(q, k, v, u, gates, init, scores)
@@ -175,7 +178,7 @@ def along(gradient: Inputs, directions: Inputs) -> dict[str, float]:
 def assert_equals_reference(x: Inputs, segment_ids=None, seed=2, **options) -> None:
   """The fast path's output is the reference's to 1e-9, its gradients along a random direction of each array to 1e-6."""
   reference = forward(implementation="reference", **options)
-  cotangent, directions = like(x.q, seed), like(x, seed + 1)
+  cotangent, directions = like(x.v, seed), like(x, seed + 1)
   y, gradient = forward_and_back(**options)(x, segment_ids, cotangent)
   chex.assert_trees_all_close(y, reference(x, segment_ids), rtol=1e-9, atol=1e-9)
   expected = derivatives(lambda x: np.vdot(reference(x, segment_ids), cotangent), x, directions)

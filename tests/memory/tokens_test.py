@@ -62,7 +62,10 @@ def test_q_has_four_axes_and_none_is_empty(shape):
 
 @pytest.mark.parametrize("name", ["k", "v", "u"])
 def test_keys_values_and_connectors_are_like_queries(name):
-  with pytest.raises(ValueError, match=re.escape(f"{name} must have q's shape {SHAPE}; got (2, 5, 3, 8)")):
+  expected = f"{name} must have q's shape {SHAPE}"
+  if name == "v":
+    expected = f"v must be [batch, length, heads, value_dim] = {SHAPE}, as wide as the answers of init's weights"
+  with pytest.raises(ValueError, match=re.escape(f"{expected}; got (2, 5, 3, 8)")):
     call(inputs={name: np.zeros((2, 5, 3, 8))})
   with pytest.raises(ValueError, match=f"{name} must be floating point; got int32"):
     call(inputs={name: np.zeros(SHAPE, np.int32)})

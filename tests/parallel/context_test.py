@@ -81,6 +81,25 @@ def test_numbers_of_one_device(rule, aggregation, carry):
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+  ("rule", "value_dim", "options"),
+  [
+    ("swla", 8, dict(aggregation="grm")),
+    slow("swla", 2, dict(aggregation="soup")),
+    slow("swla", 8, dict(aggregation="ssc", read_buffer=1)),
+    slow("linear", 2, dict(aggregation="ssc", carry="independent")),
+    slow("linear", 2, dict(aggregation="grm", read_buffer=1)),
+  ],
+)
+def test_values_of_another_width_than_keys(rule, value_dim, options):
+  rule = build(rule)
+  x = samples.inputs(rule, length=LENGTH, value_dim=value_dim)
+  options |= dict(segment_ids=SEGMENT_IDS)
+  expected = run(x, rule, **{name: option for name, option in options.items() if name != "read_buffer"})
+  assert_same(run(x, rule, dict(data=1, context=4), **options), expected)
+
+
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("gate", [slow("sigmoid"), "token"])
 def test_gates(gate):
   rule = build("linear")

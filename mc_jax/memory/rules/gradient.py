@@ -69,7 +69,7 @@ class Solving(NamedTuple):
   Attributes:
     momentum: beta_{t-1} .. beta_1 S_0 of the last layer, [..., in, out]; None without momentum.
     features: of the tokens, see `Keys`, [..., T, in].
-    answers: delta of the network's answers, in steps, [..., T, d].
+    answers: delta of the network's answers, in steps, [..., T, value_dim].
     mix, accumulated: row t - 1 of C and of Q B, [..., T], 0 for tokens to come; accumulated is None without momentum.
   """
 
@@ -99,7 +99,7 @@ class GradientRule(Rule):
   Attributes:
     name: what errors call it.
     network: M, see networks.py.
-    loss: inner loss of (M(k) [..., d], v [..., d]) to [...].
+    loss: inner loss of (M(k) [..., value_dim], v [..., value_dim]) to [...].
     retention: M decays by alpha_t each token.
     momentum: steps accumulate in S, which decays by beta_t.
     normalized: steps are in units of the error. A gradient is divided by what a step of 1 along it would remove of its
@@ -197,9 +197,9 @@ class GradientRule(Rule):
     """
     return 1 / (0.12 * self.chunk + 1.5)
 
-  def init(self, key: jax.Array, *, heads: int, head_dim: int) -> networks.Weights:
-    """M_0: {name: [heads, in, out]} float32."""
-    return self.network.init(key, heads, head_dim)
+  def init(self, key: jax.Array, *, heads: int, head_dim: int, value_dim: int | None = None) -> networks.Weights:
+    """M_0: {name: [heads, in, out]} float32, see `Rule.init`."""
+    return self.network.init(key, heads, head_dim, value_dim)
 
   def gate_init(self, segment_length: int) -> dict[str, GateInit]:
     """Where the gates start, chosen so that no memory dies or blows up.
@@ -235,8 +235,11 @@ class GradientRule(Rule):
     if self.momentum:
       names = [networks.last(self.network, fresh)] if self.normalized else memory
       momentum = {name: jnp.zeros_like(memory[name]) for name in names}
-    empty = jnp.zeros((*k.shape[:-2], self.window - 1, k.shape[-1]), k.dtype)
-    return State(memory, momentum, (empty, empty) if self.window > 1 else None)
+    tail = None
+    if self.window > 1:
+      widths = k.shape[-1], networks.value_dim(self.network, fresh, k.shape[-1])
+      tail = tuple(jnp.zeros((*k.shape[:-2], self.window - 1, width), k.dtype) for width in widths)
+    return State(memory, momentum, tail)
 
   def write(
     self,
@@ -360,8 +363,12 @@ class GradientRule(Rule):
   def token_start(self, fresh: Weights) -> "TokenState":
     """See `Rule.token_start`."""
     nothing = jax.tree.map(jnp.zeros_like, fresh)
-    pair = jnp.zeros(next(iter(fresh.values())).shape[0], next(iter(fresh.values())).dtype)
-    state = TokenState(fresh, nothing, ((pair, pair),) * (self.window - 1), None)
+    window = ()
+    if self.window > 1:
+      first = next(iter(fresh.values()))
+      widths = len(first), networks.value_dim(self.network, fresh, len(first))
+      window = (tuple(jnp.zeros(width, first.dtype) for width in widths),) * (self.window - 1)
+    state = TokenState(fresh, nothing, window, None)
     return state._replace(chunk=self._token_chunk(state))
 
   def token(
@@ -513,7 +520,7 @@ def _clip(norm: float | Literal["default"] | None, normalized: bool, printed: fl
 
 class Solved(NamedTuple):
   """A chunk's tokens, for the next tokens of the chunk: features [..., J, in], see `Keys`; what each has written,
-  answers [..., J, d], delta of the network's answers in steps."""
+  answers [..., J, value_dim], delta of the network's answers in steps."""
 
   features: jax.Array | None
   answers: jax.Array
@@ -526,7 +533,7 @@ class Keys(NamedTuple):
     features: the last layer's input z, times the gain of the answer in its output, [..., J, in]; None if not
       normalized. The gain is the length of the gradient of <p, M(k)>, p = (1, -1, 1, ...) / |p|: 1 unless a norm
       follows the layer.
-    answers: the loss's gradient in the network's answer M(k), times `scale`, [..., J, d].
+    answers: the loss's gradient in the network's answer M(k), times `scale`, [..., J, value_dim].
     scale: [..., J, 1], what makes a step of 1 remove all of a key's error, as far as the last layer goes; less where
       a norm makes the answer's gain smaller than 1, or steps would grow with the weights, and where features are
       smaller than the network's `least_features`. None where steps are multiples of the gradient.
@@ -617,7 +624,7 @@ class TokenChunk(NamedTuple):
     momentum: the same of the last layer's.
     tokens: how many there were.
     feature: [chunk, in], the last layer's input times its gain.
-    error: [chunk, head_dim], what each token wrote: a multiple of the loss's gradient in M(k).
+    error: [chunk, value_dim], what each token wrote: a multiple of the loss's gradient in M(k).
     weight, accumulated: [chunk], how much of that M and S hold.
   """
 
@@ -698,9 +705,12 @@ def _feature(rule, weights, k):
 
     return rule.network(k, linear), inputs[last]
 
-  signs = (1 - 2 * (jnp.arange(len(k)) % 2)) / jnp.sqrt(len(k))
-  bump = jnp.zeros(weights[last].shape[-1], k.dtype)
-  gain, z = jax.grad(lambda bump: (jnp.dot(signs, answer(bump)[0]), answer(bump)[1]), has_aux=True)(bump)
+  def along(bump):
+    y, z = answer(bump)
+    signs = (1 - 2 * (jnp.arange(len(y)) % 2)) / jnp.sqrt(len(y))
+    return jnp.dot(signs, y), z
+
+  gain, z = jax.grad(along, has_aux=True)(jnp.zeros(weights[last].shape[-1], k.dtype))
   return jnp.sqrt(jnp.maximum(jnp.sum(gain * gain), 1e-12)), z
 
 

@@ -90,8 +90,18 @@ class Rule(abc.ABC):
     """See above."""
 
   @abc.abstractmethod
-  def init(self, key: jax.Array, *, heads: int, head_dim: int) -> Weights:
-    """M_0: {name: [heads, in, out]} float32."""
+  def init(self, key: jax.Array, *, heads: int, head_dim: int, value_dim: int | None = None) -> Weights:
+    """M_0: {name: [heads, in, out]} float32.
+
+    Args:
+      key: a random key.
+      heads: The number of memories.
+      head_dim: The width of queries and keys.
+      value_dim: The width of values and answers; None: head_dim.
+
+    Raises:
+      ValueError: the rule's network cannot answer with this width.
+    """
 
   @abc.abstractmethod
   def gate_init(self, segment_length: int) -> dict[str, GateInit]:
@@ -125,7 +135,8 @@ class Rule(abc.ABC):
     Args:
       start: the state before the chunk.
       fresh: M_0, {name: [heads, in, out]}, where a document that starts in the chunk begins.
-      k, v: [batch, heads, T, d], zero at padding.
+      k: [batch, heads, T, d], zero at padding.
+      v: [batch, heads, T, value_dim], zero at padding.
       gates: {name: [batch, heads, T]} or [batch, heads, T, d], at least float32, 1 at padding.
       documents: arrays [batch, 1, T]; None for one document without padding.
       solve: unit lower triangular systems, as arithmetic.solve, on the machine that this is for.
@@ -140,7 +151,7 @@ class Rule(abc.ABC):
   def token(
     self, state: State, fresh: Weights, k: jax.Array, v: jax.Array, gates: Weights, chunk_begins: jax.Array
   ) -> State:
-    """The printed recurrence, for reference.py: one token k, v [d], gates {name: [] or [d]} of one head.
+    """The printed recurrence, for reference.py: one token k [d], v [value_dim], gates {name: [] or [d]} of one head.
 
     chunk_begins: whether the token is the first of its chunk, or of its document.
     """
