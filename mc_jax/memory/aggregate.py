@@ -104,11 +104,13 @@ class Aggregation(NamedTuple):
       at least float32.
     caches: which are read: "none", "all" that are visible, or "selected", some of each token's choice.
     gated: whether scores weigh the memories.
+    mixes: whether it adds up the weights of memories, and not their answers.
   """
 
   read: Callable[..., tuple[jax.Array, Reads | None]]
   caches: str = "all"
   gated: bool = True
+  mixes: bool = False
 
 
 def none(options, q, scores, visible, memories):
@@ -160,7 +162,7 @@ AGGREGATIONS = {
   "none": Aggregation(none, caches="none", gated=False),
   "residual": Aggregation(residual, gated=False),
   "grm": Aggregation(grm),
-  "soup": Aggregation(soup),
+  "soup": Aggregation(soup, mixes=True),
   "ssc": Aggregation(ssc, caches="selected"),
 }
 

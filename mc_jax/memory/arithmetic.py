@@ -108,7 +108,7 @@ def decays(gate: jax.Array | None, same: jax.Array, dtype: jnp.dtype) -> Decays:
   """
   if gate is None:
     return Decays(None, same.astype(dtype))
-  logs = _masked_sums(same, jnp.log(jnp.maximum(gate, jnp.finfo(gate.dtype).tiny)))
+  logs = masked_sums(same, jnp.log(jnp.maximum(gate, jnp.finfo(gate.dtype).tiny)))
   return Decays(jnp.exp(logs), jnp.exp(jnp.where(same, column(logs) - logs[..., None, :], -jnp.inf)))
 
 
@@ -128,18 +128,18 @@ column.defvjp(
 
 
 @jax.custom_vjp
-def _masked_sums(mask: jax.Array, x: jax.Array) -> jax.Array:
+def masked_sums(mask: jax.Array, x: jax.Array) -> jax.Array:
   """sum_j mask_tj x_j to x's full precision: mask [..., T, T] bool, x [..., T] to [..., T]."""
   return _exact_product(x, jnp.swapaxes(mask, -1, -2))
 
 
-_masked_sums.defvjp(
-  lambda mask, x: (_masked_sums(mask, x), mask), lambda mask, cotangent: (None, _exact_product(cotangent, mask))
+masked_sums.defvjp(
+  lambda mask, x: (masked_sums(mask, x), mask), lambda mask, cotangent: (None, _exact_product(cotangent, mask))
 )
 
 
 @jax.custom_vjp
-def masked_sums(mask: jax.Array, x: jax.Array) -> jax.Array:
+def masked_vector_sums(mask: jax.Array, x: jax.Array) -> jax.Array:
   """sum_j mask_tj x_j of vectors, to x's full precision: mask [..., T, T] bool, x [..., T, d] to [..., T, d]."""
   if x.dtype != jnp.float32:
     return product(mask, x, x.dtype)
@@ -150,9 +150,9 @@ def masked_sums(mask: jax.Array, x: jax.Array) -> jax.Array:
   return total
 
 
-masked_sums.defvjp(
-  lambda mask, x: (masked_sums(mask, x), mask),
-  lambda mask, cotangent: (None, masked_sums(jnp.swapaxes(mask, -1, -2), cotangent)),
+masked_vector_sums.defvjp(
+  lambda mask, x: (masked_vector_sums(mask, x), mask),
+  lambda mask, cotangent: (None, masked_vector_sums(jnp.swapaxes(mask, -1, -2), cotangent)),
 )
 
 

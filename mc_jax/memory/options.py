@@ -51,6 +51,12 @@ class Options:
         f"segmentation must be segments.constant(length) or segments.logarithmic(), got {self.segmentation!r}"
       )
     one_of("aggregation", self.aggregation, tuple(aggregate.AGGREGATIONS))
+    if aggregate.AGGREGATIONS[self.aggregation].mixes and not self.rule.mixes:
+      others = [name for name, kind in aggregate.AGGREGATIONS.items() if not kind.mixes]
+      raise ValueError(
+        f"aggregation={self.aggregation!r} adds up the weights of memories, and rule {self.rule.name!r} gives "
+        f"each memory a scale of its own: use {', '.join(others)}"
+      )
     one_of("carry", self.carry, CARRIES)
     one_of("pool", self.pool, routing.POOLS)
     one_of("gate", self.gate, routing.NAMES)

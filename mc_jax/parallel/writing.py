@@ -3,7 +3,7 @@
 Independent segments need nothing from each other. Under carry="checkpoint" a segment starts from the state of the one
 before it, which may be on another device:
 
-* Where a state is a multiple of an earlier one plus what was written since (`rule.transition`), each device sums up its
+* Where a state is an affine map of an earlier one, whatever that is (`rule.transition`), each device sums up its
   own segments first, an associative scan over the devices adds these sums up, and then all write at the same time.
 * Elsewhere (deep memories) a device must wait for the state to arrive. The batch's rows and heads go through the
   devices in groups, as in a pipeline: with G groups on P devices a device idles for P - 1 of G + P - 1 turns.
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mc_jax.memory import xla
-from mc_jax.memory.arithmetic import state_dtype
+from mc_jax.memory.arithmetic import product, state_dtype
 from mc_jax.memory.networks import Weights
 from mc_jax.memory.rules import Rule, State
 from mc_jax.memory.tokens import Tokens
@@ -55,10 +55,13 @@ def write(
 
 
 def _composed_start(parts: Parts, rule: Rule, fresh: Weights, tokens: Tokens, lengths: tuple[int, ...]) -> State:
-  """The state that comes in, of M_end = decay M_start + written: an associative scan of (decay, written)."""
+  """The state that comes in, of M_end = decay M_start + written: an associative scan of (decay, written).
+
+  decay is a number a head, one for each channel, or a matrix, see `Rule.transition`.
+  """
   first = parts.index() == 0
   start = rule.start(fresh, tokens.k)
-  own = start._replace(memory=jax.tree.map(lambda w: jnp.where(first, w, 0.0), start.memory))
+  own = start._replace(memory=jax.tree.map(functools.partial(jnp.where, first), start.memory, rule.empty(start.memory)))
   if rule.lookback:
     tail = tuple(parts.ahead(x[..., -rule.lookback :, :]) for x in (tokens.k, tokens.v))
     if tokens.documents is not None:  # the window's tokens of the document that goes on here
@@ -66,35 +69,68 @@ def _composed_start(parts: Parts, rule: Rule, fresh: Weights, tokens: Tokens, le
       owner = parts.ahead(jnp.where(valid, number, -1)[..., -rule.lookback :])
       tail = tuple(jnp.where((owner == before[..., :1])[..., None], x, 0) for x in tail)
     start, own = start._replace(tail=tail), own._replace(tail=tail)
-  ends = xla.write(
-    rule, fresh, tokens, lengths, read=xla.read_nothing, carries=True, side_by_side=1, start=own
-  ).states.memory
-  written = {name: w[-1] for name, w in ends.items()}
-  decay = rule.decay(tokens.gates, state_dtype(tokens.k.dtype))
-  if tokens.documents is not None:
-    goes_on = tokens.documents.number[..., -1] == tokens.documents.before[..., 0]
-    decay = jnp.where(goes_on[..., None, None], decay, 0.0)
+  if rule.transition == "matrix":
+    decay, written = _as_matrix(rule, fresh, own, tokens, lengths)
+    join = _joined_by_matrix
+  else:
+    written = _end(rule, fresh, own, tokens, lengths)
+    decay, join = rule.decay(tokens.gates, state_dtype(tokens.k.dtype)), rule.joined
+    if tokens.documents is not None:
+      goes_on = tokens.documents.number[..., -1] == tokens.documents.before[..., 0]
+      decay = jnp.where(goes_on[..., None, None], decay, 0.0)
 
-  step = 1
+  step, nothing = 1, rule.empty(written)
   while step < parts.count:
-    earlier = parts.ahead(decay, step), {name: parts.ahead(w, step) for name, w in written.items()}
-    decay, written = _after(earlier, (decay, written))  # zeros come to those that have nobody so far ahead of them
+    # Zeros come to those that have nobody so far ahead of them.
+    some = parts.index() >= step
+    earlier = {name: jnp.where(some, parts.ahead(w, step), nothing[name]) for name, w in written.items()}
+    written = join(decay, earlier, written)
+    decay = _composed(rule, parts.ahead(decay, step), decay)
     step *= 2
   memory = {name: jnp.where(first, m, parts.ahead(written[name])) for name, m in start.memory.items()}
   return start._replace(memory=memory)
 
 
-def _after(earlier: tuple[jax.Array, Weights], later: tuple[jax.Array, Weights]) -> tuple[jax.Array, Weights]:
-  """(decay, written) of two stretches in a row.
+def _end(rule: Rule, fresh: Weights, start: State, tokens: Tokens, lengths: tuple[int, ...]) -> Weights:
+  """The memory after these tokens."""
+  written = xla.write(rule, fresh, tokens, lengths, read=xla.read_nothing, carries=True, side_by_side=1, start=start)
+  return written.end.memory
 
-  Selected rather than multiplied by 0, because a state that is not continued may have overflowed.
+
+def _as_matrix(
+  rule: Rule, fresh: Weights, start: State, tokens: Tokens, lengths: tuple[int, ...]
+) -> tuple[jax.Array, Weights]:
+  """What these tokens make of a memory W: (Phi [b, h, in, in], U) of Phi W + U.
+
+  Columns of a matrix are written apart from each other. So Phi is what becomes of the unit matrix where every value is
+  zero, which new documents begin from nothing, and is written beside U in one pass.
   """
-  kept = later[0]
-  written = {
-    name: w + jnp.where(kept == 0, 0.0, kept * jnp.where(kept == 0, 0.0, earlier[1][name]))
-    for name, w in later[1].items()
+  (name, w), (new,) = *start.memory.items(), fresh.values()
+  width = w.shape[-2]
+  unit = jnp.broadcast_to(jnp.eye(width, dtype=w.dtype), (*w.shape[:-1], width))
+  nothing = jnp.zeros((*tokens.v.shape[:-1], width), tokens.v.dtype)
+  both = _end(
+    rule,
+    {name: jnp.concatenate([jnp.zeros((*new.shape[:-1], width), new.dtype), new], -1)},
+    start._replace(memory={name: jnp.concatenate([unit, w], -1)}),
+    tokens._replace(v=jnp.concatenate([nothing, tokens.v], -1)),
+    lengths,
+  )[name]
+  return both[..., :width], {name: both[..., width:]}
+
+
+def _joined_by_matrix(phi: jax.Array, before: Weights, written: Weights) -> Weights:
+  """`Rule.joined` of a matrix; one of zeros is the end of a document."""
+  ends = (phi == 0).all((-1, -2), keepdims=True)
+  return {
+    name: w + jnp.where(ends, 0.0, product(phi, jnp.where(ends, 0.0, before[name]), w.dtype))
+    for name, w in written.items()
   }
-  return earlier[0] * later[0], written
+
+
+def _composed(rule: Rule, earlier: jax.Array, later: jax.Array) -> jax.Array:
+  """What two stretches in a row leave of what came in."""
+  return product(later, earlier, later.dtype) if rule.transition == "matrix" else earlier * later
 
 
 def _groups(parts: Parts, tokens: Tokens) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from mc_jax import memory
 from mc_jax.bench import cache_errors
 from mc_jax.memory import decode
 
-COMBINATIONS = list(itertools.product(memory.RULES, memory.AGGREGATIONS, memory.CARRIES))
+COMBINATIONS = list(itertools.product(samples.GRADIENT_RULES, memory.AGGREGATIONS, memory.CARRIES))
 
 
 def options_of(rule, aggregation, carry, **changes):

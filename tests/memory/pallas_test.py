@@ -108,7 +108,7 @@ OPTIONS = {
   "checkpoint": dict(pool="mean", gate="softmax", gate_scale=1.5, top_k=2),
   "independent": dict(pool="sum", gate="sigmoid", top_k=1, segment_group=2),
 }
-NAMES = memory.RULES, memory.AGGREGATIONS, memory.CARRIES
+NAMES = samples.GRADIENT_RULES, memory.AGGREGATIONS, memory.CARRIES
 # Every rule with every aggregation, the carries by turns, and the quick ones.
 COMBINATIONS = [
   case

@@ -16,7 +16,7 @@ A rule of your own is a file with a subclass of `Rule`, and `register("its name"
 import inspect
 from collections.abc import Callable
 
-from mc_jax.memory.rules import delta, gradient
+from mc_jax.memory.rules import delta, gradient, mlstm
 from mc_jax.memory.rules.delta import MatrixRule
 from mc_jax.memory.rules.gradient import GradientRule, dot_loss, squared_loss
 from mc_jax.memory.rules.rule import Gate, GateInit, Online, Rule, State
@@ -48,6 +48,7 @@ _RULES: dict[str, Callable[..., Rule]] = {
   "deltanet": delta.deltanet,
   "gated_deltanet": delta.gated_deltanet,
   "kda": delta.kda,
+  "mlstm": mlstm.mlstm,
   "momentum_deltanet": delta.momentum_deltanet,
   "gdn2": delta.gdn2,
   "rwkv7": delta.rwkv7,

@@ -250,8 +250,8 @@ class Channels(NamedTuple):
     """Of alpha [..., T, d], at least float32."""
     step, length = _logs(alpha, "channel"), alpha.shape[-2]
     rows, columns = (jax.lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
-    logs = arithmetic.masked_sums(rows >= columns, step)
-    total = logs if seen.incoming is None else arithmetic.masked_sums(seen.same, step)
+    logs = arithmetic.masked_vector_sums(rows >= columns, step)
+    total = logs if seen.incoming is None else arithmetic.masked_vector_sums(seen.same, step)
     return Channels(logs, logs, jnp.exp(total), seen)
 
   def before(self, alpha: jax.Array) -> "Channels":

@@ -60,7 +60,7 @@ class Rule(abc.ABC):
   """A memory-update rule: hashable, static under jit, such as a frozen dataclass.
 
   A rule whose inner gradients are `frozen` also has `begin`, `within` and `advance`, one whose stretches compose
-  (`transition`) has `decay`; others need none of them.
+  by a number (`transition` "scalar" or "channel") has `decay`; others need none of them.
 
   Attributes:
     name: what errors call it.
@@ -71,8 +71,10 @@ class Rule(abc.ABC):
     learned_init: M_0 is a learned parameter; if not, it is what `init` gives.
     initial_apart: M_0's answer is as large as what is learned, so that a layer should norm the two apart.
     frozen: errors of a chunk's tokens depend on the state before the chunk, which decoding must keep.
+    mixes: weights of several states may be added up, as a soup does; not if each state has a scale of its own.
     transition: how two stretches of tokens compose. "scalar": a state is what came in times a number for each head, or
-      "channel": for each key channel, plus what was written, whatever came in. None: not at all.
+      "channel": for each key channel, or "matrix": a matrix from the left for each head, plus what was written,
+      whatever came in. None: not at all.
   """
 
   name: str
@@ -82,6 +84,7 @@ class Rule(abc.ABC):
   learned_init: bool = False
   initial_apart: bool = False
   frozen: bool = False
+  mixes: bool = True
   transition: str | None = None
 
   @property
@@ -190,3 +193,18 @@ class Rule(abc.ABC):
     gates [b, h, T, ...] to an array that broadcasts to [b, h, in, 1].
     """
     raise NotImplementedError(f"rule {self.name!r} has transition={self.transition!r} and must define decay")
+
+  def empty(self, memory: Weights) -> Weights:
+    """A memory like `memory` that holds nothing, where what came in is left out of `transition`."""
+    return {name: jnp.zeros_like(w) for name, w in memory.items()}
+
+  def joined(self, decay: jax.Array, before: Weights, written: Weights) -> Weights:
+    """The memory after a stretch of tokens: what `decay` leaves of `before`, and what was `written` into an empty one.
+
+    A decay of 0 is the end of a document: whatever `before` has, even infinities, is dropped.
+    """
+
+    def join(before, written):
+      return written + jnp.where(decay == 0, 0.0, decay * jnp.where(decay == 0, 0.0, before))
+
+    return {name: join(before[name], w) for name, w in written.items()}
