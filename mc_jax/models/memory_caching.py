@@ -464,10 +464,7 @@ def capacity(config: ModelConfig, cache: CacheConfig) -> int:
 
 def _fresh(rule: memory.rules.Rule, sizes: forms.Sizes, key: jax.Array) -> memory.networks.Weights:
   """M_0 of a layer's memories, {weight: [memories, in, out]} float32."""
-  widths = {"head_dim": sizes.key_dim}
-  if sizes.value_dim != sizes.key_dim:
-    widths["value_dim"] = sizes.value_dim
-  return rule.init(key, heads=sizes.memories, **widths)
+  return rule.init(key, heads=sizes.memories, head_dim=sizes.key_dim, value_dim=sizes.value_dim)
 
 
 def _memory_numbers(config: ModelConfig) -> int:

@@ -19,7 +19,7 @@ AFTER_TRAINING = {
 class MemoryConfig:
   """One layer's memory and how its cached states are read (arXiv:2602.24281)."""
 
-  rule: str = "titans"  # how the memory writes: linear, swla, dla, titans
+  rule: str = "titans"  # how the memory writes: linear, swla, dla, titans, ...; memory/rules/ lists all
   chunk: int = 64  # tokens written at once; inner gradients are taken at the chunk's start
   depth: int = 2  # dla, titans: layers of the memory's network
   expansion: int = 4  # dla, titans: hidden width of that network, in head_dim
@@ -28,7 +28,7 @@ class MemoryConfig:
   normalized: bool = True  # dla, titans: steps are shares of a token's error; False: as printed, of its gradient
   solve: bool | None = None  # titans, normalized: errors see what their chunk wrote; None: if normalized; False: frozen
   max_grad_norm: float | None = None  # dla, titans: clip inner gradients; None: as the rule, 0: no
-  max_step: float | None = None  # swla, dla, titans: the largest step size; None: as the rule
+  max_step: float | None = None  # the largest step size; None: as the rule; 2 of delta rules: eigenvalues down to -1
   window: int = 2  # swla: tokens written at each step
 
   form: str | None = None  # the layer around the memories: a name in forms.py; None: the rule's own, or memory_caching

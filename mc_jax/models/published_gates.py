@@ -70,19 +70,17 @@ class Parametrisation(Protocol):
     """The module: x [batch, length, d_model] to {gate: [batch, length, heads] or [..., head_dim]} float32."""
 
 
-class _Logits(nnx.Module):
-  """x W, by one linear map or by two through a narrow layer."""
+def _linear(sizes: Sizes, rank: int | Literal["head"] | None, spread: float, rngs: nnx.Rngs) -> Linear | LowRank:
+  """x W: one linear map, or two through a narrow layer."""
+  inputs = {"embed": sizes.d_model}
+  if rank is None:
+    return Linear(inputs, sizes.outputs, scale=spread, rngs=rngs)
+  return LowRank(inputs, sizes.head_dim if rank == "head" else rank, sizes.outputs, scale=spread, rngs=rngs)
 
-  def __init__(self, sizes: Sizes, rank: int | Literal["head"] | None, spread: float, *, rngs: nnx.Rngs):
-    inputs = {"embed": sizes.d_model}
-    self.axes = (*axes.TOKENS, *(name if name == "heads" else None for name in sizes.outputs))
-    if rank is None:
-      self.linear = Linear(inputs, sizes.outputs, scale=spread, rngs=rngs)
-    else:
-      self.linear = LowRank(inputs, sizes.head_dim if rank == "head" else rank, sizes.outputs, scale=spread, rngs=rngs)
 
-  def __call__(self, x):
-    return axes.constrain(self.linear(x), self.axes)
+def _laid_out(logits: jax.Array) -> jax.Array:
+  """Logits by head [batch, length, heads] on every device, those by channel [..., head_dim] with their heads."""
+  return axes.constrain(logits, axes.HEADS if logits.ndim == 4 else (*axes.TOKENS, None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +126,7 @@ class ActivatedGate(nnx.Module):
   def __init__(self, how: Activated, sizes: Sizes, *, rngs: nnx.Rngs):
     self.how = how
     self.maximum = sizes.maximum if how.bounded else 1.0
-    self.logits = _Logits(sizes, how.rank, how.spread, rngs=rngs)
+    self.linear = _linear(sizes, how.rank, how.spread, rngs)
     if how.bias is not None:
       by_head = jnp.linspace(*how.bias, sizes.heads)
       shape = tuple(sizes.outputs.values())
@@ -136,7 +134,7 @@ class ActivatedGate(nnx.Module):
       self.bias = parameter(lambda *_: start, shape, sizes.outputs, rngs)
 
   def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
-    how, logits = self.how, self.logits(x)
+    how, logits = self.how, _laid_out(self.linear(x))
     if how.bias is not None:
       logits += self.bias[...]
     if how.cap is not None:
@@ -183,7 +181,7 @@ class DecayGate(nnx.Module):
   def __init__(self, how: Decay, sizes: Sizes, *, rngs: nnx.Rngs):
     self.how = how
     self.per_channel = sizes.per_channel
-    self.logits = _Logits(sizes, how.rank, SPREAD, rngs=rngs)
+    self.linear = _linear(sizes, how.rank, SPREAD, rngs)
     self.log_rate = parameter(self._log_rates, (sizes.heads,), ("heads" if sizes.per_channel else "gate_heads",), rngs)
     self.dt_bias = parameter(_dt_bias, tuple(sizes.outputs.values()), sizes.outputs, rngs)
 
@@ -192,7 +190,7 @@ class DecayGate(nnx.Module):
     return jnp.log(jax.random.uniform(key, shape, dtype, max(lowest, _LEAST_RATE), highest))
 
   def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
-    dt = jax.nn.softplus(self.logits(x) + self.dt_bias[...])
+    dt = jax.nn.softplus(_laid_out(self.linear(x)) + self.dt_bias[...])
     rate = jnp.exp(self.log_rate[...])
     alpha = jnp.exp(-(rate[:, None] if self.per_channel else rate) * dt)
     return dict(zip(self.how.makes, (alpha, dt), strict=False))

@@ -40,10 +40,11 @@ class TokenGates(nnx.Module):
     starts = rule.gate_init(segment_length)
     self.names = tuple(starts)
     published = [how for how in published if how.gate in starts]
-    self.published = tuple(how.gate for how in published)
-    for how in published:
+    # By channel and by head parameters have other axes, and so other names.
+    self.published = tuple(f"channel_{how.gate}" if rule.gates[how.gate].per_channel else how.gate for how in published)
+    for module, how in zip(self.published, published, strict=True):
       sizes = Sizes(d_model, heads, head_dim, rule.gates[how.gate].per_channel, starts[how.gate].maximum)
-      setattr(self, how.gate, how.build(sizes, rngs=rngs))
+      setattr(self, module, how.build(sizes, rngs=rngs))
     made = {name for how in published for name in how.makes}
     starts = {name: start for name, start in starts.items() if name not in made}
     self.maximums = tuple((name, start.maximum) for name, start in starts.items())
@@ -69,8 +70,8 @@ class TokenGates(nnx.Module):
       logits = axes.constrain(self.channel_linear(x), (*axes.TOKENS, None, None, None)) + self.channel_bias[...]
       values |= {name: logits[:, :, i] for i, name in enumerate(self.per_channel)}
     values = {name: most * jax.nn.sigmoid(values[name]) for name, most in self.maximums}
-    for name in self.published:
-      values |= getattr(self, name)(x)
+    for module in self.published:
+      values |= getattr(self, module)(x)
     return {name: values[name] for name in self.names}
 
 

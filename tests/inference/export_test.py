@@ -35,6 +35,9 @@ VARIANTS = {
   "swla": tiny(memory=MemoryConfig(rule="swla", chunk=4, segment_length=8, aggregation="none")),
   "untied": tiny(tied_embeddings=False, memory=MemoryConfig(rule="linear", segment_length=8, gate="token")),
   "transformer": tiny(pattern="attention"),
+} | {
+  rule: tiny(memory=MemoryConfig(rule=rule, chunk=4, segment_length=8))
+  for rule in ("mamba2", "gla", "gated_deltanet", "gdn2", "mlstm")
 }
 
 

@@ -106,9 +106,9 @@ class MatrixRule(Rule):
       return None
     return "matrix" if self.curvature else {None: "scalar", "head": "scalar", "channel": "channel"}[self.decays]
 
-  def init(self, key: jax.Array, *, heads: int, head_dim: int) -> Weights:
-    """M_0 = 0: {"w": [heads, head_dim, head_dim]} float32."""
-    return self.network.init(key, heads, head_dim)
+  def init(self, key: jax.Array, *, heads: int, head_dim: int, value_dim: int | None = None) -> Weights:
+    """M_0 = 0: {"w": [heads, head_dim, value_dim]} float32."""
+    return self.network.init(key, heads, head_dim, value_dim)
 
   def gate_init(self, segment_length: int) -> dict[str, GateInit]:
     """Where gates start that are sigmoids: alpha at 1 - 1 / (16 segments), beta at an average over an eighth of one,

@@ -42,11 +42,11 @@ class Normalized:
     floor = linear("floor", jnp.ones_like(x[..., :1]))
     return y / jnp.maximum(jnp.maximum(jnp.abs(n), floor), _TINY)
 
-  def init(self, key: jax.Array, heads: int, head_dim: int) -> Weights:
+  def init(self, key: jax.Array, heads: int, head_dim: int, value_dim: int | None = None) -> Weights:
     """Nothing is held, and m = 0."""
     del key
     return {
-      "w": jnp.zeros((heads, head_dim, head_dim), jnp.float32),
+      "w": jnp.zeros((heads, head_dim, head_dim if value_dim is None else value_dim), jnp.float32),
       "n": jnp.zeros((heads, head_dim, 1), jnp.float32),
       "floor": jnp.ones((heads, 1, 1), jnp.float32),
     }
@@ -91,9 +91,9 @@ class MLSTM(Rule):
     """The forget gate alpha and the input gate eta, a number a head."""
     return {"alpha": Gate(), "eta": Gate()}
 
-  def init(self, key: jax.Array, *, heads: int, head_dim: int) -> Weights:
+  def init(self, key: jax.Array, *, heads: int, head_dim: int, value_dim: int | None = None) -> Weights:
     """M_0, which holds nothing."""
-    return self.network.init(key, heads, head_dim)
+    return self.network.init(key, heads, head_dim, value_dim)
 
   def gate_init(self, segment_length: int) -> dict[str, GateInit]:
     """Where gates start that are sigmoids; published models have an exponential eta (models/forms.py)."""
