@@ -36,7 +36,7 @@ def reading(rule):
 def write(rule, head_dim, *, carries=True):
   """The write pass: (a function of M_0 and tokens, its arguments)."""
   vector = array(BATCH, HEADS, LENGTH, head_dim, dtype=jnp.bfloat16)
-  gates = {name: array(BATCH, HEADS, LENGTH) for name in rule.gates}
+  gates = {name: array(BATCH, HEADS, LENGTH, *[head_dim] * gate.per_channel) for name, gate in rule.gates.items()}
   fresh = jax.eval_shape(lambda: rule.init(jax.random.key(0), heads=HEADS, head_dim=head_dim))
 
   def fn(fresh, tokens):
@@ -50,7 +50,7 @@ def write(rule, head_dim, *, carries=True):
 def write_flops(rule, head_dim):
   """FLOPs of a chunk's forward step, counted as in the kernel's own estimate."""
   vector = array(1, 1, rule.chunk, head_dim, dtype=jnp.bfloat16)
-  gates = {name: array(1, 1, rule.chunk) for name in rule.gates}
+  gates = {name: array(1, 1, rule.chunk, *[head_dim] * gate.per_channel) for name, gate in rule.gates.items()}
   fresh = jax.eval_shape(lambda: rule.init(jax.random.key(0), heads=1, head_dim=head_dim))
   state = jax.eval_shape(rule.start, fresh, vector)
   tokens = Tokens(vector, vector, vector, None, gates)
@@ -96,6 +96,16 @@ def linear_write_fwd(head_dim=128, chunk=256):
 
 def linear_write_bwd(head_dim=128, chunk=256):
   return backward(rules.get("linear", chunk=chunk), head_dim)
+
+
+def _recurrence(make, name):
+  """The write pass of a recurrence with a matrix memory, in chunks of 128 tokens."""
+  return lambda head_dim=128, chunk=128: make(rules.get(name, chunk=chunk), head_dim)
+
+
+for _rule in ("gated_deltanet", "kda", "mamba2", "mlstm", "momentum_deltanet"):
+  globals()[f"{_rule}_write_fwd"] = _recurrence(forward, _rule)
+  globals()[f"{_rule}_write_bwd"] = _recurrence(backward, _rule)
 
 
 def states(kind, head_dim, dtype):

@@ -124,13 +124,14 @@ def main(argv: list[str]) -> None:
   """Compiles the function that the command line names, and prints its schedule."""
   if len(argv) != 2:
     raise ConfigError("give one function: NAME of mc_jax/bench/kernel_cases.py, or FILE.py:NAME")
-  fn, fn_args, *rest = load(argv[1])
-  flops = rest[0] if rest else {}
   dump = pathlib.Path(_KEEP.value or tempfile.mkdtemp(prefix="schedule_"))
   dump.mkdir(parents=True, exist_ok=True)
   jax.config.update("jax_platforms", "cpu")  # nothing runs
-  arguments = os.environ.get("LIBTPU_INIT_ARGS", "")  # which libtpu reads when it is loaded, for the topology
+  # libtpu reads these when it is loaded, which may be as early as the shapes of a case are asked for.
+  arguments = os.environ.get("LIBTPU_INIT_ARGS", "")
   os.environ["LIBTPU_INIT_ARGS"] = f"{arguments} --xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+  fn, fn_args, *rest = load(argv[1])
+  flops = rest[0] if rest else {}
   devices, one_chip = topology.devices(_TOPOLOGY.value), topology.one_chip(_TOPOLOGY.value)
 
   def compiled(fn, args):

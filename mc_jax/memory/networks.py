@@ -119,8 +119,8 @@ def require_equal_widths(head_dim: int, value_dim: int | None) -> None:
   """Raises ValueError unless values are as wide as keys, as a network needs them that answers with x + ..."""
   if value_dim not in (None, head_dim):
     raise ValueError(
-      f"value_dim must be head_dim = {head_dim}: only a matrix memory (rule linear or swla) answers with another width "
-      f"than that of its keys; got {value_dim}"
+      f"value_dim must be head_dim = {head_dim}: an MLP answers with x + ..., and only a matrix memory with "
+      f"another width than that of its keys; got {value_dim}"
     )
 
 

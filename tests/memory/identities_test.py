@@ -177,5 +177,5 @@ def test_nothing_leaks_from_a_later_token(name, aggregation, carry):
 
 def test_the_networks_of_the_identities_are_those_of_the_rules():
   """Identities 3 to 5 for every rule: of what kind each one is."""
-  kinds = {name: type(rules.get(name).network) for name in memory.RULES}
+  kinds = {name: type(rules.get(name).network) for name in samples.GRADIENT_RULES}
   assert kinds == dict.fromkeys(MATRIX, networks.Matrix) | dict.fromkeys(DEEP, networks.MLP)

@@ -45,7 +45,7 @@ def some(*quick):
 def test_chunks_with_documents_are_the_printed_recurrence_and_its_gradients(name, aggregation, carry):
   rule = rules.get(name, chunk=samples.CHUNK)
   options = dict(rule=rule, aggregation=aggregation, carry=carry, segmentation=SEGMENTS)
-  samples.assert_equals_reference(samples.inputs(rule), samples.SEGMENT_IDS, **options)
+  samples.assert_equals_reference(samples.inputs(rule, value_dim=6), samples.SEGMENT_IDS, **options)
 
 
 @FLOAT64
@@ -75,15 +75,15 @@ def test_fast_and_slow_decays_are_exact_in_float32(name):
   x = jax.tree.map(np.float32, x)
   y, gradient = samples.forward_and_back(**options)(x, None, samples.like(x.q))
   for got, right in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected[1]), strict=True):
-    np.testing.assert_allclose(got, right, rtol=0, atol=3e-5 * np.abs(right).max())
-  chex.assert_trees_all_close(y, np.float32(expected[0]), rtol=0, atol=3e-6 * np.abs(expected[0]).max())
+    np.testing.assert_allclose(got, right, rtol=0, atol=1e-4 * np.abs(right).max())
+  chex.assert_trees_all_close(y, np.float32(expected[0]), rtol=0, atol=1e-5 * np.abs(expected[0]).max())
 
 
 @FLOAT64
 @some("kda", "mlstm")
 def test_it_decodes_to_the_numbers_of_the_whole_sequence(name):
   rule = rules.get(name, chunk=samples.CHUNK)
-  x = samples.inputs(rule, batch=3)
+  x = samples.inputs(rule, batch=3, value_dim=6)
   options = decode.Options(rule, SEGMENTS, capacity=5)
   expected = samples.forward(rule=rule, segmentation=SEGMENTS)(x)
   lengths = jnp.array([8, 3, 6])
@@ -103,7 +103,7 @@ def test_it_decodes_to_the_numbers_of_the_whole_sequence(name):
 @pytest.mark.parametrize("carry", ["checkpoint", slow("independent")])
 def test_it_is_split_over_devices(name, carry):
   rule = rules.get(name, chunk=samples.CHUNK)
-  x = samples.inputs(rule, length=4 * samples.SEGMENT)
+  x = samples.inputs(rule, length=4 * samples.SEGMENT, value_dim=6)
   ids = np.stack(
     [np.repeat([1, 2, 0, 3], [5, 9, 2, 8]), np.repeat([1, 2], [1, 23]), np.ones(24, int), np.zeros(24, int)]
   )
@@ -126,10 +126,10 @@ def test_it_is_split_over_devices(name, carry):
 @pytest.mark.parametrize("carry", ["checkpoint", slow("independent")])
 def test_it_runs_as_a_kernel_and_so_does_its_gradient(name, carry):
   rule, ids = rules.get(name, chunk=8), np.array([[1] * 10 + [2] * 22, [1] * 30 + [0] * 2])
-  x = jax.tree.map(np.float32, samples.inputs(rule, batch=2, length=32, head_dim=8))
+  x = jax.tree.map(np.float32, samples.inputs(rule, batch=2, length=32, head_dim=8, value_dim=16))
   options = dict(rule=rule, segmentation=segments.constant(16), carry=carry)
   kernels, xla = (
-    samples.forward_and_back(implementation=implementation, **options)(x, ids, x.q)
+    samples.forward_and_back(implementation=implementation, **options)(x, ids, x.v)
     for implementation in ("pallas", "xla")
   )
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), kernels, xla)
@@ -208,7 +208,7 @@ def test_what_does_not_go_together_is_refused():
     ValueError, match="aggregation='soup' adds up the weights of memories, and rule 'mlstm' gives each"
   ):
     memory.Options(rules.get("mlstm"), SEGMENTS, aggregation="soup")
-  with pytest.raises(ValueError, match="max_step must be positive, got 0"):
+  with pytest.raises(ValueError, match="max_step must be positive or None, got 0"):
     rules.get("kda", max_step=0)
   with pytest.raises(ValueError, match="chunk must be at least 1 token, got 0"):
     rules.get("mlstm", chunk=0)

@@ -124,7 +124,7 @@ def test_kernels_and_their_gradients_are_xla(rule, aggregation, value_dim):
 @pytest.mark.parametrize("name", ["dla", "titans"])
 def test_networks_with_a_skip_answer_as_wide_as_they_are_asked(name):
   rule, key = rules.get(name), jax.random.key(0)
-  message = "value_dim must be head_dim = 4: only a matrix memory (rule linear or swla) answers with another width"
+  message = "value_dim must be head_dim = 4: an MLP answers with x + ..., and only a matrix memory with another width"
   with pytest.raises(ValueError, match=re.escape(message)):
     rule.init(key, heads=1, head_dim=HEAD_DIM, value_dim=WIDE)
   shapes = [jax.eval_shape(lambda w=w: rule.init(key, heads=1, head_dim=HEAD_DIM, **w)) for w in ({}, {"value_dim": 4})]

@@ -42,7 +42,6 @@ _LIFETIME = 16
 # and quotients of decays over a block of 16 tokens, e^75 at most, are still float32 numbers.
 _LEAST_LOG = -5.0
 _BLOCK = 16
-_LARGEST_LOG = 80.0
 
 
 class TokenState(NamedTuple):
@@ -67,8 +66,8 @@ class MatrixRule(Rule):
     step: whether there are step sizes eta, "head" or "channel"; None: 1.
     erases: what eta is, if it is "channel": None: of what is written; "read": the key looks up through eta o k (gated
       DeltaNet 2); "erase": eta o k is erased, and a gate `write` o k written (RWKV-7).
-    max_step: the largest eta. Of the delta rule with unit keys, above 1 eigenvalues of the transition are negative,
-      down to 1 - max_step.
+    max_step: the largest eta; None: 1. Of the delta rule with unit keys, above 1 eigenvalues of the transition are
+      negative, down to 1 - max_step.
     learned_init: M_0 is a learned parameter, which starts at 0; if not, it is 0.
   """
 
@@ -80,15 +79,15 @@ class MatrixRule(Rule):
   momentum: bool = False
   step: Literal["head", "channel"] | None = "head"
   erases: Literal["read", "erase"] | None = None
-  max_step: float = 1.0
+  max_step: float | None = None
   learned_init: bool = False
   network = networks.Matrix()
 
   def __post_init__(self):
     if self.chunk < 1:
       raise ValueError(f"chunk must be at least 1 token, got {self.chunk}")
-    if not 0 < self.max_step < math.inf:
-      raise ValueError(f"max_step must be positive, got {self.max_step}")
+    if self.max_step is not None and not 0 < self.max_step < math.inf:
+      raise ValueError(f"max_step must be positive or None, got {self.max_step}")
     if self.momentum and self.decays == "channel":
       raise ValueError("momentum needs a decay by head: with one for each channel, steps have no common weight")
 
@@ -117,7 +116,7 @@ class MatrixRule(Rule):
     starts = {
       "alpha": GateInit(math.log(_LIFETIME * segment_length - 1)),
       "beta": GateInit(math.log(beta / (1 - beta))),
-      "eta": GateInit(0.0, self.max_step),
+      "eta": GateInit(0.0, 1.0 if self.max_step is None else self.max_step),
       "write": GateInit(0.0),
     }
     return {name: starts[name] for name in self.gates}
@@ -269,23 +268,24 @@ class Channels(NamedTuple):
     """<x_t o e^(L_t - L_j), z_j> where t sees j, with `strict` j < t; 0 elsewhere. x, z [..., T, d] to [..., T, T]."""
     length = x.shape[-2]
     row, col = (jax.lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
+    token = jax.lax.broadcasted_iota(jnp.int32, (length, 1), 0)
     first = self._reference(_BLOCK, 0)
-    found = gram(x * jnp.exp(self.queries - first), z * jnp.exp(jnp.minimum(first - self.logs, _LARGEST_LOG)), dtype)
-    half = _BLOCK
-    while half < length:
-      boundary = self._reference(2 * half, half - 1)
-      queries, keys = (
-        jnp.exp(jnp.minimum(sign * (l - boundary), 0.0)) for sign, l in ((1, self.queries), (-1, self.logs))
-      )
-      here = (row // (2 * half) == col // (2 * half)) & (row % (2 * half) >= half) & (col % (2 * half) < half)
-      found = jnp.where(here, gram(x * queries, z * keys, dtype), found)
-      half *= 2
+    found = gram(x * jnp.exp(self.queries - first), z * jnp.exp(first - self.logs), dtype)
+    for level in range(_BLOCK.bit_length() - 1, (length - 1).bit_length()):  # halves of 2^level tokens
+      second = (token >> level) & 1 == 1
+      boundary = self._reference(2 << level, (1 << level) - 1)
+      queries = jnp.exp(jnp.where(second, self.queries - boundary, -jnp.inf))
+      keys = jnp.exp(jnp.where(second, -jnp.inf, boundary - self.logs))
+      found = jnp.where(row >> level == (col >> level) + 1, gram(x * queries, z * keys, dtype), found)
     seen = self.seen.same & (row > col) if strict else self.seen.same
     return jnp.where(seen, found, 0.0)
 
   def _reference(self, block: int, place: int) -> jax.Array:
-    """L at a place of each token's block, [..., T, d]; in a block that ends before that, at its end."""
-    logs, length, rows = self.logs, self.logs.shape[-2], []
+    """L at a place of each token's block, [..., T, d]; in a block that ends before that, at its end.
+
+    It cancels, and so would its gradients, all but their roundings.
+    """
+    logs, length, rows = jax.lax.stop_gradient(self.logs), self.logs.shape[-2], []
     for begin in range(0, length, block):
       here = min(begin + place, length - 1)
       count = min(block, length - begin)
@@ -341,7 +341,7 @@ def retnet(*, chunk: int = 64, learned_init: bool = False) -> MatrixRule:
   return MatrixRule("retnet", chunk, "head", step=None, learned_init=learned_init)
 
 
-def mamba2(*, chunk: int = 64, max_step: float = 1.0, learned_init: bool = False) -> MatrixRule:
+def mamba2(*, chunk: int = 64, max_step: float | None = None, learned_init: bool = False) -> MatrixRule:
   """Mamba-2, W_t = alpha_t W_{t-1} + eta_t k_t (x) v_t (arXiv:2405.21060): k is B, q is C, eta the step dt."""
   return MatrixRule("mamba2", chunk, "head", max_step=max_step, learned_init=learned_init)
 
@@ -351,22 +351,22 @@ def gla(*, chunk: int = 64, learned_init: bool = False) -> MatrixRule:
   return MatrixRule("gla", chunk, "channel", step=None, learned_init=learned_init)
 
 
-def deltanet(*, chunk: int = 64, max_step: float = 1.0, learned_init: bool = False) -> MatrixRule:
+def deltanet(*, chunk: int = 64, max_step: float | None = None, learned_init: bool = False) -> MatrixRule:
   """DeltaNet, W_t = W_{t-1} - eta_t k_t (x) (k_t W_{t-1} - v_t) (arXiv:2406.06484)."""
   return MatrixRule("deltanet", chunk, curvature=1.0, max_step=max_step, learned_init=learned_init)
 
 
-def gated_deltanet(*, chunk: int = 64, max_step: float = 1.0, learned_init: bool = False) -> MatrixRule:
+def gated_deltanet(*, chunk: int = 64, max_step: float | None = None, learned_init: bool = False) -> MatrixRule:
   """Gated DeltaNet: DeltaNet after a decay by head, whose error sees it (arXiv:2412.06464)."""
   return MatrixRule("gated_deltanet", chunk, "head", curvature=1.0, max_step=max_step, learned_init=learned_init)
 
 
-def kda(*, chunk: int = 64, max_step: float = 1.0, learned_init: bool = False) -> MatrixRule:
+def kda(*, chunk: int = 64, max_step: float | None = None, learned_init: bool = False) -> MatrixRule:
   """Kimi Delta Attention: DeltaNet after a decay by channel, whose error sees it (arXiv:2510.26692)."""
   return MatrixRule("kda", chunk, "channel", curvature=1.0, max_step=max_step, learned_init=learned_init)
 
 
-def gdn2(*, chunk: int = 64, max_step: float = 1.0, learned_init: bool = False) -> MatrixRule:
+def gdn2(*, chunk: int = 64, max_step: float | None = None, learned_init: bool = False) -> MatrixRule:
   """Gated DeltaNet 2: the key that is looked up is eta_t o k_t, by channel; k_t is written."""
   return MatrixRule(
     "gdn2",
@@ -380,7 +380,7 @@ def gdn2(*, chunk: int = 64, max_step: float = 1.0, learned_init: bool = False) 
   )
 
 
-def rwkv7(*, chunk: int = 64, max_step: float = 1.0, learned_init: bool = False) -> MatrixRule:
+def rwkv7(*, chunk: int = 64, max_step: float | None = None, learned_init: bool = False) -> MatrixRule:
   """RWKV-7, W_t = alpha_t o W_{t-1} - eta_t o k_t (x) (k_t W_{t-1}) + write_t o k_t (x) v_t (arXiv:2503.14456)."""
   return MatrixRule(
     "rwkv7",
@@ -395,7 +395,7 @@ def rwkv7(*, chunk: int = 64, max_step: float = 1.0, learned_init: bool = False)
   )
 
 
-def momentum_deltanet(*, chunk: int = 64, max_step: float = 1.0, learned_init: bool = False) -> MatrixRule:
+def momentum_deltanet(*, chunk: int = 64, max_step: float | None = None, learned_init: bool = False) -> MatrixRule:
   """Titans with a matrix memory, its gradients not frozen (arXiv:2501.00663, Eq. 8-14; arXiv:2602.24281, Eq. 34-36).
 
   S_t = beta_t S_{t-1} - eta_t 2 k_t (x) (k_t W_{t-1} - v_t), W_t = alpha_t W_{t-1} + S_t.

@@ -3,9 +3,9 @@
   W_t = alpha_t W_{t-1} + eta_t k_t (x) v_t,   n_t = alpha_t n_{t-1} + eta_t k_t,   y_t = q_t W_t / max(|q_t n_t|, 1)
 
 alpha is the forget gate, eta the input gate, which may be e^15: so W and n are kept times e^-m_t, with the stabiliser
-m_t = max(log alpha_t + m_{t-1}, log eta_t). It changes no answer, and no gradient goes through it. What is cached beside
-W and n is the floor e^-m, which the 1 becomes. Over a chunk, with F the cumulative log alpha and D_tj = F_t - F_j +
-log eta_j,
+m_t = max(log alpha_t + m_{t-1}, log eta_t). It changes no answer, and no gradient goes through it. What is cached
+beside W and n is the floor e^-m, which the 1 becomes. Over a chunk, with F the cumulative log alpha and
+D_tj = F_t - F_j + log eta_j,
 
   m_t = max(F_t + m_0, max_{j <= t} D_tj),   A_t = e^(F_t + m_0 - m_t),   C_tj = e^(D_tj - m_t)
 
@@ -92,7 +92,7 @@ class MLSTM(Rule):
     return {"alpha": Gate(), "eta": Gate()}
 
   def init(self, key: jax.Array, *, heads: int, head_dim: int, value_dim: int | None = None) -> Weights:
-    """M_0, which holds nothing."""
+    """M_0, which holds nothing, see `Normalized`."""
     return self.network.init(key, heads, head_dim, value_dim)
 
   def gate_init(self, segment_length: int) -> dict[str, GateInit]:
