@@ -13,6 +13,7 @@ from mc_jax.models import layer, problems
 from mc_jax.models.cache import CacheConfig, LayerCache
 from mc_jax.models.layer import PLAIN, Context, Work
 from mc_jax.models.linear import Linear, residual_scale
+from mc_jax.models.rotary import positions, rotate
 from mc_jax.parallel import axes
 from mc_jax.parallel.attention import attention
 
@@ -175,40 +176,3 @@ def _cut(x: jax.Array, layer: jax.Array, start: jax.Array, tile: int) -> jax.Arr
   """x[layer, :, :, start : start + tile], by one slice."""
   size = 1, *x.shape[1:3], tile, x.shape[4]
   return jax.lax.dynamic_slice(x, (layer, 0, 0, start, 0), size)[0]
-
-
-def positions(document: jax.Array) -> jax.Array:
-  """Position of each token in its document: 0, 1, ... restarting where the number changes.
-
-  Args:
-    document: [batch, length] int32, number of each token's document.
-
-  Returns:
-    [batch, length] int32.
-  """
-  index = jnp.broadcast_to(jnp.arange(document.shape[1], dtype=jnp.int32), document.shape)
-  previous = jnp.pad(document, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-  start = jax.lax.cummax(jnp.where(document != previous, index, 0), axis=1)
-  return index - start
-
-
-def rotate(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
-  """Rotary position embedding (arXiv:2104.09864): turns pairs of x's last axis by angles.
-
-  Pair i of head_dim / 2 turns by position * theta^(-2 i / head_dim); computed in float32.
-
-  Args:
-    x: [batch, length, heads, head_dim], head_dim even.
-    position: [batch or 1, length] int.
-    theta: base of the angles.
-
-  Returns:
-    x's shape and dtype.
-  """
-  half = x.shape[-1] // 2
-  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = position[..., None, None].astype(jnp.float32) * frequency
-  sin, cos = jnp.sin(angle), jnp.cos(angle)
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = [first * cos - second * sin, second * cos + first * sin]
-  return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -14,12 +14,12 @@ from flax import nnx
 from mc_jax import memory
 from mc_jax.memory import arithmetic, caching, decode
 from mc_jax.models import forms, layer, problems
-from mc_jax.models.attention import positions, rotate
 from mc_jax.models.cache import CacheConfig, LayerCache
 from mc_jax.models.convolution import CausalConvolution
 from mc_jax.models.layer import PLAIN, Context, Work
 from mc_jax.models.linear import Linear, LowRank, parameter, residual_scale
 from mc_jax.models.norms import LayerNorm, RMSNorm, l2_normalize
+from mc_jax.models.rotary import positions, rotate
 from mc_jax.models.token_gates import TokenGates
 from mc_jax.parallel import axes, decoding
 from mc_jax.parallel import context as on_mesh

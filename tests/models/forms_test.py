@@ -314,7 +314,7 @@ def test_a_mesh_computes_what_one_device_does(rule, options, sizes):
   def placed(w):
     return w.replace(jax.device_put(w[...], axes.sharding(mesh, w.get_metadata("out_sharding"), w.shape)))
 
-  mesh = meshes.make(MeshConfig(**({"data": 1} | sizes)), jax.devices())
+  mesh = meshes.make(MeshConfig(**({"data": 1} | sizes)), jax.devices()[: math.prod(sizes.values())])
   params = nnx.from_flat_state({path: placed(w) for path, w in nnx.to_flat_state(params)})
   with jax.set_mesh(mesh):
     found = jit(forward)(params)
