@@ -19,7 +19,7 @@ from mc_jax.models.convolution import CausalConvolution
 from mc_jax.models.layer import PLAIN, Context, Work
 from mc_jax.models.linear import Linear, LowRank, parameter, residual_scale
 from mc_jax.models.norms import LayerNorm, RMSNorm, l2_normalize
-from mc_jax.models.rotary import positions, rotate
+from mc_jax.models.rotary import rotate
 from mc_jax.models.token_gates import TokenGates
 from mc_jax.parallel import axes, decoding
 from mc_jax.parallel import context as on_mesh
@@ -207,8 +207,9 @@ class MemoryCaching(layer.Mixer):
     if form.unit_keys:
       made |= {name: l2_normalize(made[name]) for name in ("query", "key")}
     if form.rotary is not None:
-      # Connectors too: they are compared with keys.
-      place = _places(x, document, start)
+      # Connectors too: they are compared with keys. Only differences of positions count, so that a document may begin
+      # anywhere.
+      place = jnp.arange(x.shape[1], dtype=jnp.int32)[None] + (0 if start is None else start[:, None])
       turned = [name for name in ("query", "key", "connector") if name in made]
       made |= {name: rotate(made[name], place, form.rotary) for name in turned}
     q = made["query"] * sizes.key_dim**-0.5 if form.query_scale else made["query"]
@@ -433,14 +434,6 @@ def _channels(config: ModelConfig) -> int:
 def _for_memories(x: jax.Array, sizes: forms.Sizes) -> jax.Array:
   """x [batch, length, key_heads, key_dim] to [batch, length, memories, key_dim]."""
   return x if sizes.shared == 1 else axes.constrain(jnp.repeat(x, sizes.shared, axis=2), axes.HEADS)
-
-
-def _places(x: jax.Array, document: jax.Array | None, start: jax.Array | None) -> jax.Array:
-  """Positions of the tokens x in their documents, [batch or 1, length] int32; `start` as of `project`."""
-  if document is not None:
-    return positions(document)
-  place = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-  return place if start is None else start[:, None] + place
 
 
 def _memories_field(config: ModelConfig, prefix: str) -> str:

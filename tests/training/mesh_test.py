@@ -67,8 +67,9 @@ def test_losses_gradients_and_parameters_are_those_of_one_device(config, alone_a
 
 
 @pytest.mark.slow
-def test_memories_and_microbatches_too(tiny):
-  config = tiny(batch_size=8, microbatches=2, warmup_steps=0, epsilon=1e-2)
+@pytest.mark.parametrize("memory", [{}, {"rule": "mamba2", "value_heads": 4}, {"rule": "kda"}], ids=str)
+def test_memories_and_microbatches_too(tiny, memory):
+  config = _memory(tiny(batch_size=8, microbatches=2, warmup_steps=0, epsilon=1e-2), **memory)
   expected, _ = _two_steps(config, 1)
   after, _ = _two_steps(dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=2, context=2, model=2)), 8)
   _assert_close(after, expected)
