@@ -28,13 +28,14 @@ def unsupported(rule: Rule, lengths: tuple[int, ...], q: jax.Array, init: Weight
   if len(lengths) > 1 and chunk % rows:
     return f"chunks of {chunk} tokens (a multiple of {rows} is, for {q.dtype})"
   chunk = -(-chunk // rows) * rows
-  widths = q.shape[-1], networks.value_dim(rule.network, init, q.shape[-1])
-  needed = _vmem(rule, chunk, -(-lengths[0] // chunk), *widths, init)
+  head_dim = q.shape[-1]
+  value_dim = networks.value_dim(rule.network, init, head_dim)
+  needed = _vmem(rule, chunk, -(-lengths[0] // chunk), head_dim, value_dim, init)
   if needed > vmem.budget():
+    widths = f"head_dim {head_dim}" + (f" and value_dim {value_dim}" if value_dim != head_dim else "")
     return (
-      f"rule {rule.name!r} at head_dim {widths[0]} and value_dim {widths[1]}, with segments of {lengths[0]} tokens and "
-      f"chunks of {chunk}, on a chip with {vmem.budget() >> 20} MiB of VMEM for kernels (they would need some "
-      f"{-(-needed >> 20)})"
+      f"rule {rule.name!r} at {widths}, with segments of {lengths[0]} tokens and chunks of {chunk}, on a chip with "
+      f"{vmem.budget() >> 20} MiB of VMEM for kernels (they would need some {-(-needed >> 20)})"
     )
   return None
 

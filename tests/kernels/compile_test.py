@@ -48,7 +48,7 @@ def test_kernels_compile(chip, head_dim, name):
   assert all(kernel in text for kernel in flops)
 
 
-def layer(rule, head_dim, *, value_dim=None, heads=2, length=1024, documents=False, **options):
+def layer(rule, head_dim, *, value_dim=None, heads=2, length=1024, documents=False, transform=jax.grad, **options):
   """(the gradient of a layer, its arguments): bfloat16 tokens, segments of 256."""
   vector, values = (
     kernel_cases.array(1, length, heads, width, dtype=jnp.bfloat16) for width in (head_dim, value_dim or head_dim)
@@ -62,7 +62,7 @@ def layer(rule, head_dim, *, value_dim=None, heads=2, length=1024, documents=Fal
     y = memory.memory_caching(*args, rule=rule, segmentation=segmentation, segment_ids=ids, **options)
     return y.astype(jnp.float32).sum()
 
-  return jax.grad(loss), ((vector, vector, values, vector, gates, init), ids)
+  return transform(loss), ((vector, vector, values, vector, gates, init), ids)
 
 
 @pytest.mark.parametrize("aggregation", [slow("none"), "residual", slow("grm"), slow("soup"), slow("ssc")])
@@ -75,13 +75,14 @@ def test_a_layer_takes_the_kernels_when_it_is_compiled_for_a_tpu(aggregation):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("aggregation", ["grm", "soup", "ssc"])
+@pytest.mark.parametrize("aggregation", ["grm", "ssc"])
 @pytest.mark.parametrize(
   ("chip", "head_dim", "value_dim"), [("v5e", 128, 256), ("v4", 128, 256), ("v6e", 256, 512), ("v5e", 128, 64)]
 )
 def test_values_of_another_width_than_keys_compile(chip, head_dim, value_dim, aggregation):
-  rule = memory.rules.get("swla", chunk=128)
-  fn, args = layer(rule, head_dim, value_dim=value_dim, aggregation=aggregation, implementation="pallas")
+  rule, options = memory.rules.get("swla", chunk=128), dict(aggregation=aggregation, implementation="pallas")
+  # The value as well: a sum's gradient alone needs no forward read.
+  fn, args = layer(rule, head_dim, value_dim=value_dim, transform=jax.value_and_grad, **options)
   text = compile_for(chip, fn, args).as_text()
   reads = "selected_read" if aggregation == "ssc" else "cached_read"
   assert all(f"{kernel}_{way}" in text for kernel in ("swla_write", reads) for way in ("fwd", "bwd"))

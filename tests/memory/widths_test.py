@@ -100,7 +100,8 @@ def test_it_decodes_to_the_numbers_of_the_whole_sequence(rule, value_dim, change
 @pytest.mark.parametrize(
   ("rule", "aggregation", "value_dim"),
   [
-    ("swla", "grm", 16),
+    ("linear", "grm", 16),
+    slow("swla", "grm", 16),
     slow("swla", "ssc", 16),
     slow("swla", "ssc", 4),
     slow("linear", "soup", 4),

@@ -94,7 +94,6 @@ def test_numbers_of_one_device(rule, aggregation, carry):
 def test_values_of_another_width_than_keys(rule, value_dim, options):
   rule = build(rule)
   x = samples.inputs(rule, length=LENGTH, value_dim=value_dim)
-  options |= dict(segment_ids=SEGMENT_IDS)
   expected = run(x, rule, **{name: option for name, option in options.items() if name != "read_buffer"})
   assert_same(run(x, rule, dict(data=1, context=4), **options), expected)
 
