@@ -86,7 +86,16 @@ def test_the_transformer_decodes_what_it_computes(monkeypatch, tile):
   check(tiny(pattern="attention"))
 
 
-@pytest.mark.parametrize("options", [{"pattern": "attention"}, slow({"memory": {"aggregation": "ssc"}})], ids=str)
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"pattern": "attention"},
+    slow({"memory": {"aggregation": "ssc"}}),
+    slow({"memory": {"rule": "mamba2", "value_heads": 4}}),
+    slow({"memory": {"rule": "retnet"}}),
+  ],
+  ids=str,
+)
 def test_decoding_on_a_mesh(options):
   mesh = meshes.make(MeshConfig(data=2, fsdp=2, model=2), jax.devices())
   check(tiny(**options), mesh=mesh)

@@ -13,6 +13,7 @@ from flax import nnx
 from marks import slow
 from quick_compile import jit
 
+from mc_jax import memory
 from mc_jax.models import CacheConfig, LanguageModel, MemoryConfig, ModelConfig, forms
 from mc_jax.models.forms import Form
 from mc_jax.models.layer import Context
@@ -362,6 +363,22 @@ def test_memories_are_counted_where_there_are_more_of_them_than_heads():
 def test_what_does_not_fit_is_named(rule, options, expected):
   problems = tiny(rule, options).problems()
   assert len(problems) == 1 and expected in problems[0], problems
+
+
+@pytest.mark.parametrize("form", forms.FORMS)
+def test_every_form_computes_in_the_models_dtype_with_gates_in_float32(form):
+  rule = form if form in memory.RULES else "gated_deltanet"
+  config = tiny(rule, {"form": form, "value_heads": 4}, dtype="bfloat16")
+  x = jax.ShapeDtypeStruct((2, LENGTH, 16), jnp.bfloat16)
+
+  def forward(x):
+    layer = make(config)
+    return layer(x)[0], layer.project(x).tokens
+
+  y, given = jax.eval_shape(forward, x)
+  assert y.shape == x.shape and y.dtype == x.dtype
+  assert {given.q.dtype, given.k.dtype, given.v.dtype, given.u.dtype} == {x.dtype}
+  assert all(gate.dtype == jnp.float32 for gate in given.gates.values())
 
 
 def test_a_rule_without_a_form_has_the_default_and_any_form_can_be_named():
