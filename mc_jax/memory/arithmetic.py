@@ -294,6 +294,19 @@ def _fine_product(a: jax.Array, b: jax.Array) -> jax.Array:
   return matmul(a, b) + (matmul(a, b_rest) + matmul(a_rest, b))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def fine_product(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """`product` of float32 operands that are not rounded to bfloat16, if that is the dtype, but to some 2^-16; its
+  gradients are product's."""
+  return _fine_product(a, b) if dtype == jnp.bfloat16 else product(a, b, dtype)
+
+
+fine_product.defvjp(
+  lambda a, b, dtype: (fine_product(a, b, dtype), (a, b)),
+  lambda dtype, operands, g: jax.vjp(lambda a, b: product(a, b, dtype), *operands)[1](g),
+)
+
+
 def truncated(x: jax.Array) -> jax.Array:
   """The float32 number's first 8 bits; not by rounding: XLA may drop conversions there and back."""
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)

@@ -18,6 +18,7 @@ import samples
 from marks import slow
 
 from mc_jax.memory import arithmetic, pallas, rules, segments, xla
+from mc_jax.memory.chunk import State
 from mc_jax.memory.tokens import Tokens
 
 HEAD_DIM, CHUNK, SEGMENT = 32, 64, 256
@@ -54,12 +55,26 @@ def stream(rule, length, forgetful=False, seed=0):
   v += 0.2 * rng.normal(size=v.shape)
   gates = {}
   for name, g in rule.gate_init(SEGMENT).items():
-    gates[name] = g.maximum / (1 + np.exp(-g.bias - 0.5 * rng.normal(size=(1, length, 1))))
+    shape = (1, length, 1, HEAD_DIM) if rule.gates[name].per_channel else (1, length, 1)
+    gates[name] = g.maximum / (1 + np.exp(-g.bias - 0.5 * rng.normal(size=shape)))
     if forgetful and name in ("alpha", "beta"):
       gates[name] = rng.uniform(0.8, 1, size=(1, length, 1))
   init = rule.init(jax.random.key(1), heads=1, head_dim=HEAD_DIM)
   tokens = (x[None, :, None].astype(jnp.bfloat16) for x in (q, k, v, u))
   return samples.Inputs(*tokens, *jax.tree.map(np.float32, (gates, jax.device_get(init))))
+
+
+def repeated(rule, length, largest, seed=0):
+  """A stream of eight keys that come again and again, and of steps near their maximum, or beyond 1: the hard case.
+
+  Errors of a chunk's tokens then depend on each other as much as they can.
+  """
+  x, rng = stream(rule, length), np.random.default_rng(seed)
+  keys = rng.normal(size=(8, HEAD_DIM))
+  keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
+  k = jnp.asarray(keys[rng.integers(0, 8, (1, length, 1))], jnp.bfloat16)
+  eta = rng.uniform(0.9 * largest, largest, x.gates["eta"].shape)
+  return x._replace(k=k, gates=x.gates | {"eta": np.float32(eta)})
 
 
 def printed(name, **options):
@@ -84,7 +99,7 @@ def last_state(rule, write, x):
   @jit
   def run(init, tokens):
     states = write(rule, init, tokens, lengths, read=read, carries=True, side_by_side=1).states
-    return jax.tree.map(lambda w: w[-1], (states.memory, states.momentum))
+    return jax.tree.map(lambda w: w[-1], State(states.memory, states.momentum))
 
   return jax.device_get(run(x.init, tokens))
 
@@ -103,6 +118,7 @@ def state_errors(name, forgetful, broken=contextlib.nullcontext):
 # the latter, the state and the hidden layer that its error was read through, and its input and its error.
 # Of linear, whose weights are 1, nothing is. 256 chunks are then added up in float32, with 256 roundings by 2^-24.
 STATE_BOUNDS = {"linear": 2**-20, "swla": roundings(3), "dla": roundings(5), "titans": roundings(5)}
+STATE_BOUNDS |= {"gated_deltanet": roundings(3), "kda": roundings(3), "mlstm": roundings(3)}
 
 
 # Networks would forget themselves; swla is in the forgetful case.
@@ -110,11 +126,48 @@ LONG_LIVED = [slow("linear", False), slow("swla", False), slow("dla", False), ("
 FORGETFUL = "swla", True
 
 
-@pytest.mark.parametrize(("name", "forgetful"), [*LONG_LIVED, FORGETFUL])
+# Delta rules correct themselves, roundings of the state included; so they are not asked what bfloat16 states would do.
+CORRECTED = [slow("gated_deltanet", False), slow("kda", False), slow("mlstm", False)]
+
+
+@pytest.mark.parametrize(("name", "forgetful"), [*LONG_LIVED, FORGETFUL, *CORRECTED])
 def test_states_stay_near_the_exact_ones_for_16_384_tokens(name, forgetful):
   errors = state_errors(name, forgetful)
   print(name, "forgetful" if forgetful else "", *(f"{error:.2e}" for error in errors))
   assert max(errors) < STATE_BOUNDS[name]
+
+
+def repeated_errors(name, largest, broken=contextlib.nullcontext):
+  rule = rules.get(name, chunk=CHUNK)
+  x = repeated(rule, 16_384, largest)
+  with broken():
+    state = last_state(rule, functools.partial(pallas.write, interpret=True), x)
+  return distance(
+    *(leaves.memory["w"] for leaves in (state, in_float64(functools.partial(last_state, rule, xla.write), x)))
+  )
+
+
+# A delta rule writes the difference of a value and of an answer that was read by a product of bfloat16 operands, and
+# takes the latter for right: the state is as far off as that answer, every key at every time, until it fades.
+REPEATED_BOUND = roundings(30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deltanet", "gated_deltanet", "kda"])
+@pytest.mark.parametrize("largest", [1.0, 1.8])
+def test_states_stay_near_the_exact_ones_where_keys_repeat(name, largest):
+  error = repeated_errors(name, largest)
+  print(name, largest, f"{error:.2e}")
+  assert error < REPEATED_BOUND
+
+
+@pytest.mark.slow
+def test_states_by_a_solve_of_single_bfloat16_products_would_not(monkeypatch):
+  def rough(a, b):
+    return jnp.matmul(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+
+  broken = functools.partial(patched, monkeypatch, arithmetic, "_TPU", arithmetic._TPU._replace(product=rough))
+  assert repeated_errors("gated_deltanet", 1.8, broken) > 2 * REPEATED_BOUND
 
 
 @contextlib.contextmanager
@@ -156,6 +209,9 @@ def test_states_by_cumulative_logs_in_bfloat16_would_not(name, forgetful, monkey
     slow("titans", "ssc", "pallas"),
     slow("dla", "grm", "pallas"),
     slow("dla", "soup", "xla"),
+    slow("gated_deltanet", "grm", "pallas"),
+    slow("kda", "grm", "pallas"),
+    slow("mamba2", "grm", "pallas"),
     slow("swla", "residual", "xla"),
   ],
 )
@@ -164,6 +220,9 @@ def test_outputs_and_gradients_are_near_the_exact_ones(name, aggregation, implem
   last; with what is rounded before, in the state, and what leaves the write kernel, that is five times. A gradient has
   the forward pass's roundings in what it is multiplied by, a cotangent rounded for a product a layer and on its way
   into the write kernel, and is rounded itself: eleven times.
+
+  A delta rule's has its error's roundings as well, which are those of an answer: twenty times. (mLSTM's answers are
+  quotients, and its gradients have no such bound where the normaliser is small.)
 
   Softmax's gradient, which only u has alone, is made of differences of reads, a tenth of them where memories are alike,
   as those of networks are that have learned little yet.
@@ -196,7 +255,7 @@ def test_outputs_and_gradients_are_near_the_exact_ones(name, aggregation, implem
   print(name, aggregation, f"y {distance(y, expected):.2e}", *(f"{n} {error:.2e}" for n, error in errors.items()))
   assert distance(y, expected) < roundings(5)
   assert errors.pop(".u", 0.0) < 10 * roundings(11)
-  assert max(errors.values()) < roundings(11)
+  assert max(errors.values()) < roundings(20 if getattr(rule, "curvature", 0) else 11)
 
 
 @pytest.mark.parametrize("carry", [True, False])

@@ -1,11 +1,28 @@
 """Memory rules: how a memory writes (arXiv:2602.24281, section 4.3). A family is a file; here they have names.
 
+Gradient steps on a network's inner loss (gradient.py):
+
 | rule   | network | inner loss     | alpha | beta | eta          | equations |
 |--------|---------|----------------|-------|------|--------------|-----------|
 | linear | matrix  | -<M(k), v>     |       |      | 1            | 2, 12     |
 | swla   | matrix  | -<M(k), v>     | yes   |      | window gates | 26-29     |
 | dla    | MLP     | -<M(k), v>     | yes * |      | a gate       | 30-33     |
 | titans | MLP     | ||M(k) - v||^2 | yes   | yes  | a gate       | 34-36     |
+
+Matrices that are exact at every chunk length (delta.py; mlstm.py): what people build recurrent models of.
+
+| rule              | writes                | alpha       | eta         | source           |
+|-------------------|-----------------------|-------------|-------------|------------------|
+| retnet            | the value             | by head     | 1           | arXiv:2307.08621 |
+| mamba2            | the value             | by head     | by head     | arXiv:2405.21060 |
+| gla               | the value             | by channel  | 1           | arXiv:2312.06635 |
+| deltanet          | the error             |             | by head     | arXiv:2406.06484 |
+| gated_deltanet    | the error after decay | by head     | by head     | arXiv:2412.06464 |
+| kda               | the error after decay | by channel  | by head     | arXiv:2510.26692 |
+| gdn2              | the error after decay | by channel  | by channel  | arXiv:2605.22791 |
+| rwkv7             | value, and an erasure | by channel  | by channel  | arXiv:2503.14456 |
+| momentum_deltanet | momentum of the error | by head     | by head     | arXiv:2501.00663 |
+| mlstm             | the value, normalised | by head     | by head     | arXiv:2405.04517 |
 
 (*) not in the paper: dla as printed climbs an unbounded loss without retention, and diverges.
 `get("dla", retention=False, max_grad_norm=None)` is the printed form.

@@ -326,7 +326,8 @@ class Online(NamedTuple):
       z = z * left
       if decays.seen.continues is not None:  # the last token's document
         z = jnp.where(jnp.swapaxes(decays.seen.last, -1, -2), z, 0.0)
-      w -= product(jnp.swapaxes(z, -1, -2), delta, dtype)
+      # Rounded, a key that has faded is no longer quite along itself, and what is written beside it nobody corrects.
+      w -= arithmetic.fine_product(jnp.swapaxes(z, -1, -2), delta.astype(z.dtype), dtype)
     return w
 
 
@@ -367,7 +368,10 @@ def kda(*, chunk: int = 64, max_step: float | None = None, learned_init: bool = 
 
 
 def gdn2(*, chunk: int = 64, max_step: float | None = None, learned_init: bool = False) -> MatrixRule:
-  """Gated DeltaNet 2: the key that is looked up is eta_t o k_t, by channel; k_t is written."""
+  """Gated DeltaNet 2, W_t = alpha_t o W_{t-1} - k_t (x) ((eta_t o k_t) (alpha_t o W_{t-1}) - v_t) (arXiv:2605.22791).
+
+  Its write gate, one for each channel of the value, is part of v.
+  """
   return MatrixRule(
     "gdn2",
     chunk,
