@@ -38,21 +38,25 @@ def product(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _product_forward(a, b, dtype):
-  # Only the gradients that are asked for are made. An empty array remembers what shape and dtype one must have.
-  def other(x, y):
-    return (y.value.astype(dtype), jnp.empty((*x.value.shape, 0), x.value.dtype)) if x.perturbed else None
+  # Only the gradients that are asked for are made: what the other operand would be needed for is empty. But there are
+  # always as many residuals, and none is an operand as it came, for JAX may count those of one trace for another's.
+  def kept(x, wanted):
+    return x.value.astype(dtype)[None] if wanted else jnp.empty((0, *x.value.shape), dtype)
 
-  return product(a.value, b.value, dtype), (other(a, b), other(b, a))
+  def like(x):  # an empty array remembers what shape and dtype a gradient must have
+    return jnp.empty((*x.value.shape, 0), x.value.dtype)
+
+  return product(a.value, b.value, dtype), (kept(b, a.perturbed), like(a), kept(a, b.perturbed), like(b))
 
 
 def _product_backward(dtype, residuals, cotangent):
   def gradient(x, y, like):
     return _sum_to(product(x, y, dtype), like.shape[:-1]).astype(like.dtype)
 
-  for_a, for_b = residuals
+  b, like_a, a, like_b = residuals
   return (
-    for_a and gradient(cotangent, jnp.swapaxes(for_a[0], -1, -2), for_a[1]),
-    for_b and gradient(jnp.swapaxes(for_b[0], -1, -2), cotangent, for_b[1]),
+    gradient(cotangent, jnp.swapaxes(b[0], -1, -2), like_a) if len(b) else None,
+    gradient(jnp.swapaxes(a[0], -1, -2), cotangent, like_b) if len(a) else None,
   )
 
 

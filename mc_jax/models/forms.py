@@ -10,12 +10,11 @@ after which model.memory.form=mine names it.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from mc_jax.models.published_gates import Activated, Decay, Horizons, Parametrisation
 
 if TYPE_CHECKING:
-  from mc_jax.models.config import ModelConfig
   from mc_jax.models.memory_config import MemoryConfig
 
 DEFAULT = "memory_caching"  # the form of rules that have none of their own
@@ -125,42 +124,3 @@ def register(name: str, form: Form) -> None:
 def of(config: MemoryConfig) -> Form:
   """The form of a layer: the one that is named, or the rule's own, or the default."""
   return FORMS[config.form or (config.rule if config.rule in FORMS else DEFAULT)]
-
-
-class Sizes(NamedTuple):
-  """Heads and widths of a layer.
-
-  Attributes:
-    key_heads: heads of queries, keys and connectors. Memory m has those of head m // (memories / key_heads).
-    memories: heads of values, output gates and the rule's gates.
-    key_dim, value_dim: widths of a head's keys and of its values.
-  """
-
-  key_heads: int
-  memories: int
-  key_dim: int
-  value_dim: int
-
-  @property
-  def shared(self) -> int:
-    """Memories that share a query and a key."""
-    return self.memories // self.key_heads
-
-  @property
-  def keys(self) -> dict[str, int]:
-    """Names and sizes of the axes of queries and keys after the tokens'."""
-    return {"heads": self.key_heads, "head_dim": self.key_dim}
-
-  @property
-  def values(self) -> dict[str, int]:
-    """The same of values."""
-    return {"heads": self.memories, "head_dim": self.value_dim}
-
-
-def sizes(config: ModelConfig) -> Sizes:
-  """Heads and widths of a model's memory layers."""
-  options, form = config.memory, of(config.memory)
-  key_dim = config.head_dim if options.key_dim is None else options.key_dim
-  expand_v = form.expand_v if options.expand_v is None else options.expand_v
-  key_heads = options.key_heads or form.key_heads or config.heads
-  return Sizes(key_heads, options.value_heads or config.heads, key_dim, round(expand_v * key_dim))

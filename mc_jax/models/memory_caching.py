@@ -13,7 +13,7 @@ from flax import nnx
 
 from mc_jax import memory
 from mc_jax.memory import arithmetic, caching, decode
-from mc_jax.models import forms, layer, problems
+from mc_jax.models import forms, layer, memory_sizes, problems
 from mc_jax.models.cache import CacheConfig, LayerCache
 from mc_jax.models.convolution import CausalConvolution
 from mc_jax.models.layer import PLAIN, Context, Work
@@ -74,7 +74,7 @@ class MemoryCaching(layer.Mixer):
     config = dataclasses.replace(config, memory=config.memory.as_read())
     self.config = config
     self.rule = config.memory.build_rule()
-    self.form, self.sizes = forms.of(config.memory), forms.sizes(config)
+    self.form, self.sizes = forms.of(config.memory), memory_sizes.sizes(config)
     embed = {"embed": config.d_model}
     keys, values = self.sizes.keys, self.sizes.values
     # Queries, keys, values, output gates and connectors by one product, where they are alike, whose gradient in x is
@@ -100,7 +100,7 @@ class MemoryCaching(layer.Mixer):
       ages = {"heads": self.sizes.memories, "age": config.ages}
       self.age_scores = Linear(embed, ages, rngs=rngs)
     if self.rule.learned_init:
-      start = _fresh(self.rule, self.sizes, rngs.params())
+      start = memory_sizes.fresh(self.rule, self.sizes, rngs.params())
       names = ("heads", "memory_in", "memory_out")
       self.initial = nnx.Dict({name: parameter(lambda *_, w=w: w, w.shape, names, rngs) for name, w in start.items()})
     if self.form.gate_rank is not None:
@@ -229,7 +229,7 @@ class MemoryCaching(layer.Mixer):
     """M_0: {weight: [heads, in, out]} float32, learned or the rule's constant."""
     if self.rule.learned_init:
       return {name: weight[...] for name, weight in self.initial.items()}
-    return _fresh(self.rule, self.sizes, jax.random.key(0))
+    return memory_sizes.fresh(self.rule, self.sizes, jax.random.key(0))
 
   def read_out(self, y: jax.Array, inputs: Inputs, document: jax.Array | None = None) -> jax.Array:
     """(RMSNorm(y) * SiLU(x W_g)) W_o, or as the form has it: the memories' answers y, normed by head, back to d_model.
@@ -262,12 +262,12 @@ class MemoryCaching(layer.Mixer):
     """Heads and widths must fit each other, the form and the rule's network."""
     if config.memory.problems():  # heads and widths cannot be told, and these lines are listed anyway
       return []
-    options, form, sizes = config.memory, forms.of(config.memory), forms.sizes(config)
+    options, form, sizes = config.memory, forms.of(config.memory), memory_sizes.sizes(config)
     name, found = f"{prefix}.memory", []
     if sizes.memories % sizes.key_heads:
       found.append(
-        f"{_memories_field(config, prefix)} must be a multiple of the heads of queries and keys, {sizes.key_heads} "
-        f"({name}.key_heads={options.key_heads}, {prefix}.heads={config.heads})"
+        f"{memory_sizes.memories_field(config, prefix)} must be a multiple of the heads of queries and keys, "
+        f"{sizes.key_heads} ({name}.key_heads={options.key_heads}, {prefix}.heads={config.heads})"
       )
     expand_v = form.expand_v if options.expand_v is None else options.expand_v
     if not math.isclose(sizes.value_dim, expand_v * sizes.key_dim) or sizes.value_dim < 1:
@@ -277,7 +277,7 @@ class MemoryCaching(layer.Mixer):
       )
     elif sizes.value_dim != sizes.key_dim:
       try:
-        jax.eval_shape(functools.partial(_fresh, options.build_rule(), sizes), jax.random.key(0))
+        jax.eval_shape(functools.partial(memory_sizes.fresh, options.build_rule(), sizes), jax.random.key(0))
       except ValueError as error:
         found.append(f"{name}.expand_v={expand_v} does not go together with {name}.rule={options.rule!r}: {error}")
     if form.rotary is not None and sizes.key_dim % 2:
@@ -317,7 +317,9 @@ class MemoryCaching(layer.Mixer):
   def mesh_problems(cls, config: ModelConfig, length: int, sizes: dict[str, int]) -> list[str]:
     """Heads are split, and segments with mesh.context; the reference runs on one device."""
     options, context = config.memory, sizes["context"]
-    found = problems.indivisible(forms.sizes(config).memories, _memories_field(config, "model"), sizes, "model")
+    found = problems.indivisible(
+      memory_sizes.sizes(config).memories, memory_sizes.memories_field(config, "model"), sizes, "model"
+    )
     if options.implementation == "reference" and math.prod(sizes.values()) > 1:
       found.append("model.memory.implementation='reference' runs on one device: use None, xla or pallas on a mesh")
     if context == 1:
@@ -375,11 +377,11 @@ class MemoryCaching(layer.Mixer):
     options = config.memory
     caches = len(options.build_segmentation().lengths(length))
     read = options.top_k if options.selects else caches / 2 if options.reads_caches else 0
-    network = 2 * forms.sizes(config).memories * _memory_numbers(config)
+    network = 2 * memory_sizes.sizes(config).memories * memory_sizes.memory_numbers(config)
     # Deep memories that go from segment to segment go from device to device: each waits for those before it.
     chained = options.carry == "checkpoint" and options.build_rule().transition is None
     return Work(
-      parameters=config.d_model * _channels(config),
+      parameters=config.d_model * memory_sizes.channels(config),
       flops=4 * read * network + (0 if chained else 16 * network),
       chained_flops=16 * network if chained else 0,
     )
@@ -389,16 +391,16 @@ class MemoryCaching(layer.Mixer):
     """One cached memory, in the computation's dtype; all of them, one a segment; and their pooled keys, float32."""
     options = config.memory.as_read()
     caches = 0 if not options.reads_caches else len(options.build_segmentation().lengths(length))
-    sizes = forms.sizes(config)
-    checkpoint = sizes.memories * _memory_numbers(config) * jnp.dtype(config.dtype).itemsize
+    sizes = memory_sizes.sizes(config)
+    checkpoint = sizes.memories * memory_sizes.memory_numbers(config) * jnp.dtype(config.dtype).itemsize
     summaries = caches * sizes.memories * sizes.key_dim * 4
     return {"checkpoint": checkpoint, "sequence": caches * checkpoint, "summaries": summaries}
 
   @classmethod
   def segment_bytes(cls, config: ModelConfig, length: int) -> float:
     """Float32 states, momentum with them where there is any."""
-    caches, memories = len(config.memory.build_segmentation().lengths(length)), forms.sizes(config).memories
-    return 4 * caches * memories * _state_numbers(config)
+    caches, memories = len(config.memory.build_segmentation().lengths(length)), memory_sizes.sizes(config).memories
+    return 4 * caches * memories * memory_sizes.state_numbers(config)
 
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
@@ -418,7 +420,7 @@ def has_connector(config: ModelConfig) -> bool:
 
 def _projected(config: ModelConfig) -> tuple[tuple[str, tuple[str, ...]], ...]:
   """What linear maps of x there are: (the module's name, what it makes, in order), all of one shape by one module."""
-  form, sizes = forms.of(config.memory), forms.sizes(config)
+  form, sizes = forms.of(config.memory), memory_sizes.sizes(config)
   connector = ("connector",) if has_connector(config) else ()
   values = ("value", "output_gate") if form.output_gate is not None and form.gate_rank is None else ("value",)
   if sizes.keys == sizes.values:
@@ -426,22 +428,9 @@ def _projected(config: ModelConfig) -> tuple[tuple[str, tuple[str, ...]], ...]:
   return ("projection", ("query", "key", *connector)), ("value_projection", values)
 
 
-def _channels(config: ModelConfig) -> int:
-  """Channels that are mapped from and to the residual stream, connectors in any case."""
-  sizes, gate = forms.sizes(config), forms.of(config.memory).output_gate is not None
-  return 3 * math.prod(sizes.keys.values()) + (3 if gate else 2) * math.prod(sizes.values.values())
-
-
-def _for_memories(x: jax.Array, sizes: forms.Sizes) -> jax.Array:
+def _for_memories(x: jax.Array, sizes: memory_sizes.Sizes) -> jax.Array:
   """x [batch, length, key_heads, key_dim] to [batch, length, memories, key_dim]."""
   return x if sizes.shared == 1 else axes.constrain(jnp.repeat(x, sizes.shared, axis=2), axes.HEADS)
-
-
-def _memories_field(config: ModelConfig, prefix: str) -> str:
-  """The field that says how many memories there are, with its value."""
-  if config.memory.value_heads is None:
-    return f"{prefix}.heads={config.heads}"
-  return f"{prefix}.memory.value_heads={config.memory.value_heads}"
 
 
 def _longest_segment(config):
@@ -454,28 +443,3 @@ def capacity(config: ModelConfig, cache: CacheConfig) -> int:
   """Segments whose states a layer can keep."""
   length = config.memory.as_read().segment_length
   return decode.capacity_for(length, cache.tokens) if cache.capacity is None else cache.capacity
-
-
-def _fresh(rule: memory.rules.Rule, sizes: forms.Sizes, key: jax.Array) -> memory.networks.Weights:
-  """M_0 of a layer's memories, {weight: [memories, in, out]} float32."""
-  return rule.init(key, heads=sizes.memories, head_dim=sizes.key_dim, value_dim=sizes.value_dim)
-
-
-def _memory_numbers(config: ModelConfig) -> int:
-  """Numbers in one head's memory."""
-  return _numbers(functools.partial(_fresh, config.memory.build_rule(), _one_memory(config)))
-
-
-def _state_numbers(config: ModelConfig) -> int:
-  """Numbers in what one head's memory carries from segment to segment: momentum with it, where there is any."""
-  rule, sizes = config.memory.build_rule(), _one_memory(config)
-  return _numbers(lambda key: rule.start(_fresh(rule, sizes, key), jnp.zeros((1, 1, 1, sizes.key_dim))))
-
-
-def _one_memory(config: ModelConfig) -> forms.Sizes:
-  return forms.sizes(config)._replace(memories=1)
-
-
-def _numbers(make) -> int:
-  """Numbers in what `make` makes of a random key."""
-  return sum(math.prod(w.shape) for w in jax.tree.leaves(jax.eval_shape(make, jax.random.key(0))))

@@ -4,12 +4,14 @@ from typing import NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import samples
 from marks import slow
 from samples import CHUNK
 
+from mc_jax import memory
 from mc_jax.memory import rules, segments, xla
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -240,3 +242,18 @@ def test_a_training_steps_memory_grows_with_the_states_and_not_with_length_times
   assert long < bound(1024) + 8 * state * chunks
   # The bound means something: it has no room for a state of every chunk.
   assert bound(1024) < state * 1024 // SIZES["chunk"]
+
+
+def test_what_is_differentiated_may_change():
+  """Of what was traced once, gradients in some arrays and then in others (JAX keeps what the first one left)."""
+  rule = rules.get("titans", chunk=2, expansion=2)
+  x = samples.inputs(rule, batch=1, length=8, head_dim=4)
+  options = memory.Options(rule, segments.constant(4))
+
+  def loss(q, gates, init):
+    return jnp.square(memory.run(x._replace(q=q, gates=gates).tokens(), init, options)).sum()
+
+  args = jax.tree.map(np.float32, (x.q, x.gates, x.init))
+  apart = [jax.eval_shape(jax.grad(loss, argnums=i), *args) for i in (2, 0, 1)]
+  together = jax.eval_shape(jax.grad(loss, argnums=(2, 0, 1)), *args)
+  chex.assert_trees_all_equal_shapes_and_dtypes(tuple(apart), together)

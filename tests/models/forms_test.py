@@ -14,7 +14,7 @@ from marks import slow
 from quick_compile import jit
 
 from mc_jax import memory
-from mc_jax.models import CacheConfig, LanguageModel, MemoryConfig, ModelConfig, forms
+from mc_jax.models import CacheConfig, LanguageModel, MemoryConfig, ModelConfig, forms, memory_sizes
 from mc_jax.models.forms import Form
 from mc_jax.models.layer import Context
 from mc_jax.models.memory_caching import MemoryCaching
@@ -324,7 +324,7 @@ def test_a_mesh_computes_what_one_device_does(rule, options, sizes):
 
 def test_memories_are_counted_where_there_are_more_of_them_than_heads():
   config = tiny("gated_deltanet", {"value_heads": 4})
-  assert forms.sizes(config) == (2, 4, 8, 16)
+  assert memory_sizes.sizes(config) == (2, 4, 8, 16)
   assert MemoryCaching.cache_bytes(config, 12) == {
     "checkpoint": 4 * 8 * 16 * 4,
     "sequence": 3 * 4 * 8 * 16 * 4,
