@@ -144,13 +144,33 @@ def seconds(chip: Chip, kind: str, sent: float, group: Sequence[jax.Device], who
 
 # What kernels do, as a share of what a plain matmul kernel does in that time (taken for the peak), by their
 # static schedules at head_dim 128 and at 256: {part of the name: (v5e at 128, at 256; v6e at 128, at 256)}. The first
-# that fits counts; v4 and v5p have v5e's matrix units and are taken for it, tpu7x for v6e. docs/plan.md says how they
-# were measured.
+# that fits counts (gated_deltanet's comes before deltanet's); v4 and v5p have v5e's matrix units and are taken for it,
+# tpu7x for v6e. docs/plan.md says how they were measured.
 _RATES = {
   "linear_write_fwd": (0.385, 0.385, 0.140, 0.140),  # at 256 not measured
   "linear_write_bwd": (0.605, 0.605, 0.247, 0.247),
   "swla_write_fwd": (0.385, 0.385, 0.140, 0.140),  # not measured: as linear's
   "swla_write_bwd": (0.605, 0.605, 0.247, 0.247),
+  "retnet_write_fwd": (0.133, 0.281, 0.054, 0.118),
+  "retnet_write_bwd": (0.164, 0.355, 0.071, 0.147),
+  "mamba2_write_fwd": (0.134, 0.280, 0.055, 0.118),
+  "mamba2_write_bwd": (0.163, 0.351, 0.069, 0.146),
+  "gla_write_fwd": (0.279, 0.460, 0.116, 0.197),
+  "gla_write_bwd": (0.327, 0.518, 0.137, 0.226),
+  "gated_deltanet_write_fwd": (0.165, 0.253, 0.068, 0.105),
+  "gated_deltanet_write_bwd": (0.207, 0.303, 0.091, 0.128),
+  "momentum_deltanet_write_fwd": (0.177, 0.300, 0.076, 0.134),
+  "momentum_deltanet_write_bwd": (0.207, 0.335, 0.088, 0.149),
+  "deltanet_write_fwd": (0.187, 0.282, 0.072, 0.113),
+  "deltanet_write_bwd": (0.230, 0.330, 0.094, 0.141),
+  "kda_write_fwd": (0.230, 0.363, 0.095, 0.145),
+  "kda_write_bwd": (0.264, 0.393, 0.110, 0.164),
+  "mlstm_write_fwd": (0.104, 0.206, 0.045, 0.103),
+  "mlstm_write_bwd": (0.105, 0.234, 0.048, 0.105),
+  "gdn2_write_fwd": (0.231, 0.367, 0.093, 0.145),
+  "gdn2_write_bwd": (0.267, 0.396, 0.110, 0.164),
+  "rwkv7_write_fwd": (0.296, 0.454, 0.117, 0.196),
+  "rwkv7_write_bwd": (0.334, 0.484, 0.136, 0.212),
   "write_fwd": (0.513, 0.688, 0.248, 0.445),  # titans', and dla's, not measured
   "write_bwd": (0.644, 0.798, 0.342, 0.591),
   "cached_read_fwd": (0.606, 0.814, 0.263, 0.602),  # matrix and deep memories share a name: at 128 the slower
