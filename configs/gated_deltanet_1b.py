@@ -1,4 +1,4 @@
-"""Gated DeltaNet with gated residual memory (grm) at the size of the paper's 1.3B models (arXiv:2412.06464, 2602.24281).
+"""Gated DeltaNet with gated residual memory (grm), of the paper's 1.3B size (arXiv:2412.06464, 2602.24281).
 
     python -m mc_jax.plan --config=configs/gated_deltanet_1b.py --topology=v5p:4x4x4
     python -m mc_jax.train --config=configs/gated_deltanet_1b.py --workdir=runs/gated_deltanet_1b

@@ -96,9 +96,16 @@ def estimate(config: ModelConfig, length: int) -> dict[str, float]:
   return figures | {"sent_gb": sum(cost.collective_bytes.values()) / 1e9, "milliseconds": 1e3 * cost.time.step}
 
 
+def _mixable(rule: str, aggregation: str) -> bool:
+  return memory.options.mixable(memory.rules.get(rule), aggregation)
+
+
 def main(_) -> None:
   """Measures every combination of the flags, prints a table, and writes JSON if --json is given."""
   combinations = list(itertools.product(_RULES.value, _AGGREGATIONS.value, _LENGTHS.value))
+  apart = [c for c in combinations if c[0] in memory.RULES and c[1] in memory.AGGREGATIONS and not _mixable(*c[:2])]
+  if len(apart) < len(combinations):  # alone, one is refused below, with the reason
+    combinations = [c for c in combinations if c not in apart]
   configs = []
   for rule, aggregation, _ in combinations:
     options = dict(rule=rule, aggregation=aggregation, chunk=_CHUNK.value, segment_length=_SEGMENT.value)
@@ -121,9 +128,9 @@ def main(_) -> None:
   for (rule, aggregation, length), config in zip(combinations, configs, strict=True):
     figures = run(config, length)
     if not rows:
-      print(f"{'rule':8} {'aggregation':12} {'length':>7}" + "".join(f" {name:>18}" for name in figures))
+      print(f"{'rule':17} {'aggregation':12} {'length':>7}" + "".join(f" {name:>18}" for name in figures))
     rows.append({"rule": rule, "aggregation": aggregation, "length": length, **figures})
-    print(f"{rule:8} {aggregation:12} {length:7}" + "".join(f" {x:18,.2f}" for x in figures.values()), flush=True)
+    print(f"{rule:17} {aggregation:12} {length:7}" + "".join(f" {x:18,.2f}" for x in figures.values()), flush=True)
   if _JSON.value:
     settings = {
       flag.name: flag.value for flag in flags.FLAGS.flags_by_module_dict()[sys.argv[0]] if flag.name != "json"

@@ -136,7 +136,12 @@ def main(_):
   begin, path = time.monotonic(), pathlib.Path(_JSON.value) if _JSON.value else None
   jax.config.update("jax_num_cpu_devices", 16)
   errors = read(path)
-  for combination in tqdm.tqdm(list(itertools.product(memory.RULES, memory.AGGREGATIONS, memory.CARRIES))):
+  combinations = [
+    names
+    for names in itertools.product(memory.RULES, memory.AGGREGATIONS, memory.CARRIES)
+    if memory.options.mixable(memory.rules.get(names[0]), names[1])
+  ]
+  for combination in tqdm.tqdm(combinations):
     if combination not in errors:
       errors[combination] = compare(*combination)
       jax.clear_caches()

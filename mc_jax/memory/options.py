@@ -51,8 +51,8 @@ class Options:
         f"segmentation must be segments.constant(length) or segments.logarithmic(), got {self.segmentation!r}"
       )
     one_of("aggregation", self.aggregation, tuple(aggregate.AGGREGATIONS))
-    if aggregate.AGGREGATIONS[self.aggregation].mixes and not self.rule.mixes:
-      others = [name for name, kind in aggregate.AGGREGATIONS.items() if not kind.mixes]
+    if not mixable(self.rule, self.aggregation):
+      others = [name for name in aggregate.AGGREGATIONS if mixable(self.rule, name)]
       raise ValueError(
         f"aggregation={self.aggregation!r} adds up the weights of memories, and rule {self.rule.name!r} gives "
         f"each memory a scale of its own: use {', '.join(others)}"
@@ -70,6 +70,11 @@ class Options:
   def carries(self) -> bool:
     """Whether a segment starts from the last one's state; if not, from M_0."""
     return self.carry == "checkpoint"
+
+
+def mixable(rule: Rule, aggregation: str) -> bool:
+  """Whether an aggregation can read the memories of a rule: not by adding up weights that have scales of their own."""
+  return rule.mixes or not aggregate.AGGREGATIONS[aggregation].mixes
 
 
 def one_of(name: str, value: object, valid: tuple) -> None:

@@ -100,9 +100,9 @@ class MemoryConfig:
         f"{prefix}.max_step={self.max_step} has no effect: the step sizes of {prefix}.form={self.form or self.rule!r} "
         f"have no largest one; use max_step=None, or form={forms.DEFAULT!r}"
       )
-    if not found and memory.aggregate.AGGREGATIONS[self.as_read().aggregation].mixes and not self.build_rule().mixes:
+    if not found and not memory.options.mixable(rule := self.build_rule(), self.as_read().aggregation):
       field = "aggregation" if self.after_training is None else "after_training"
-      apart = [name for name, kind in memory.aggregate.AGGREGATIONS.items() if not kind.mixes]
+      apart = [name for name in memory.AGGREGATIONS if memory.options.mixable(rule, name)]
       found.append(
         f"{prefix}.{field}={getattr(self, field)!r} adds up the weights of memories, and "
         f"{prefix}.rule={self.rule!r} gives each a scale of its own: use one of {', '.join(apart)} as "
