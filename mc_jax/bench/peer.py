@@ -5,9 +5,9 @@
     peer/bin/python mc_jax/bench/peer.py --layer=gated_deltanet
 
 titans is titans-pytorch's NeuralMemory; gated_deltanet is the layer of transformers' Qwen3-Next, which on a CPU takes
-its chunked path, with values twice as wide as keys. Forward and backward of one layer, float32, d_model 256, 4 heads, chunk
-64, networks of two layers of expansion 4, 1,024 tokens: the median of 5 calls after a first one to warm up, in tokens
-per second.
+its chunked path, with values twice as wide as keys. Forward and backward of one layer, float32, d_model 256, 4 heads,
+chunk 64, networks of two layers of expansion 4, 1,024 tokens: the median of 5 calls after a first one to warm up, in
+tokens per second.
 """
 
 import statistics
