@@ -138,3 +138,34 @@ def test_mamba2_is_transformers(groups):
   put(layer.norm.scale, oracle.norm.weight, heads, head_dim)
   put(layer.output.kernel, oracle.out_proj.weight.T, heads, head_dim, WIDTH)
   compare(f"mamba2, {groups} groups", layer, oracle)
+
+
+def test_kda_is_kimi_linears():
+  path = "transformers.models.kimi_linear.modeling_kimi_linear"
+  module = pytest.importorskip(path, reason="pip install transformers, with Kimi Linear")
+  heads, head_dim = 2, 16
+  config = module.KimiLinearConfig(
+    hidden_size=WIDTH, linear_num_heads=heads, linear_head_dim=head_dim, rms_norm_eps=1e-6
+  )
+  torch.manual_seed(0)
+  oracle = module.KimiLinearDeltaAttention(config, layer_idx=0)
+  torch.nn.init.uniform_(oracle.forget_gate.A_log, -1, 2)
+  torch.nn.init.uniform_(oracle.forget_gate.dt_bias, -4, 0)
+  torch.nn.init.uniform_(oracle.o_norm.weight, 0.5, 1.5)
+  layer = ours(rule="kda", heads=heads, key_dim=head_dim)
+
+  each = WIDTH, heads, head_dim
+  maps = [linear.weight.T.reshape(each) for linear in (oracle.q_proj, oracle.k_proj, oracle.v_proj)]
+  put(layer.projection.kernel, torch.stack(maps, 1), WIDTH, 3, heads, head_dim)
+  put_convolution(layer, ("query", "key", "value"), oracle.conv1d, ((heads, head_dim),) * 3)
+  put(layer.output_gate.down.kernel, oracle.g_a_proj.weight.T, WIDTH, head_dim)
+  put(layer.output_gate.up.kernel, oracle.g_b_proj.weight.T, head_dim, heads, head_dim)
+  decay = layer.token_gates.channel_alpha
+  put(decay.linear.down.kernel, oracle.forget_gate.f_a_proj.weight.T, WIDTH, head_dim)
+  put(decay.linear.up.kernel, oracle.forget_gate.f_b_proj.weight.T, head_dim, heads, head_dim)
+  put(decay.dt_bias, oracle.forget_gate.dt_bias, heads, head_dim)
+  put(decay.log_rate, oracle.forget_gate.A_log, heads)
+  put(layer.token_gates.eta.linear.kernel, oracle.b_proj.weight.T, WIDTH, heads)
+  put(layer.norm.scale, oracle.o_norm.weight.expand(heads, -1), heads, head_dim)
+  put(layer.output.kernel, oracle.o_proj.weight.T, heads, head_dim, WIDTH)
+  compare("kda", layer, oracle)
