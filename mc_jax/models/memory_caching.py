@@ -277,7 +277,7 @@ class MemoryCaching(layer.Mixer):
       )
     elif sizes.value_dim != sizes.key_dim:
       try:
-        jax.eval_shape(functools.partial(memory_sizes.fresh, options.build_rule(), sizes), jax.random.key(0))
+        jax.eval_shape(lambda: memory_sizes.fresh(options.build_rule(), sizes, jax.random.key(0)))
       except ValueError as error:
         found.append(f"{name}.expand_v={expand_v} does not go together with {name}.rule={options.rule!r}: {error}")
     if form.rotary is not None and sizes.key_dim % 2:

@@ -90,4 +90,4 @@ def _one_memory(config: ModelConfig) -> Sizes:
 
 def _numbers(make) -> int:
   """Numbers in what `make` makes of a random key."""
-  return sum(math.prod(w.shape) for w in jax.tree.leaves(jax.eval_shape(make, jax.random.key(0))))
+  return sum(math.prod(w.shape) for w in jax.tree.leaves(jax.eval_shape(lambda: make(jax.random.key(0)))))

@@ -1,6 +1,8 @@
 """Problems are found all at once, each naming its field and what would be valid."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 
@@ -170,3 +172,16 @@ def _replace(config, field, value):
   if rest:
     value = _replace(getattr(config, head), rest, value)
   return dataclasses.replace(config, **{head: value})
+
+
+def test_a_check_of_a_config_touches_no_device():
+  """Processes of a job find each other after their configuration was checked, and must before JAX looks for devices."""
+  code = """
+from jax._src import xla_bridge
+from mc_jax import memory
+from mc_jax.models import MemoryConfig, ModelConfig
+for rule in memory.RULES:
+  ModelConfig(memory=MemoryConfig(rule=rule)).problems()
+  assert not xla_bridge.backends_are_initialized(), rule
+"""
+  subprocess.run([sys.executable, "-c", code], check=True)
