@@ -30,6 +30,7 @@ class MemoryConfig:
   max_grad_norm: float | None = None  # dla, titans: clip inner gradients; None: as the rule, 0: no
   max_step: float | None = None  # the largest step size; None: as the rule; 2 of delta rules: eigenvalues down to -1
   window: int = 2  # swla: tokens written at each step
+  learned_init: bool | None = None  # recurrences of matrices: M_0 is learned, and starts at 0; None: it is 0
 
   form: str | None = None  # the layer around the memories: a name in forms.py; None: the rule's own, or memory_caching
   key_dim: int | None = None  # width of a head's queries and keys; None: d_model / heads
@@ -94,6 +95,12 @@ class MemoryConfig:
       found.append(
         f"{prefix}.max_grad_norm={self.max_grad_norm} clips the printed rules: it needs {prefix}.normalized=False, for "
         "normalized steps are bounded"
+      )
+    if not found and self.learned_init is not None and "learned_init" not in memory.rules.options(self.rule):
+      learn = [name for name in memory.rules.names() if "learned_init" in memory.rules.options(name)]
+      found.append(
+        f"{prefix}.learned_init={self.learned_init} has no effect with {prefix}.rule={self.rule!r}: use None, or "
+        f"one of {', '.join(learn)} as {prefix}.rule"
       )
     if not found and self.max_step is not None and not self._has_max_step:
       found.append(

@@ -123,7 +123,13 @@ def test_memories_of_different_scales_are_not_added_up(reading):
   assert ModelConfig(memory=MemoryConfig(rule="mlstm", aggregation="grm")).problems() == []
 
 
+def test_a_memory_that_always_learns_where_it_starts_is_not_told_to():
+  (problem,) = ModelConfig(memory=MemoryConfig(rule="titans", learned_init=False)).problems()
+  assert "model.memory.learned_init=False has no effect with model.memory.rule='titans': use None, or one of" in problem
+
+
 def test_options_reach_the_rule():
+  assert MemoryConfig(rule="kda", learned_init=True).build_rule().learned_init
   assert MemoryConfig(rule="swla", window=3).build_rule().window == 3
   assert MemoryConfig(rule="titans", depth=4, expansion=2).build_rule().network.depth == 4
   assert tuple(MemoryConfig(rule="dla", retention=False).build_rule().gates) == ("eta",)

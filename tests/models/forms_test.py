@@ -32,6 +32,7 @@ LAYERS = [
   slow("gla", {"key_dim": 2}),
   slow("deltanet", {"max_step": 2.0}),
   slow("gated_deltanet", {"value_heads": 4}),
+  slow("gated_deltanet", {"learned_init": True}),
   slow("kda", {"aggregation": "ssc"}),
   slow("gdn2", {}),
   slow("rwkv7", {}),
