@@ -161,7 +161,8 @@ def test_the_documented_names_are_those_of_all_models(monkeypatch):
   linear = rules.get("linear")
   fields = {field.name: getattr(linear, field.name) for field in dataclasses.fields(linear)}
   monkeypatch.setitem(rules._RULES, "channels", lambda: Channels(**fields))
-  variants = [*VARIANTS.values(), tiny(memory=MemoryConfig(rule="channels", segment_length=8))]
+  others = MemoryConfig(rule="channels", segment_length=8), MemoryConfig(rule="deltanet", learned_init=True)
+  variants = [*VARIANTS.values(), *(tiny(memory=memory) for memory in others)]
   rows = re.findall(r"^\| `([\w.{}]+)` \| ([\w, ]+) \|", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
   documented = {name: tuple(axes.split(", ")) for name, axes in rows}
   assert len(documented) == len(rows)
