@@ -38,10 +38,10 @@ from mc_jax.memory.rules.rule import Gate, GateInit, Rule
 # Segments in which a memory of a model that does not say otherwise fades to 1 / e.
 _LIFETIME = 16
 
-# Decays for each channel below e^-5 a token count as e^-5: what is left of a memory after three such tokens is 3e-7,
-# and quotients of decays over a block of 16 tokens, e^75 at most, are still float32 numbers.
-_LEAST_LOG = -5.0
-_BLOCK = 16
+# Decays for each channel below e^-11 a token count as e^-11, 1.7e-5 of what was there: quotients of decays over a block
+# of 8 tokens, e^77 at most, are then float32 numbers.
+_LEAST_LOG = -11.0
+_BLOCK = 8
 
 
 class TokenState(NamedTuple):
@@ -229,8 +229,8 @@ class Channels(NamedTuple):
 
   Products of decays between two tokens, e^(L_t - L_j), are one factor of the query, one of the key, and both must be
   finite. So the chunk is halved again and again: where queries are in a second half and keys in the first, L at the
-  boundary is between theirs, and no exponent is positive. Blocks of 16 at the diagonal have the first token's L
-  instead, and exponents of at most 75.
+  boundary is between theirs, and no exponent is positive. Blocks of 8 at the diagonal have the first token's L
+  instead, and exponents of at most 77.
 
   Attributes:
     logs: L_t [..., T, d], over the whole chunk, whatever documents are in it: of the keys.
@@ -332,7 +332,7 @@ class Online(NamedTuple):
 
 
 def _logs(alpha: jax.Array, decays: str) -> jax.Array:
-  """log alpha, bounded below: by the smallest number, or, of each channel, by e^-5 a token."""
+  """log alpha, bounded below: by the smallest number, or, of each channel, by e^-11 a token."""
   logs = jnp.log(jnp.maximum(alpha, jnp.finfo(alpha.dtype).tiny))
   return jnp.maximum(logs, _LEAST_LOG) if decays == "channel" else logs
 
