@@ -276,6 +276,7 @@ class MemoryCaching(layer.Mixer):
       )
     elif sizes.value_dim != sizes.key_dim:
       try:
+        # The key inside, where it is traced: a real one starts JAX's devices, and processes must find each other first.
         jax.eval_shape(lambda: memory_sizes.fresh(options.build_rule(), sizes, jax.random.key(0)))
       except ValueError as error:
         found.append(f"{name}.expand_v={expand_v} does not go together with {name}.rule={options.rule!r}: {error}")

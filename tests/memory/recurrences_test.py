@@ -203,6 +203,19 @@ def test_mlstm_is_normalised_gated_attention_and_its_scale_is_of_no_account():
     np.testing.assert_allclose(run(x._replace(init=init), None)[0, :, 0], expected, rtol=1e-12)
 
 
+def test_gradients_of_mlstm_are_finite_where_little_is_left():
+  rule = rules.get("mlstm")
+  one = {name: jnp.ones((1, 1, *shape)) for name, shape in {"w": (2, 2), "n": (2, 1), "floor": (1, 1)}.items()}
+  for decay in (1e-10, 1e-25, 1e-37, 0.0):  # in float32 the squares of all but the first are 0
+    gradient = jax.grad(lambda decay: rule.joined(decay, one, one)["w"].sum())(jnp.full((1, 1, 1, 1), decay))
+    np.testing.assert_allclose(gradient, 4.0 if decay else 0.0)
+
+  def nothing(x):  # is held, and the floor was cut to 0
+    return rule.network(x, lambda name, x: x @ jnp.zeros((x.shape[-1], 2 if name == "w" else 1))).sum()
+
+  np.testing.assert_array_equal(jax.grad(nothing)(jnp.ones((3, 2))), 0.0)
+
+
 def test_what_does_not_go_together_is_refused():
   with pytest.raises(
     ValueError, match="aggregation='soup' adds up the weights of memories, and rule 'mlstm' gives each"

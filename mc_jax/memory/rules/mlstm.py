@@ -28,8 +28,6 @@ from mc_jax.memory.documents import Documents, visible
 from mc_jax.memory.networks import Linear, Weights
 from mc_jax.memory.rules.rule import Gate, GateInit, Rule
 
-_TINY = 1e-30  # where nothing is held and the floor is cut to zero, an answer is 0 and not 0 / 0
-
 
 @dataclasses.dataclass(frozen=True)
 class Normalized:
@@ -40,7 +38,10 @@ class Normalized:
   def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
     y, n = linear("w", x), linear("n", x)
     floor = linear("floor", jnp.ones_like(x[..., :1]))
-    return y / jnp.maximum(jnp.maximum(jnp.abs(n), floor), _TINY)
+    scale = jnp.maximum(jnp.abs(n), floor)
+    return y / jnp.where(
+      scale > 0, scale, 1.0
+    )  # where nothing is held and the floor is 0, an answer is 0 and not 0 / 0
 
   def init(self, key: jax.Array, heads: int, head_dim: int, value_dim: int | None = None) -> Weights:
     """Nothing is held, and m = 0."""
@@ -148,7 +149,8 @@ class MLSTM(Rule):
     kept = decay > 0
     brought = jnp.where(kept, before["floor"] / jnp.where(kept, decay, 1.0), jnp.inf)
     floor = jax.lax.stop_gradient(jnp.minimum(brought, written["floor"]))
-    shares = jnp.where(kept, floor / jnp.where(kept, brought, 1.0), 0.0), floor / written["floor"]
+    # Not floor / brought: the square of a small decay, which that gradient divides by, is 0 in float32.
+    shares = floor * decay / before["floor"], floor / written["floor"]
     sums = {name: jnp.where(kept, shares[0] * before[name], 0.0) + shares[1] * written[name] for name in ("w", "n")}
     return sums | {"floor": floor}
 
