@@ -112,8 +112,17 @@ def decays(gate: jax.Array | None, same: jax.Array, dtype: jnp.dtype) -> Decays:
   """
   if gate is None:
     return Decays(None, same.astype(dtype))
-  logs = masked_sums(same, jnp.log(jnp.maximum(gate, jnp.finfo(gate.dtype).tiny)))
+  logs = masked_sums(same, _log(gate))
   return Decays(jnp.exp(logs), jnp.exp(jnp.where(same, column(logs) - logs[..., None, :], -jnp.inf)))
+
+
+def totals(gate: jax.Array, seen: jax.Array) -> jax.Array:
+  """The products of a gate [..., T] over the tokens that each token sees, [..., T, T] bool: [..., T]."""
+  return jnp.exp(masked_sums(seen, _log(gate)))
+
+
+def _log(gate):
+  return jnp.log(jnp.maximum(gate, jnp.finfo(gate.dtype).tiny))
 
 
 @jax.custom_vjp

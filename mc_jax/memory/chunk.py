@@ -159,14 +159,13 @@ def at_once(eta: jax.Array, seen: Visible) -> Coefficients:
 def prior(c: Coefficients, alpha: jax.Array | None, seen: Visible) -> Prior:
   """The coefficients of the token before, 0 where there is none in the document and the chunk."""
   decay = regained = carry = None
-  if alpha is not None:
-    decay = c.decay / jnp.maximum(alpha, jnp.finfo(alpha.dtype).tiny)
+  if alpha is not None:  # of the tokens before; not A / alpha, which is nothing to rely on where alpha is small
+    row, col = (jax.lax.broadcasted_iota(jnp.int32, c.mix.shape[-2:], axis) for axis in (0, 1))
+    decay = arithmetic.totals(alpha, seen.same & (row > col))
   if c.regained is not None:
     regained = 1.0 - decay
   if c.carry is not None:
-    carry = c.carry[..., None] - column(c.kept)  # c_t = alpha_t c_{t-1} + b_t
-    if alpha is not None:
-      carry /= column(jnp.maximum(alpha, jnp.finfo(alpha.dtype).tiny))
+    carry = arithmetic.shifted(column(c.carry))
   mix = arithmetic.shifted(c.mix)
   if seen.incoming is not None:  # the token before may be another document's
     mix = jnp.where(seen.same, mix, 0.0)

@@ -111,7 +111,7 @@ class MemoryCaching(layer.Mixer):
     self.norm = self._norm(LEARNED if self.rule.initial_apart else 1.0, rngs)
     self.output = Linear(values, embed, dtype=config.dtype, scale=residual_scale(config.layers), rngs=rngs)
 
-  def _norm(self, start: float, rngs: nnx.Rngs) -> RMSNorm:
+  def _norm(self, start: float, rngs: nnx.Rngs) -> RMSNorm | LayerNorm:
     """The form's norm of what memories answer, whose scale begins at `start`."""
     if self.form.norm == "layer":
       return LayerNorm(self.sizes.values, start, rngs=rngs)

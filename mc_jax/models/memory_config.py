@@ -102,7 +102,8 @@ class MemoryConfig:
         f"{prefix}.learned_init={self.learned_init} has no effect with {prefix}.rule={self.rule!r}: use None, or "
         f"one of {', '.join(learn)} as {prefix}.rule"
       )
-    if not found and self.max_step is not None and not self._has_max_step:
+    takes = self.rule in memory.rules.names() and "max_step" in memory.rules.options(self.rule)
+    if not found and takes and self.max_step is not None and not self._has_max_step:
       found.append(
         f"{prefix}.max_step={self.max_step} has no effect: the step sizes of {prefix}.form={self.form or self.rule!r} "
         f"have no largest one; use max_step=None, or form={forms.DEFAULT!r}"

@@ -79,6 +79,30 @@ def test_fast_and_slow_decays_are_exact_in_float32(name):
   chex.assert_trees_all_close(y, np.float32(expected[0]), rtol=0, atol=1e-5 * np.abs(expected[0]).max())
 
 
+@pytest.mark.parametrize("name", ["momentum_deltanet", slow("titans"), slow("kda"), slow("gated_deltanet")])
+def test_what_is_forgotten_at_once_is_gone_and_nothing_else(name):
+  rule = rules.get(name, chunk=8)
+  x = jax.tree.map(np.float32, samples.inputs(rule, batch=2, length=16, value_dim=None if name == "titans" else 6))
+  x.gates["alpha"] = np.random.default_rng(1).choice(np.float32([0, 1e-30, 1e-10, 1e-3, 1]), x.gates["alpha"].shape)
+  options = dict(rule=rule, segmentation=segments.constant(16), aggregation="none")
+  y, gradient = samples.forward_and_back(**options)(x, None, samples.like(x.v))
+  expected = samples.forward(implementation="reference", **options)(x, None)
+  np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kda", "mlstm"])
+def test_float16_tokens(name):
+  rule = rules.get(name, chunk=16)
+  x = jax.tree.map(np.float32, samples.inputs(rule, batch=1, length=32))
+  options = dict(rule=rule, segmentation=segments.constant(16), aggregation="grm")
+  half = samples.map_tokens(np.float16, x)._replace(gates=x.gates)
+  y, gradient = samples.forward_and_back(**options)(half, None, samples.like(half.v))
+  np.testing.assert_allclose(y, samples.forward(**options)(x), rtol=0, atol=0.02)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
 @FLOAT64
 @some("kda", "mlstm")
 def test_it_decodes_to_the_numbers_of_the_whole_sequence(name):

@@ -266,6 +266,7 @@ class Channels(NamedTuple):
 
   def pairs(self, x: jax.Array, z: jax.Array, dtype: jnp.dtype, *, strict: bool = False) -> jax.Array:
     """<x_t o e^(L_t - L_j), z_j> where t sees j, with `strict` j < t; 0 elsewhere. x, z [..., T, d] to [..., T, T]."""
+    dtype = jnp.float32 if dtype == jnp.float16 else dtype  # whose largest number is e^11
     length = x.shape[-2]
     row, col = (jax.lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
     token = jax.lax.broadcasted_iota(jnp.int32, (length, 1), 0)
