@@ -72,6 +72,7 @@ def test_a_request_does_not_depend_on_the_batch():
   assert texts(decoder(), [Request(requests[0].prompt, 10, seed=7)])[0] != together[0]
 
 
+@pytest.mark.slow
 def test_a_continuation_ends_with_its_stop_sequence():
   (prompt,) = prompts(5)
   whole = texts(decoder(), [Request(prompt, 20, seed=1)])[0]

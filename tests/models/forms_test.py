@@ -220,10 +220,10 @@ def mlstm(x, p):
 @pytest.mark.parametrize(
   ("published", "options"),
   [
-    (retnet, {}),
-    (mamba2, {"value_heads": 4}),
+    slow(retnet, {}),
+    slow(mamba2, {"value_heads": 4}),
     (gated_deltanet, {"value_heads": 4}),
-    (kda, {}),
+    slow(kda, {}),
     (mlstm, {}),
   ],
   ids=lambda x: x.__name__ if callable(x) else "",
@@ -295,7 +295,7 @@ def test_the_largest_step_is_the_rules():
 @pytest.mark.parametrize(
   ("rule", "options", "sizes"),
   [
-    ("mamba2", {"value_heads": 4}, {"fsdp": 2, "model": 2}),
+    slow("mamba2", {"value_heads": 4}, {"fsdp": 2, "model": 2}),
     *(
       slow(rule, options, {"data": 2, "context": 2, "model": 2})
       for rule, options in (("mamba2", {}), ("retnet", {}), ("gated_deltanet", {"value_heads": 4}), ("kda", {}))
