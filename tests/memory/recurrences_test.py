@@ -156,7 +156,8 @@ def test_it_runs_as_a_kernel_and_so_does_its_gradient(name, carry):
     samples.forward_and_back(implementation=implementation, **options)(x, ids, x.v)
     for implementation in ("pallas", "xla")
   )
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), kernels, xla)
+  for a, b in zip(jax.tree.leaves(kernels), jax.tree.leaves(xla), strict=True):  # kernels solve to some 2^-16
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-5 * np.abs(b).max())
 
 
 # What one recurrence is of another.

@@ -196,7 +196,7 @@ def kda(x, p):
   f = x @ p["token_gates/channel_alpha/linear/down/kernel"]
   f = np.einsum("lr,rhk->lhk", f, p["token_gates/channel_alpha/linear/up/kernel"])
   dt = softplus(f + p["token_gates/channel_alpha/dt_bias"])
-  alpha = np.exp(np.maximum(-np.exp(p["token_gates/channel_alpha/log_rate"])[:, None] * dt, -5))  # the rule's bound
+  alpha = np.exp(np.maximum(-np.exp(p["token_gates/channel_alpha/log_rate"])[:, None] * dt, -11))  # the rule's bound
   eta = sigmoid(x @ p["token_gates/eta/linear/kernel"])
   g = np.einsum("lr,rhk->lhk", x @ p["output_gate/down/kernel"], p["output_gate/up/kernel"]) + p["output_gate/bias"]
   y = matrices(unit(q) * q.shape[-1] ** -0.5, unit(k), v, alpha, eta, 1)
