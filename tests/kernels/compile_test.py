@@ -56,7 +56,9 @@ def layer(rule, head_dim, *, value_dim=None, heads=2, length=1024, documents=Fal
   vector, values = (
     kernel_cases.array(1, length, heads, width, dtype=jnp.bfloat16) for width in (head_dim, value_dim or head_dim)
   )
-  gates = {name: kernel_cases.array(1, length, heads) for name in rule.gates}
+  gates = {
+    name: kernel_cases.array(1, length, heads, *[head_dim] * gate.per_channel) for name, gate in rule.gates.items()
+  }
   init = jax.eval_shape(lambda: rule.init(jax.random.key(0), heads=heads, head_dim=head_dim, value_dim=value_dim))
   ids = kernel_cases.array(1, length, dtype=jnp.int32) if documents else None
 
