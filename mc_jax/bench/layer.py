@@ -106,6 +106,8 @@ def main(_) -> None:
   apart = [c for c in combinations if c[0] in memory.RULES and c[1] in memory.AGGREGATIONS and not _mixable(*c[:2])]
   if len(apart) < len(combinations):  # alone, one is refused below, with the reason
     combinations = [c for c in combinations if c not in apart]
+    for rule, aggregation in dict.fromkeys(c[:2] for c in apart):
+      print(f"{rule} with {aggregation} does not go together and is left out")
   configs = []
   for rule, aggregation, _ in combinations:
     options = dict(rule=rule, aggregation=aggregation, chunk=_CHUNK.value, segment_length=_SEGMENT.value)

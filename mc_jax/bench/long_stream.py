@@ -90,6 +90,7 @@ def steps(options, x, init, cache):
 
 @functools.partial(jax.jit, static_argnums=0)
 def prefill(options, x, init, lengths):
+  """`decode.prefill`, compiled."""
   return decode.prefill(options, x, init, lengths=lengths)
 
 

@@ -18,6 +18,7 @@ SIZES = [(256, 256, 256), (32, 64, 64), (8, 4, 4), (64, 64, 256)]  # head_dim, c
 
 
 def unit(x):
+  """Vectors of length 1, along the last axis."""
   return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 

@@ -112,16 +112,22 @@ def decays(gate: jax.Array | None, same: jax.Array, dtype: jnp.dtype) -> Decays:
   """
   if gate is None:
     return Decays(None, same.astype(dtype))
-  logs = masked_sums(same, _log(gate))
+  logs = masked_sums(same, log(gate))
   return Decays(jnp.exp(logs), jnp.exp(jnp.where(same, column(logs) - logs[..., None, :], -jnp.inf)))
 
 
 def totals(gate: jax.Array, seen: jax.Array) -> jax.Array:
   """The products of a gate [..., T] over the tokens that each token sees, [..., T, T] bool: [..., T]."""
-  return jnp.exp(masked_sums(seen, _log(gate)))
+  return jnp.exp(masked_sums(seen, log(gate)))
 
 
-def _log(gate):
+def total(gate: jax.Array) -> jax.Array:
+  """The product of a gate over all tokens: [..., T] to [...]."""
+  return jnp.exp(log(gate).sum(-1))
+
+
+def log(gate: jax.Array) -> jax.Array:
+  """log of a gate, that of the smallest normal number where it is 0."""
   return jnp.log(jnp.maximum(gate, jnp.finfo(gate.dtype).tiny))
 
 
@@ -156,11 +162,7 @@ def masked_vector_sums(mask: jax.Array, x: jax.Array) -> jax.Array:
   """sum_j mask_tj x_j of vectors, to x's full precision: mask [..., T, T] bool, x [..., T, d] to [..., T, d]."""
   if x.dtype != jnp.float32:
     return product(mask, x, x.dtype)
-  total = jnp.zeros_like(x)
-  for _ in range(3):  # as _exact_product has them
-    part = truncated(x)
-    total, x = total + product(mask, part, jnp.bfloat16), x - part
-  return total
+  return functools.reduce(jnp.add, (product(mask, part, jnp.bfloat16) for part in _bfloat16_parts(x)))
 
 
 masked_vector_sums.defvjp(
@@ -172,15 +174,20 @@ masked_vector_sums.defvjp(
 def _exact_product(x: jax.Array, mask: jax.Array) -> jax.Array:
   """x @ mask: [..., T] and [..., T, T] bool to [..., T].
 
-  A float32 number is the sum of three bfloat16 ones, which one pass of a TPU's matrix unit multiplies by the mask.
+  One pass of a TPU's matrix unit multiplies the parts by the mask.
   """
   if x.dtype != jnp.float32:
     return product(x[..., None, :], mask, x.dtype)[..., 0, :]
+  return product(jnp.stack(_bfloat16_parts(x), -2), mask, jnp.bfloat16).sum(-2)
+
+
+def _bfloat16_parts(x: jax.Array) -> list[jax.Array]:
+  """float32 numbers as the sums of three that bfloat16 holds, each of the next 8 bits."""
   parts = []
   for _ in range(3):
     parts.append(truncated(x))
     x -= parts[-1]
-  return product(jnp.stack(parts, -2), mask, jnp.bfloat16).sum(-2)
+  return parts
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

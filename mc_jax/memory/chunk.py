@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from mc_jax.memory import arithmetic
 from mc_jax.memory.arithmetic import column, product, state_dtype, weighed
-from mc_jax.memory.documents import Visible, positions
+from mc_jax.memory.documents import Visible, earlier, positions
 from mc_jax.memory.networks import Linear, Weights
 
 
@@ -110,6 +110,11 @@ class Online(NamedTuple):
     return y - product(attention, self.errors[name], dtype)
 
 
+def new_memory(fresh: Weights, k: jax.Array) -> Weights:
+  """M_0 {name: [heads, in, out]} of each sequence of k [batch, heads, T, d]: {name: [batch, heads, in, out]}."""
+  return {name: jnp.broadcast_to(w, (len(k), *w.shape)).astype(state_dtype(k.dtype)) for name, w in fresh.items()}
+
+
 def coefficients(
   alpha: jax.Array | None,
   beta: jax.Array | None,
@@ -160,8 +165,7 @@ def prior(c: Coefficients, alpha: jax.Array | None, seen: Visible) -> Prior:
   """The coefficients of the token before, 0 where there is none in the document and the chunk."""
   decay = regained = carry = None
   if alpha is not None:  # of the tokens before; not A / alpha, which is nothing to rely on where alpha is small
-    row, col = (jax.lax.broadcasted_iota(jnp.int32, c.mix.shape[-2:], axis) for axis in (0, 1))
-    decay = arithmetic.totals(alpha, seen.same & (row > col))
+    decay = arithmetic.totals(alpha, earlier(seen))
   if c.regained is not None:
     regained = 1.0 - decay
   if c.carry is not None:
@@ -172,10 +176,9 @@ def prior(c: Coefficients, alpha: jax.Array | None, seen: Visible) -> Prior:
   return Prior(decay, regained, carry, mix)
 
 
-def faded_prior(c: Coefficients) -> Prior:
+def faded_prior(c: Coefficients, seen: Visible) -> Prior:
   """The coefficients of the token's own state before its write, after its decay; without momentum."""
-  row, col = (jax.lax.broadcasted_iota(jnp.int32, c.mix.shape[-2:], axis) for axis in (0, 1))
-  return Prior(c.decay, c.regained, None, jnp.where(row > col, c.mix, 0.0))
+  return Prior(c.decay, c.regained, None, jnp.where(earlier(seen), c.mix, 0.0))
 
 
 def start_read(

@@ -87,6 +87,12 @@ def visible(documents: Documents | None, length: int, window: int = 1) -> Visibl
   )
 
 
+def earlier(seen: Visible) -> jax.Array:
+  """`seen.same` of the tokens before, [..., T, T] bool."""
+  row, column = (jax.lax.broadcasted_iota(jnp.int32, seen.same.shape[-2:], axis) for axis in (0, 1))
+  return seen.same & (row > column)
+
+
 def positions(length: int, keys: int) -> jax.Array:
   """Where in the chunk a window's keys are, [1, keys] int32; those from before it have negative positions."""
   column = jax.lax.broadcasted_iota(jnp.int32, (1, keys), 1)

@@ -9,7 +9,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-  """Segments of `length` tokens; the last may be shorter. N = ceil(L / length), O(L^2 / length) in all."""
+  """Segments of `length` tokens; the last may be shorter. N = ceil(L / length), O(L^2 / length) in all.
+
+  Attributes:
+    length: in tokens.
+    extends: whether a longer sequence is cut at the same places as far as they go, so that sequences of unknown length
+      can be decoded, and documents of several lengths packed into a row.
+  """
 
   extends: ClassVar[bool] = True
 
@@ -36,8 +42,6 @@ class Logarithmic:
     return tuple(1 << bit for bit in bits if sequence_length >> bit & 1)
 
 
-# `extends`: whether a longer sequence is cut at the same places as far as they go, so that sequences of unknown length
-# can be decoded, and documents of several lengths packed into a row.
 Segmentation = Constant | Logarithmic
 NAMES = ("constant", "logarithmic")
 

@@ -14,7 +14,7 @@ class RMSNorm(nnx.Module):
 
   `axes` names the axes of the scale, which are x's last ones: {"embed": d_model}, or
   {"heads": heads, "head_dim": head_dim} for a norm of each head with a scale of its own. The scale
-  begins at `start`. With `groups`, the mean is over all channels of each of so many groups of heads.
+  begins at `start`. With `groups`, heads are split into that many groups, and the mean is over a group's channels.
   """
 
   def __init__(self, axes: dict[str, int], start: float = 1.0, *, groups: int | None = None, rngs: nnx.Rngs):

@@ -10,6 +10,7 @@ before it, which may be on another device:
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -71,21 +72,21 @@ def _composed_start(parts: Parts, rule: Rule, fresh: Weights, tokens: Tokens, le
     start, own = start._replace(tail=tail), own._replace(tail=tail)
   if rule.transition == "matrix":
     decay, written = _as_matrix(rule, fresh, own, tokens, lengths)
-    join = _joined_by_matrix
+    join, compose = _joined_by_matrix, _composed_matrices
   else:
     written = _end(rule, fresh, own, tokens, lengths)
-    decay, join = rule.decay(tokens.gates, state_dtype(tokens.k.dtype)), rule.joined
+    decay = rule.decay(tokens.gates, state_dtype(tokens.k.dtype))
+    join, compose = rule.joined, operator.mul
     if tokens.documents is not None:
       goes_on = tokens.documents.number[..., -1] == tokens.documents.before[..., 0]
       decay = jnp.where(goes_on[..., None, None], decay, 0.0)
 
   step, nothing = 1, rule.empty(written)
   while step < parts.count:
-    # Zeros come to those that have nobody so far ahead of them.
-    some = parts.index() >= step
-    earlier = {name: jnp.where(some, parts.ahead(w, step), nothing[name]) for name, w in written.items()}
+    reached = parts.index() >= step  # zeros come to those that have nobody so far ahead of them
+    earlier = {name: jnp.where(reached, parts.ahead(w, step), nothing[name]) for name, w in written.items()}
     written = join(decay, earlier, written)
-    decay = _composed(rule, parts.ahead(decay, step), decay)
+    decay = compose(decay, parts.ahead(decay, step))
     step *= 2
   memory = {name: jnp.where(first, m, parts.ahead(written[name])) for name, m in start.memory.items()}
   return start._replace(memory=memory)
@@ -128,9 +129,9 @@ def _joined_by_matrix(phi: jax.Array, before: Weights, written: Weights) -> Weig
   }
 
 
-def _composed(rule: Rule, earlier: jax.Array, later: jax.Array) -> jax.Array:
+def _composed_matrices(later: jax.Array, earlier: jax.Array) -> jax.Array:
   """What two stretches in a row leave of what came in."""
-  return product(later, earlier, later.dtype) if rule.transition == "matrix" else earlier * later
+  return product(later, earlier, later.dtype)
 
 
 def _groups(parts: Parts, tokens: Tokens) -> tuple[int, int]:

@@ -252,3 +252,7 @@ def test_what_does_not_go_together_is_refused():
     rules.get("mlstm", chunk=0)
   with pytest.raises(ValueError, match="momentum needs a decay by head"):
     dataclasses.replace(rules.get("kda"), momentum=True)
+  with pytest.raises(ValueError, match="step='channel' needs decays='channel'"):
+    dataclasses.replace(rules.get("deltanet"), step="channel")
+  with pytest.raises(ValueError, match="erases is of delta rules, with curvature=1 and step='channel'"):
+    dataclasses.replace(rules.get("gla"), erases="read")

@@ -31,12 +31,9 @@ from mc_jax.memory import arithmetic, networks
 from mc_jax.memory import chunk as chunks
 from mc_jax.memory.arithmetic import Solve, column, gram, product, state_dtype
 from mc_jax.memory.chunk import State
-from mc_jax.memory.documents import Documents, Visible, visible
+from mc_jax.memory.documents import Documents, Visible, earlier, visible
 from mc_jax.memory.networks import Weights
-from mc_jax.memory.rules.rule import Gate, GateInit, Rule
-
-# Segments in which a memory of a model that does not say otherwise fades to 1 / e.
-_LIFETIME = 16
+from mc_jax.memory.rules.rule import Gate, GateInit, Rule, momentum_init, retention_init
 
 # Decays for each channel below e^-11 a token count as e^-11, 1.7e-5 of what was there: quotients of decays over a block
 # of 8 tokens, e^77 at most, are then float32 numbers.
@@ -62,7 +59,7 @@ class MatrixRule(Rule):
     decay_first: errors are taken after the decay (gated DeltaNet, KDA), not before (Titans, RWKV-7).
     curvature: g, the factor of the error: 1, or 2 of the squared loss without a half (Titans). 0: there is no error,
       values are written as they are.
-    momentum: steps accumulate in S, which decays by beta. Only with decays "head" or None.
+    momentum: steps accumulate in S, which decays by beta. Not with decays "channel", nor with decay_first.
     step: whether there are step sizes eta, "head" or "channel"; None: 1.
     erases: what eta is, if it is "channel": None: of what is written; "read": the key looks up through eta o k (gated
       DeltaNet 2); "erase": eta o k is erased, and a gate `write` o k written (RWKV-7).
@@ -88,8 +85,12 @@ class MatrixRule(Rule):
       raise ValueError(f"chunk must be at least 1 token, got {self.chunk}")
     if self.max_step is not None and not 0 < self.max_step < math.inf:
       raise ValueError(f"max_step must be positive or None, got {self.max_step}")
-    if self.momentum and self.decays == "channel":
-      raise ValueError("momentum needs a decay by head: with one for each channel, steps have no common weight")
+    if self.momentum and (self.decays == "channel" or self.decay_first):
+      raise ValueError("momentum needs a decay by head, or none, and decay_first=False: steps have a weight in common")
+    if self.step == "channel" and self.decays != "channel":
+      raise ValueError("step='channel' needs decays='channel'")
+    if self.erases and (self.step != "channel" or self.curvature != 1.0):
+      raise ValueError("erases is of delta rules, with curvature=1 and step='channel'")
 
   @property
   def gates(self) -> dict[str, Gate]:
@@ -110,12 +111,10 @@ class MatrixRule(Rule):
     return self.network.init(key, heads, head_dim, value_dim)
 
   def gate_init(self, segment_length: int) -> dict[str, GateInit]:
-    """Where gates start that are sigmoids: alpha at 1 - 1 / (16 segments), beta at an average over an eighth of one,
-    eta at half its maximum. Published models have parametrisations of their own (models/forms.py)."""
-    beta = 1 - min(0.95, max(0.1, 8 / segment_length))
+    """Where gates start that are sigmoids, eta at half its maximum; published models have others (models/forms.py)."""
     starts = {
-      "alpha": GateInit(math.log(_LIFETIME * segment_length - 1)),
-      "beta": GateInit(math.log(beta / (1 - beta))),
+      "alpha": retention_init(segment_length),
+      "beta": momentum_init(segment_length),
       "eta": GateInit(0.0, 1.0 if self.max_step is None else self.max_step),
       "write": GateInit(0.0),
     }
@@ -123,7 +122,7 @@ class MatrixRule(Rule):
 
   def start(self, fresh: Weights, k: jax.Array) -> State:
     """M_0 and no momentum, see `Rule.start`."""
-    memory = {name: jnp.broadcast_to(w, (len(k), *w.shape)).astype(state_dtype(k.dtype)) for name, w in fresh.items()}
+    memory = chunks.new_memory(fresh, k)
     return State(memory, jax.tree.map(jnp.zeros_like, memory) if self.momentum else None)
 
   def write(
@@ -142,7 +141,7 @@ class MatrixRule(Rule):
     del chunk  # a token is written the same wherever in its chunk it is
     seen = visible(documents, k.shape[-2])
     gates = {name: gate.astype(state_dtype(k.dtype)) for name, gate in gates.items()}
-    if self.decays == "channel" or self.step == "channel":
+    if self.decays == "channel":
       return self._write_by_channel(start, fresh, k, v, gates, seen, solve)
     return self._write_by_head(start, fresh, k, v, gates, seen, solve)
 
@@ -153,7 +152,7 @@ class MatrixRule(Rule):
     c = chunks.coefficients(alpha, gates.get("beta"), steps, seen, dtype)
     delta = -v
     if self.curvature:
-      before = chunks.faded_prior(c) if self.decay_first or alpha is None else chunks.prior(c, alpha, seen)
+      before = chunks.faded_prior(c, seen) if self.decay_first else chunks.prior(c, alpha, seen)
       read = chunks.start_read(start, fresh, seen.incoming, dtype)
       error = chunks.before_writes(read, start, fresh, "w", seen.incoming, before, dtype)("w", k) - v
       delta = solve(self.curvature * before.mix * gram(k, k, dtype), self.curvature * error)
@@ -162,7 +161,7 @@ class MatrixRule(Rule):
     return State(memory, momentum if self.momentum else None), online
 
   def _write_by_channel(self, start, fresh, k, v, gates, seen, solve):
-    """Decays, or step sizes, are numbers a key channel."""
+    """Decays are numbers a key channel, and step sizes may be."""
     dtype, wide = k.dtype, state_dtype(k.dtype)
     decays = Channels.of(gates["alpha"], seen)
     before = decays if self.decay_first else decays.before(gates["alpha"])
@@ -196,8 +195,10 @@ class MatrixRule(Rule):
     """The product of alpha, see `Rule.decay`."""
     if not self.decays:
       return jnp.ones((1, 1, 1, 1), dtype)
-    logs = _logs(gates["alpha"].astype(dtype), self.decays)
-    return jnp.exp(logs.sum(-2))[..., None] if self.decays == "channel" else jnp.exp(logs.sum(-1))[..., None, None]
+    alpha = gates["alpha"].astype(dtype)
+    if self.decays == "head":
+      return arithmetic.total(alpha)[..., None, None]
+    return jnp.exp(_channel_logs(alpha).sum(-2))[..., None]
 
   def token_start(self, fresh: Weights) -> TokenState:
     """See `Rule.token_start`."""
@@ -209,7 +210,9 @@ class MatrixRule(Rule):
     """(W_{t-1}, S_{t-1}) to (W_t, S_t), as the module's text has them."""
     del fresh, chunk_begins
     (w,), (s,) = state.memory.values(), state.momentum.values()
-    fades = jnp.exp(_logs(gates["alpha"], self.decays))[..., None] if self.decays else 1.0
+    fades = gates.get("alpha", 1.0)
+    if self.decays == "channel":
+      fades = jnp.maximum(fades, math.exp(_LEAST_LOG))[:, None]
     eta = gates.get("eta", 1.0)
     look, erased, written = k, eta * k, eta * k
     if self.erases == "read":
@@ -247,7 +250,7 @@ class Channels(NamedTuple):
   @staticmethod
   def of(alpha: jax.Array, seen: Visible) -> "Channels":
     """Of alpha [..., T, d], at least float32."""
-    step, length = _logs(alpha, "channel"), alpha.shape[-2]
+    step, length = _channel_logs(alpha), alpha.shape[-2]
     rows, columns = (jax.lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
     logs = arithmetic.masked_vector_sums(rows >= columns, step)
     total = logs if seen.incoming is None else arithmetic.masked_vector_sums(seen.same, step)
@@ -255,7 +258,7 @@ class Channels(NamedTuple):
 
   def before(self, alpha: jax.Array) -> "Channels":
     """The decays that queries find who look before their own token's."""
-    step = _logs(alpha, "channel")
+    step = _channel_logs(alpha)
     return self._replace(queries=self.logs - step, total=self.total * jnp.exp(-step))
 
   def came_in(self, x: jax.Array, w: jax.Array, fresh: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -278,8 +281,7 @@ class Channels(NamedTuple):
       queries = jnp.exp(jnp.where(second, self.queries - boundary, -jnp.inf))
       keys = jnp.exp(jnp.where(second, -jnp.inf, boundary - self.logs))
       found = jnp.where(row >> level == (col >> level) + 1, gram(x * queries, z * keys, dtype), found)
-    seen = self.seen.same & (row > col) if strict else self.seen.same
-    return jnp.where(seen, found, 0.0)
+    return jnp.where(earlier(self.seen) if strict else self.seen.same, found, 0.0)
 
   def _reference(self, block: int, place: int) -> jax.Array:
     """L at a place of each token's block, [..., T, d]; in a block that ends before that, at its end.
@@ -332,10 +334,9 @@ class Online(NamedTuple):
     return w
 
 
-def _logs(alpha: jax.Array, decays: str) -> jax.Array:
-  """log alpha, bounded below: by the smallest number, or, of each channel, by e^-11 a token."""
-  logs = jnp.log(jnp.maximum(alpha, jnp.finfo(alpha.dtype).tiny))
-  return jnp.maximum(logs, _LEAST_LOG) if decays == "channel" else logs
+def _channel_logs(alpha: jax.Array) -> jax.Array:
+  """log alpha of each channel, at least that of e^-11 a token."""
+  return jnp.maximum(arithmetic.log(alpha), _LEAST_LOG)
 
 
 def retnet(*, chunk: int = 64, learned_init: bool = False) -> MatrixRule:

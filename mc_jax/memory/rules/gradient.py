@@ -40,10 +40,9 @@ from mc_jax.memory.arithmetic import Solve, gram, product, square, state_dtype
 from mc_jax.memory.chunk import Online, State
 from mc_jax.memory.documents import Documents, Visible, visible
 from mc_jax.memory.networks import Linear, Weights
-from mc_jax.memory.rules.rule import Gate, GateInit, Rule
+from mc_jax.memory.rules.rule import Gate, GateInit, Rule, momentum_init, retention_init
 
-# Segments in which retention alone, at its start, takes a memory down to 1 / e.
-_LIFETIME = 16
+_MOMENTUM = 0.9  # where the printed rules' starts
 
 # Added to what steps are divided by: keys of padding are zero.
 _TINY = 1e-6
@@ -210,19 +209,19 @@ class GradientRule(Rule):
     beta: 0.9; of normalized steps an average over an eighth of the segment, and at least over a token.
     Step sizes: half their maximum, which is max_step or what `_max_step` has.
     """
-    beta = 1 - min(0.95, max(0.1, 8 / segment_length)) if self.normalized else 0.9
-    max_step = self._max_step(segment_length, beta) if self.max_step is None else self.max_step
+    max_step = self._max_step(segment_length) if self.max_step is None else self.max_step
     starts = {name: GateInit(0.0, max_step) for name in self.steps}
     if self.retention:
-      starts["alpha"] = GateInit(math.log(_LIFETIME * segment_length - 1))
+      starts["alpha"] = retention_init(segment_length)
     if self.momentum:
-      starts["beta"] = GateInit(math.log(beta / (1 - beta)))
+      printed = GateInit(math.log(_MOMENTUM / (1 - _MOMENTUM)))
+      starts["beta"] = momentum_init(segment_length) if self.normalized else printed
     return {name: starts[name] for name in self.gates}
 
-  def _max_step(self, segment_length: int, beta: float) -> float:
-    """The largest step size where none is given, beta being the momentum at its start."""
+  def _max_step(self, segment_length: int) -> float:
+    """The largest step size where none is given."""
     if not self.normalized:
-      return ((1 - beta) if self.momentum else 1.0) / self.chunk if self.learned_init else 1.0
+      return ((1 - _MOMENTUM) if self.momentum else 1.0) / self.chunk if self.learned_init else 1.0
     if self.solve:
       return 1.5
     # A dot loss never corrects itself: over a segment as frozen gradients over a chunk.
@@ -230,7 +229,7 @@ class GradientRule(Rule):
 
   def start(self, fresh: Weights, k: jax.Array) -> State:
     """M_0, no momentum, an empty window, see `Rule.start`."""
-    memory = {name: jnp.broadcast_to(w, (len(k), *w.shape)).astype(state_dtype(k.dtype)) for name, w in fresh.items()}
+    memory = chunks.new_memory(fresh, k)
     momentum = None
     if self.momentum:
       names = [networks.last(self.network, fresh)] if self.normalized else memory
@@ -357,8 +356,7 @@ class GradientRule(Rule):
     """The product of alpha, see `Rule.decay`."""
     if not self.retention:
       return jnp.ones((1, 1, 1, 1), dtype)
-    alpha = jnp.maximum(gates["alpha"].astype(dtype), jnp.finfo(dtype).tiny)
-    return jnp.exp(jnp.log(alpha).sum(-1))[..., None, None]
+    return arithmetic.total(gates["alpha"].astype(dtype))[..., None, None]
 
   def token_start(self, fresh: Weights) -> "TokenState":
     """See `Rule.token_start`."""

@@ -14,7 +14,6 @@ own, so that a soup of their weights means nothing.
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
@@ -26,7 +25,7 @@ from mc_jax.memory.arithmetic import Solve, column, state_dtype
 from mc_jax.memory.chunk import State
 from mc_jax.memory.documents import Documents, visible
 from mc_jax.memory.networks import Linear, Weights
-from mc_jax.memory.rules.rule import Gate, GateInit, Rule
+from mc_jax.memory.rules.rule import Gate, GateInit, Rule, retention_init
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +38,7 @@ class Normalized:
     y, n = linear("w", x), linear("n", x)
     floor = linear("floor", jnp.ones_like(x[..., :1]))
     scale = jnp.maximum(jnp.abs(n), floor)
-    return y / jnp.where(
-      scale > 0, scale, 1.0
-    )  # where nothing is held and the floor is 0, an answer is 0 and not 0 / 0
+    return y / jnp.where(scale > 0, scale, 1.0)  # where a memory was cut to zeros it answers 0, and not 0 / 0
 
   def init(self, key: jax.Array, heads: int, head_dim: int, value_dim: int | None = None) -> Weights:
     """Nothing is held, and m = 0."""
@@ -98,13 +95,11 @@ class MLSTM(Rule):
 
   def gate_init(self, segment_length: int) -> dict[str, GateInit]:
     """Where gates start that are sigmoids; published models have an exponential eta (models/forms.py)."""
-    return {"alpha": GateInit(math.log(16 * segment_length - 1)), "eta": GateInit(0.0)}
+    return {"alpha": retention_init(segment_length), "eta": GateInit(0.0)}
 
   def start(self, fresh: Weights, k: jax.Array) -> State:
     """M_0, see `Rule.start`."""
-    return State(
-      {name: jnp.broadcast_to(w, (len(k), *w.shape)).astype(state_dtype(k.dtype)) for name, w in fresh.items()}
-    )
+    return State(chunks.new_memory(fresh, k))
 
   def write(
     self,
@@ -121,7 +116,7 @@ class MLSTM(Rule):
     """One chunk step, see `Rule.write`."""
     del solve, chunk
     seen, wide = visible(documents, k.shape[-2]), state_dtype(k.dtype)
-    forget, let_in = (_log(gates[name].astype(wide)) for name in ("alpha", "eta"))
+    forget, let_in = (arithmetic.log(gates[name].astype(wide)) for name in ("alpha", "eta"))
     before = -jnp.log(start.memory["floor"])  # m_0 [..., 1, 1]
     if seen.incoming is not None:
       before = jnp.where(seen.incoming, before, -jnp.log(fresh["floor"]))
@@ -142,7 +137,7 @@ class MLSTM(Rule):
 
   def decay(self, gates: Weights, dtype: jnp.dtype) -> jax.Array:
     """The product of alpha, see `Rule.decay`."""
-    return jnp.exp(_log(gates["alpha"].astype(dtype)).sum(-1))[..., None, None]
+    return arithmetic.total(gates["alpha"].astype(dtype))[..., None, None]
 
   def joined(self, decay: jax.Array, before: Weights, written: Weights) -> Weights:
     """See `Rule.joined`: each is brought to the smaller floor, at the larger scale."""
@@ -174,10 +169,6 @@ class MLSTM(Rule):
         "floor": jnp.exp(-m),
       }
     )
-
-
-def _log(gate: jax.Array) -> jax.Array:
-  return jnp.log(jnp.maximum(gate, jnp.finfo(gate.dtype).tiny))
 
 
 def mlstm(*, chunk: int = 64) -> MLSTM:

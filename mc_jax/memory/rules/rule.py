@@ -39,6 +39,17 @@ class GateInit:
   maximum: float = 1.0
 
 
+def retention_init(segment_length: int) -> GateInit:
+  """1 - 1 / (16 segment_length), as a sigmoid: retention alone takes a memory down to 1 / e in 16 segments."""
+  return GateInit(math.log(16 * segment_length - 1))
+
+
+def momentum_init(segment_length: int) -> GateInit:
+  """An average of steps over an eighth of the segment, and at least over a token, as a sigmoid."""
+  kept = 1 - min(0.95, max(0.1, 8 / segment_length))
+  return GateInit(math.log(kept / (1 - kept)))
+
+
 class State(Protocol):
   """What a memory carries from token to token: a NamedTuple of arrays [batch, heads, ...], such as `chunk.State`.
 
@@ -116,7 +127,10 @@ class Rule(abc.ABC):
 
   @abc.abstractmethod
   def start(self, fresh: Weights, k: jax.Array) -> State:
-    """M_0 {name: [heads, in, out]} as the state of each sequence of k [batch, heads, T, d], all else zero."""
+    """M_0 {name: [heads, in, out]} as the state of each sequence of k [batch, heads, T, d], all else zero.
+
+    `chunk.new_memory` makes its `memory`.
+    """
 
   @abc.abstractmethod
   def write(
