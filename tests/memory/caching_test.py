@@ -147,7 +147,7 @@ def test_a_document_on_a_segment_boundary_gets_what_it_gets_alone(case):
 
 @pytest.mark.parametrize(
   ("rule", "aggregation", "carry"),
-  [("linear", "ssc", "independent"), ("swla", "soup", "checkpoint"), slow("titans", "grm", "checkpoint")],
+  [("linear", "ssc", "independent"), slow("swla", "soup", "checkpoint"), slow("titans", "grm", "checkpoint")],
 )
 def test_gradients_through_the_caches_are_differences(rule, aggregation, carry):
   """Of the fast path itself, along random directions; the tokens of the first segment are felt in the last."""
@@ -170,12 +170,12 @@ def test_gradients_through_the_caches_are_differences(rule, aggregation, carry):
   ("rule", "aggregation", "carry", "segment"),
   [
     slow(rules.get("swla", chunk=2), "soup", "checkpoint", 5),  # ragged chunks in ragged segments
-    (rules.get("linear", chunk=2), "ssc", "independent", 5),
+    slow(rules.get("linear", chunk=2), "ssc", "independent", 5),
     slow(rules.get("titans", chunk=2, expansion=2, normalized=False), "grm", "checkpoint", 4),
     slow(rules.get("dla", chunk=4, expansion=2, normalized=False), "grm", "independent", 4),
     (rules.get("dla", chunk=4, expansion=2, normalized=False), "residual", "checkpoint", 1),  # every token is cached
     (rules.get("swla", chunk=13), "soup", "checkpoint", 13),  # nothing is cached
-    (rules.get("titans", chunk=13, expansion=2, normalized=False), "ssc", "independent", 64),
+    slow(rules.get("titans", chunk=13, expansion=2, normalized=False), "ssc", "independent", 64),
   ],
   ids=lambda x: getattr(x, "name", str(x)),
 )

@@ -125,6 +125,7 @@ def test_it_is_its_recurrence_with_documents_and_gradients(aggregation, carry):
   samples.assert_equals_reference(samples.inputs(RULE), samples.SEGMENT_IDS, **options)
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_kernel_and_so_does_its_gradient():
   rule, ids = Fading(chunk=8), np.array([[1] * 10 + [2] * 22, [1] * 30 + [0] * 2])
   x = jax.tree.map(np.float32, samples.inputs(rule, batch=2, length=32, head_dim=8))

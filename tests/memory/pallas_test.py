@@ -140,15 +140,15 @@ def slow_case(*args, **kwargs):
   [
     # No documents, and lengths that are no multiple of a chunk or segment, and one that is.
     slow_case(TITANS, dict(aggregation="grm"), documents=False, length=48),
-    Case(SWLA, dict(aggregation="soup", carry="independent"), documents=False, length=41),
+    slow_case(SWLA, dict(aggregation="soup", carry="independent"), documents=False, length=41),
     slow_case(LINEAR, dict(aggregation="ssc", carry="independent"), documents=False),
     # One segment: as long as the row, longer, shorter than a chunk.
     slow_case(TITANS, dict(aggregation="ssc"), length=16),
-    Case(SWLA, dict(aggregation="grm"), length=21, segment=64),
+    slow_case(SWLA, dict(aggregation="grm"), length=21, segment=64),
     slow_case(TITANS, dict(aggregation="soup", carry="independent"), length=5),
     slow_case(LINEAR, dict(aggregation="residual"), length=13, documents=False),
     # Chunks as long as a segment, or longer.
-    Case(rules.get("swla", chunk=16, window=3), dict(aggregation="none")),
+    slow_case(rules.get("swla", chunk=16, window=3), dict(aggregation="none")),
     slow_case(
       rules.get("titans", chunk=64, expansion=2, normalized=False), dict(aggregation="grm", carry="independent")
     ),

@@ -123,7 +123,7 @@ def test_it_decodes_to_the_numbers_of_the_whole_sequence(name):
 
 
 @FLOAT64
-@some("gated_deltanet", "mlstm")
+@some("gated_deltanet")
 @pytest.mark.parametrize("carry", ["checkpoint", slow("independent")])
 def test_it_is_split_over_devices(name, carry):
   rule = rules.get(name, chunk=samples.CHUNK)

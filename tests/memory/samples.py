@@ -22,13 +22,12 @@ from quick_compile import jit
 # Of one file; the others are those of recurrences_test.py.
 GRADIENT_RULES = ("linear", "swla", "dla", "titans")
 
-# Every rule, every aggregation, both carries with matrices and with networks. The others are the same code put together
-# in other ways, and each takes seconds to compile.
+# Every aggregation but residual, both carries, with matrices and with networks. The others are the same code put
+# together in other ways, and each takes seconds to compile.
 QUICK = {
   ("linear", "none", "checkpoint"),
   ("linear", "soup", "checkpoint"),
   ("swla", "ssc", "independent"),
-  ("dla", "residual", "independent"),
   ("titans", "grm", "checkpoint"),
 }
 COMBINATIONS = [

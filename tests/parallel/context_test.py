@@ -118,7 +118,7 @@ def test_gates(gate):
     slow(True, 4, 1),
     slow(True, 4, 1 << 20),
     slow(True, 8, 1),
-    (True, 8, 1 << 20),
+    slow(True, 8, 1 << 20),
   ],
 )
 def test_both_ways_of_reading(monkeypatch, to_states, segment, read_buffer):
