@@ -21,6 +21,8 @@ matplotlib.use("Agg")  # files only: no display is needed
 
 from matplotlib import pyplot
 
+_LISTS = ("curve", "reads", "usage")  # a result's fields that most tasks leave empty
+
 
 def line(result: Result) -> str:
   """One result: "mqar, length 64, pairs 8: accuracy 0.9310, stderr 0.0052"."""
@@ -53,17 +55,13 @@ def to_csv(results: Sequence[Result]) -> str:
 
 
 def to_json(results: Sequence[Result]) -> list[dict]:
-  """The results as JSON types, for `from_json`; empty curves and reads are left out."""
-  return [
-    {k: v for k, v in dataclasses.asdict(result).items() if v or k not in ("curve", "reads")} for result in results
-  ]
+  """The results as JSON types, for `from_json`; lists that are empty are left out."""
+  return [{k: v for k, v in dataclasses.asdict(result).items() if v or k not in _LISTS} for result in results]
 
 
 def from_json(results: Sequence[dict]) -> list[Result]:
-  """The results from `to_json`, also from files with empty curves or without `reads`."""
-  return [
-    Result(**{**result, **{name: tuple(result.get(name, ())) for name in ("curve", "reads")}}) for result in results
-  ]
+  """The results from `to_json`, also from files of earlier releases."""
+  return [Result(**{**result, **{name: tuple(result.get(name, ())) for name in _LISTS}}) for result in results]
 
 
 def dumps(record: dict) -> str:
@@ -81,17 +79,22 @@ def save(figure: pyplot.Figure, path: pathlib.Path, dpi: int = 110) -> None:
 
 
 def plot(path: pathlib.Path, series: Mapping[str, Sequence[Result]], baseline: str | None = None) -> list[pathlib.Path]:
-  """Draws {label: results}: tasks with several lengths or numbers of pairs in `path`, gates in `map_path(path)`.
+  """Draws {label: results}: tasks with several lengths or numbers of pairs in `path`, gates in `map_path(path)`, the
+  usage of values in `usage_path(path)`.
 
   Perplexity has two panels: by position in rows of the greatest length (of every length for a single series), and by
   length. Other tasks show their first value, such as accuracy, with its standard error. With a `baseline`, everything
-  except gates is drawn as the difference from the series of that label, without errors, because both have the same
-  rows.
+  except gates and usage is drawn as the difference from the series of that label, without errors, because both have
+  the same rows.
 
   Returns:
     The files that were written: only those with something to draw.
   """
-  figures = {path: _lines(series, baseline), map_path(path): heatmaps.draw(_reads(series))}
+  figures = {
+    path: _lines(series, baseline),
+    map_path(path): heatmaps.draw(_reads(series)),
+    usage_path(path): _usage(series),
+  }
   figures = {path: figure for path, figure in figures.items() if figure}
   for path, figure in figures.items():
     save(figure, path)
@@ -101,6 +104,35 @@ def plot(path: pathlib.Path, series: Mapping[str, Sequence[Result]], baseline: s
 def map_path(path: pathlib.Path) -> pathlib.Path:
   """The file for gates: x_map.png beside x.png."""
   return path.with_stem(f"{path.stem}_map")
+
+
+def usage_path(path: pathlib.Path) -> pathlib.Path:
+  """The file for the usage of values: x_usage.png beside x.png."""
+  return path.with_stem(f"{path.stem}_usage")
+
+
+def _usage(series: Mapping[str, Sequence[Result]]) -> pyplot.Figure | None:
+  """The values' shares of weight, the most used first; equal shares would be a level line."""
+  lines = {
+    (label, result.settings["layer"]): result.usage
+    for label, results in series.items()
+    for result in results
+    if result.usage
+  }
+  if not lines:
+    return None
+  figure, axes = pyplot.subplots(figsize=(5.2, 4.2), layout="constrained")
+  for (label, layer), points in lines.items():
+    drawn = [(point["row"], point["share"]) for point in points if point["share"] > 0]
+    axes.plot(
+      *zip(*drawn, strict=True), linewidth=1.2, label=f"{label}, layer {layer}" if len(series) > 1 else f"layer {layer}"
+    )
+  axes.set(
+    xscale="log", yscale="log", title="usage of values", xlabel="value, the most used first", ylabel="share of weight"
+  )
+  axes.grid(alpha=0.3)
+  axes.legend(fontsize=8)
+  return figure
 
 
 def _reads(series: Mapping[str, Sequence[Result]]) -> dict[tuple[str, ...], Sequence[dict]]:
@@ -138,6 +170,8 @@ def _panels(series: Mapping[str, Sequence[Result]]) -> Iterator[Panel]:
   tasks = {label: _by_task(results) for label, results in series.items()}
   for task in dict.fromkeys(task for groups in tasks.values() for task in groups):
     results = {label: groups[task] for label, groups in tasks.items() if task in groups}
+    if task == "usage":
+      continue  # a figure of its own
     draw = _perplexity if task == "perplexity" else _measured
     yield from (panel for panel in draw(task, results) if any(len(points) > 1 for points in panel[3].values()))
 

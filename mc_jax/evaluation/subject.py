@@ -120,6 +120,7 @@ class Result:
     curve: Loss by position, {"from", "to", "tokens", "loss"} each; empty for tasks without.
     reads: Gates by the memory that holds the answer, {"memory", "tokens", "gamma"} each, see gates.reads; empty for
       tasks without.
+    usage: The values' shares of weight, {"row", "share"} each, see usage.run; empty for tasks without.
   """
 
   task: str
@@ -127,3 +128,4 @@ class Result:
   values: dict[str, float]
   curve: tuple[dict[str, float], ...] = ()
   reads: tuple[dict, ...] = ()
+  usage: tuple[dict[str, float], ...] = ()

@@ -11,7 +11,7 @@ from types import ModuleType
 from mc_jax.data import DataConfig
 from mc_jax.data.config import TASKS as RECALL_TASKS
 from mc_jax.errors import ConfigError, missing_package
-from mc_jax.evaluation import gates, perplexity, recall
+from mc_jax.evaluation import gates, perplexity, recall, usage
 from mc_jax.evaluation.subject import Options, Result, Subject
 from mc_jax.models import ModelConfig
 
@@ -27,6 +27,7 @@ TASKS = {
   "perplexity": perplexity.run,
   **{name: recall.accuracy(name, *how) for name, how in _RECALL.items()},
   **{name: gates.reads(name, rows) for name, rows in _GATES.items()},
+  "usage": usage.run,
 }
 HARNESS = "lm_eval:"
 
@@ -46,8 +47,8 @@ def check(names: Sequence[str], include_path: str | None = None) -> tuple[str, .
 
 def unsuited(names: Sequence[str], model: ModelConfig) -> dict[str, str]:
   """The tasks that cannot be run on such a model, and why."""
-  why = gates.problem(model)
-  return {name: why for name in names if why and name in _GATES}
+  reasons = dict.fromkeys(_GATES, gates.problem(model)) | {"usage": usage.problem(model)}
+  return {name: why for name in names if (why := reasons.get(name))}
 
 
 def problems(names: Sequence[str], data: DataConfig, options: Options) -> list[str]:
@@ -56,7 +57,7 @@ def problems(names: Sequence[str], data: DataConfig, options: Options) -> list[s
   for name in names:
     if (rows := name.removeprefix("gates_")) in _RECALL:
       lines += [f"--tasks={name}: {line}" for line in recall.problems(rows, data, options)]
-    elif all(source.source in RECALL_TASKS for source in data.parts.values()):
+    elif name != "usage" and all(source.source in RECALL_TASKS for source in data.parts.values()):
       lines.append(f"--tasks={name} is of text; data.source={data.source} is a recall task")
     elif name == "perplexity" and (line := perplexity.problem(options.lengths)):
       lines.append(line)

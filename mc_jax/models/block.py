@@ -28,7 +28,10 @@ class Block(nnx.Module):
     self.mlp = config.feed_forwards[place](config, rngs=rngs)
 
   def __call__(self, x: jax.Array, context: Context = PLAIN, cache: LayerCache | None = None) -> tuple[jax.Array, Any]:
-    """x [batch, length, d_model] to the same shape and dtype, and what the mixer leaves; see `layer.Mixer`."""
+    """x [batch, length, d_model] to the same shape and dtype, and what is left; see `layer.Mixer`."""
     y, left = self.mixer(self.mixer_norm(x), context, cache)
     x = axes.constrain(x + y, axes.RESIDUAL)
-    return axes.constrain(x + self.mlp(self.mlp_norm(x), context), axes.RESIDUAL), left
+    y = self.mlp_norm(x)
+    if context.count:
+      left = self.mlp.count(y, context)
+    return axes.constrain(x + self.mlp(y, context), axes.RESIDUAL), left

@@ -73,6 +73,11 @@ class ModelConfig:
     return any(kind.has_memories for kind in self.mixers)
 
   @property
+  def has_values(self) -> bool:
+    """Whether a layer reads rows of a table, which model.product_keys describes."""
+    return any(kind.has_values for kind in self.feed_forwards)
+
+  @property
   def learns_densely(self) -> bool:
     """Whether training does well to begin with model.memory.dense."""
     return any(kind.learns_densely(self) for kind in self.mixers)

@@ -34,6 +34,7 @@ class Context:
     lengths: [batch] int32, tokens of each prompt, what follows them is padding; None: all of them.
     active: [batch] bool, in steps the rows that have a token, the others' caches stay; None: all.
     observe: Makes of a layer's memories what the layer returns in place of a cache; None: nobody looks.
+    count: Blocks return what `FeedForward.count` makes in place of what their mixers leave.
     shared: What layers share, {layer's name: the module that its `shared` made}.
   """
 
@@ -42,6 +43,7 @@ class Context:
   lengths: jax.Array | None = None
   active: jax.Array | None = None
   observe: Callable[[Any], Any] | None = None
+  count: bool = False
   shared: Mapping[str, nnx.Module] = dataclasses.field(default_factory=dict)
 
 
@@ -161,9 +163,15 @@ class Mixer(Layer):
 class FeedForward(Layer):
   """The branch within tokens: an entry of model.feed_forward."""
 
+  has_values: ClassVar[bool] = False  # `count` says which rows of a table are read
+
   def __call__(self, x: jax.Array, context: Context = PLAIN) -> jax.Array:
     """x [batch, length, d_model] to the same shape, in the computation's dtype."""
     raise NotImplementedError
+
+  def count(self, x: jax.Array, context: Context) -> jax.Array | None:
+    """How much weight the tokens x have on each row of the layer's table, [rows] float32; None: it has no table."""
+    return None
 
 
 LAYERS: dict[str, type[Layer]] = {}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 class ProductKeysConfig:
   """Memory layers and their table of values (arXiv:2412.09764)."""
 
-  keys: int = 256  # half keys in a codebook, n: the table has n * n values; 1024 is the paper's smallest
+  codebook: int = 256  # half keys in a codebook, n: the table has n * n values; 1024 is the paper's smallest
   heads: int = 4  # queries a token, each with two codebooks of its own; all read one table
   top_k: int = 32  # values that a head reads
   key_dim: int | None = None  # width of a query, two halves; even; None: d_model, at most 512
@@ -48,15 +49,18 @@ class ProductKeysConfig:
 
   def problems(self, prefix: str = "product_keys") -> list[str]:
     """Everything wrong with these values, each line naming the field and the valid values."""
-    found = list(problems.at_least(prefix, self, keys=1, heads=1, top_k=1, key_dim=2, value_dim=1))
+    found = list(problems.at_least(prefix, self, codebook=1, heads=1, top_k=1, key_dim=2, value_dim=1))
     if found:
       return found
-    if self.keys**2 > jnp.iinfo(jnp.int32).max:
-      found.append(f"{prefix}.keys={self.keys} makes {self.keys**2:,} values, more than int32 counts: at most 46340")
-    if self.top_k > self.keys**2:
+    count = self.codebook**2
+    if count > jnp.iinfo(jnp.int32).max:
       found.append(
-        f"{prefix}.top_k={self.top_k} is more than the {self.keys**2} values of {prefix}.keys={self.keys}: use at most "
-        f"{self.keys**2}, or more keys"
+        f"{prefix}.codebook={self.codebook} makes {count:,} values, more than int32 counts: use at most 46340"
+      )
+    if self.top_k > count:
+      found.append(
+        f"{prefix}.top_k={self.top_k} is more than the {count} values of {prefix}.codebook={self.codebook}: use at "
+        f"most {count}, or a larger codebook"
       )
     if self.key_dim is not None and self.key_dim % 2:
       found.append(f"{prefix}.key_dim={self.key_dim} must be even: a query is two halves")
@@ -111,12 +115,20 @@ def _best(scores: jax.Array, k: int) -> jax.Array:
   """Rows of the k largest sums of scores [heads, 2, tokens, n], in order: [heads, tokens, k] int32."""
   n = scores.shape[-1]
   scores = jnp.where(scores == 0, 0, scores)  # -0 would be less than 0, and they tie
-  best, index = lax.top_k(scores, min(k, n))
+  # Without the barrier XLA would join what follows to the search, and sort all of the scores.
+  best, index = lax.optimization_barrier(lax.top_k(scores, min(k, n)))
   # Of the pairs of ranks (r1, r2), from 1, those with r1 * r2 > k have at least k above them. The others lie under a
   # hyperbola: 119 for k = 32, and not 1,024.
-  steps = [(r, min(k // (r + 1), n)) for r in range(min(k, n))]
-  sums = jnp.concatenate([best[:, 0, :, r, None] + best[:, 1, :, :width] for r, width in steps], -1)
-  rows = jnp.concatenate([index[:, 0, :, r, None] * n + index[:, 1, :, :width] for r, width in steps], -1)
+  pairs = np.array([(r, s) for r in range(min(k, n)) for s in range(min(k // (r + 1), n))])
+  first, second = np.swapaxes(np.eye(min(k, n))[pairs], 0, 1)  # [pairs, k] each, one-hot
+
+  def paired(x):  # [heads, 2, tokens, k] to two [heads, tokens, pairs]: exact, for all but one of the products are 0
+    x = x.astype(scores.dtype)
+    return (arithmetic.product(x[:, i], one.T, scores.dtype) for i, one in enumerate((first, second)))
+
+  sums = sum(paired(best))
+  high, low = paired(index)
+  rows = high.astype(jnp.int32) * n + low.astype(jnp.int32)
   return lax.sort((-sums, rows), num_keys=2)[1][..., :k]
 
 
@@ -159,7 +171,7 @@ class ValueTable(nnx.Module):
   """The values, [n * n, value_dim] float32, split by value_dim over devices."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    shape = config.product_keys.keys**2, value_dim(config)
+    shape = config.product_keys.codebook**2, value_dim(config)
     self.values = parameter(jax.nn.initializers.normal(shape[1] ** -0.5), shape, (None, "value"), rngs)
 
 
@@ -171,6 +183,8 @@ class ProductKeys(layer.FeedForward):
   a projection of it where a value is not as wide as x.
   """
 
+  has_values = True
+
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     options, width, dtype = config.product_keys, value_dim(config), config.dtype
     embed, inner = {"embed": config.d_model}, {"mlp": width}
@@ -181,7 +195,7 @@ class ProductKeys(layer.FeedForward):
     self.query = Linear(embed, queries, dtype=dtype, bias=True, initializer=xavier, rngs=rngs)
     self.codebooks = parameter(
       lambda key_, shape, dtype: jax.random.uniform(key_, shape, dtype, -(key**-0.5), key**-0.5),
-      (heads, 2, options.keys, key // 2),
+      (heads, 2, options.codebook, key // 2),
       ("heads", None, None, None),
       rngs,
     )
@@ -212,6 +226,13 @@ class ProductKeys(layer.FeedForward):
     if hasattr(self, "output_gate"):
       y = y * jax.nn.sigmoid(self.output_gate(x))
     return y
+
+  def count(self, x: jax.Array, context: Context) -> jax.Array:
+    """See `FeedForward.count`."""
+    weights, rows = self.look_up(x)
+    if context.document is not None:
+      weights = weights * (context.document > 0)[..., None, None]
+    return jnp.zeros(self.options.codebook**2, weights.dtype).at[rows.reshape(-1)].add(weights.reshape(-1))
 
   def look_up(self, x: jax.Array) -> Read:
     """What the tokens x [batch, length, d_model] read."""
@@ -249,7 +270,7 @@ class ProductKeys(layer.FeedForward):
     options, width, d_model = config.product_keys, value_dim(config), config.d_model
     queries = options.heads * key_dim(config)
     projections = 2 * options.plus * d_model * width or (width != d_model) * d_model * width
-    parameters = queries * (d_model + options.keys) + projections + options.gate * d_model**2
+    parameters = queries * (d_model + options.codebook) + projections + options.gate * d_model**2
     return Work(parameters=parameters, flops=2 * options.heads * options.top_k * width)
 
 

@@ -7,6 +7,8 @@ written once. That costs a sort, and gives the same numbers every time with an e
 row's hits.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -138,13 +140,14 @@ def _sums(rows, weights, cotangent, count):
   def hit(i):
     return weights[i, None].astype(dtype) * _rows_of(cotangent, token[i])
 
-  ids, sums, left = _added(ids, count, hit, hits)
+  # What is read up to eight times is added up now, up to 64 times in the next pass, ... What n terms of `count` rows
+  # leave are n / 8 + count sums at most.
+  ids, sums, left = _added(ids, count, hit, min(hits, hits // _RADIX + count))
 
   def again(carry):
     ids, sums, _ = carry
-    return _added(ids, count, lambda i: _rows_of(sums, i), hits)
+    return _added(ids, count, functools.partial(_rows_of, sums), len(ids))
 
-  # Once for what is read up to eight times, twice up to 64, ...
   ids, sums, _ = lax.while_loop(lambda carry: carry[2], again, (ids, sums, left))
   size = min(hits, count)
   return ids[:size], sums[:size]
@@ -154,25 +157,27 @@ def _added(ids, count, term, size):
   """Terms of one row, which lie side by side, added up to _RADIX at a time.
 
   Args:
-    ids: [size] int32 ascending, the terms' rows; `count` where there is none.
-    term: i [size] int32 to the terms at i, [size, value_dim].
+    ids: [terms] int32 ascending, the terms' rows; `count` where there is none.
+    term: i [n] int32 to the terms at i, [n, value_dim].
+    size: as many sums there can be.
 
   Returns:
-    The sums' rows and the sums, in place of the terms, and whether a row has several.
+    The sums' rows and the sums, `size` of each, and whether a row has several.
   """
-  at = jnp.arange(size, dtype=jnp.int32)
+  terms = len(ids)
+  at = jnp.arange(terms, dtype=jnp.int32)
   first = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]])
   nth = at - lax.cummax(jnp.where(first, at, 0))
   leads = (nth % _RADIX == 0) & (ids < count)
   group = jnp.cumsum(leads, dtype=jnp.int32) - 1
-  start = jnp.full(size, size, jnp.int32).at[jnp.where(leads, group, size)].set(at, mode="drop")
-  there = start < size
-  start = jnp.where(there, start, size - 1)
+  start = jnp.full(size, terms, jnp.int32).at[jnp.where(leads, group, size)].set(at, mode="drop")
+  there = start < terms
+  start = jnp.where(there, start, terms - 1)
   sums_ids = jnp.where(there, ids[start], count)
   total = 0.0
   for j in range(_RADIX):
-    i = jnp.minimum(start + j, size - 1)
-    same = there & (start + j < size) & (ids[i] == sums_ids) if j else there
+    i = jnp.minimum(start + j, terms - 1)
+    same = there & (start + j < terms) & (ids[i] == sums_ids) if j else there
     total += jnp.where(same[:, None], term(i), 0)
   return sums_ids, total, jnp.any((nth >= _RADIX) & (ids < count))
 
@@ -180,8 +185,6 @@ def _added(ids, count, term, size):
 def _spread(distinct, sums, count):
   """Gradients of distinct rows as those of the table, [count, value_dim]: every row is written once."""
   where = jnp.full(count, -1, jnp.int32).at[distinct].set(jnp.arange(len(distinct), dtype=jnp.int32), mode="drop")
-  return (
-    jnp.where((where >= 0)[:, None], sums[jnp.maximum(where, 0)], 0)
-    if len(distinct)
-    else jnp.zeros((count, sums.shape[1]), sums.dtype)
-  )
+  if not len(distinct):
+    return jnp.zeros((count, sums.shape[1]), sums.dtype)
+  return jnp.where((where >= 0)[:, None], sums[jnp.maximum(where, 0)], 0)

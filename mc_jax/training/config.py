@@ -44,8 +44,10 @@ class TrainConfig:
   max_skipped: int = 5  # consecutive updates that may be skipped (loss or gradient not finite) before the run ends
   hang_minutes: float = 30.0  # minutes without a finished step, evaluation or checkpoint that end the process; 0: never
   log_every: int = 10  # steps between reports
-  probe_every: int = 0  # steps between looks into the memories (norms, gates, caches read); 0: none; 10 costs about 1%
-  # of the time (docs/stability.md)
+  probe_every: int = (
+    0  # steps between looks into the memories (norms, gates, caches read) and at how many values of memory
+  )
+  # layers are read; 0: none; 10 costs about 1% of the time (docs/stability.md)
   eval_every: int = 100  # steps between evaluations; the last step is always evaluated
   checkpoint_every: int = 200  # steps between checkpoints; the last step always leaves one
   keep_checkpoints: int = 2  # number of newest checkpoints to keep; the second is for when the newest is damaged
@@ -121,10 +123,10 @@ class Config:
       )
     if model.unknown_layers():
       return found
-    if train.probe_every and not model.has_memories:
+    if train.probe_every and not (model.has_memories or model.has_values):
       found.append(
-        f"train.probe_every={train.probe_every} needs memories: a model.pattern with {with_memories()}, "
-        f"got {','.join(model.pattern)}"
+        f"train.probe_every={train.probe_every} needs memories, a model.pattern with {with_memories()}, or memory "
+        f"layers in model.feed_forward; got {','.join(model.pattern)} and {','.join(model.feed_forward)}"
       )
     found += model.data_problems(data.length, data.segments)
     return found

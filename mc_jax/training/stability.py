@@ -26,6 +26,8 @@ def probe(config: Config, mesh: jax.sharding.Mesh) -> Callable[[dict, Batch], di
   * gate_entropy: Entropy in nats of a token's gates over its online memory and caches, normalised to sum to 1; the mean
     over tokens that have a cache to read.
   * caches_never_selected: With ssc, the share of caches that tokens of their row could have read and none did.
+  * values_used, values_kl: The share of memory layers' values that these rows read, and the divergence of the values'
+    weight from equal shares (`inspection.spread`); the means over layers.
 
   It takes a forward pass of these rows with XLA, which is done only every few steps (docs/stability.md).
   """
@@ -35,7 +37,11 @@ def probe(config: Config, mesh: jax.sharding.Mesh) -> Callable[[dict, Batch], di
   def look(params: dict, batch: Batch) -> dict[str, jax.Array]:
     model = nnx.merge(graph, params)
     batch = {name: axes.constrain(x[:rows], axes.TOKENS) for name, x in batch.items()}
-    layers = inspection.look(model, batch["tokens"], batch.get("segment_ids"), _of_layer)
+    tokens = batch["tokens"], batch.get("segment_ids")
+    layers = inspection.look(model, *tokens, _of_layer) if config.model.has_memories else {}
+    if config.model.has_values:
+      used, divergence = inspection.spread(inspection.values_read(model, *tokens))
+      layers |= {"values_used": used, "values_kl": divergence}
     return {name: values.max() if name.endswith("_max") else values.mean() for name, values in layers.items()}
 
   jitted = jax.jit(look, out_shardings=axes.sharding(mesh, ()))
