@@ -7,11 +7,12 @@ import math
 
 from mc_jax.errors import ConfigError
 from mc_jax.memory import aggregate, rules
-from mc_jax.models import layer, memory_caching, swiglu  # noqa: F401  (register their layers)
+from mc_jax.models import layer, memory_caching, swiglu  # noqa: F401  (these two register their layers)
 from mc_jax.models import problems as lines
 from mc_jax.models.attention import AttentionConfig
 from mc_jax.models.layer import FeedForward, Layer, Mixer
 from mc_jax.models.memory_config import MemoryConfig
+from mc_jax.models.product_keys import ProductKeysConfig
 
 DTYPES = ("float32", "bfloat16")
 REMATS = ("full", "dots", "none")
@@ -24,7 +25,7 @@ class ModelConfig:
   vocab_size: int = 256  # tokens; 256 for bytes
   layers: int = 4  # blocks, each a mixer and a feed-forward network
   pattern: tuple[str, ...] = ("memory",)  # the blocks' mixers, repeated: memory, attention (memory,memory,attention)
-  feed_forward: tuple[str, ...] = ("swiglu",)  # the blocks' feed-forward networks, repeated: swiglu
+  feed_forward: tuple[str, ...] = ("swiglu",)  # the blocks' feed-forward networks, repeated: swiglu, product_keys
   d_model: int = 256  # width of the residual stream
   heads: int = 4  # memories (or attention heads) per layer, each of d_model / heads
   mlp_dim: int = 0  # hidden width of the SwiGLU; 0: 8/3 d_model, rounded up to a multiple of 64
@@ -35,6 +36,7 @@ class ModelConfig:
   tied_embeddings: bool = True  # read out with the embedding's table
   memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
   attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
+  product_keys: ProductKeysConfig = dataclasses.field(default_factory=ProductKeysConfig)
 
   def __post_init__(self):
     for field in _LISTS:
@@ -114,6 +116,7 @@ class ModelConfig:
       ),
       *self.memory.problems(f"{prefix}.memory"),
       *self.attention.problems(f"{prefix}.attention"),
+      *self.product_keys.problems(f"{prefix}.product_keys"),
     ]
     unknown = self.unknown_layers(prefix)
     found += unknown
@@ -237,4 +240,8 @@ COMPUTATION = (
   "memory.read_buffer_mib",
   "memory.dense_steps",
 )
-PARTS = {"memory": MemoryConfig, "attention": AttentionConfig}  # groups of a model's fields
+PARTS = {
+  "memory": MemoryConfig,
+  "attention": AttentionConfig,
+  "product_keys": ProductKeysConfig,
+}  # groups of a model's fields

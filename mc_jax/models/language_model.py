@@ -12,14 +12,17 @@ from mc_jax.models import cache as cache_lib
 from mc_jax.models.block import Block
 from mc_jax.models.cache import Cache, CacheConfig, LayerCache
 from mc_jax.models.config import ModelConfig
-from mc_jax.models.layer import Context
+from mc_jax.models.layer import KEPT, Context
 from mc_jax.models.linear import Linear, parameter
 from mc_jax.models.norms import RMSNorm
 from mc_jax.parallel import axes
 
+_KEPT = jax.checkpoint_policies.save_only_these_names(KEPT)
 _REMAT_POLICIES = {
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": _KEPT,
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    _KEPT, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  ),
 }
 
 

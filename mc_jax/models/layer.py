@@ -45,6 +45,8 @@ class Context:
   shared: Mapping[str, nnx.Module] = dataclasses.field(default_factory=dict)
 
 
+KEPT = "kept"  # `checkpoint_name` of what is kept for the backward pass whatever model.remat says
+
 PLAIN = Context()  # a forward pass over rows of one document each
 
 

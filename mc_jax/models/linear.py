@@ -43,9 +43,10 @@ def fan_in(inputs: int, outputs: int, scale: float = 1.0):
 
 
 class Linear(nnx.Module):
-  """y = x W: x [..., *inputs] to y [..., *outputs] in the computation's dtype; no bias.
+  """y = x W, or x W + b: x [..., *inputs] to y [..., *outputs] in the computation's dtype.
 
-  `inputs` and `outputs` give each axis a logical name and a size, in order.
+  `inputs` and `outputs` give each axis a logical name and a size, in order. `bias`: whether there is a b, which starts
+  at 0. `initializer` of the kernel: None is `fan_in` at `scale`.
   """
 
   def __init__(
@@ -56,20 +57,25 @@ class Linear(nnx.Module):
     rngs: nnx.Rngs,
     dtype: jnp.dtype = jnp.float32,
     scale: float = 1.0,
+    bias: bool = False,
+    initializer: jax.nn.initializers.Initializer | None = None,
   ):
     self.contracted = len(inputs)
     self.axes = (*inputs, *outputs)
     self.dtype = dtype
     self.kernel = parameter(
-      fan_in(len(inputs), len(outputs), scale),
+      initializer or fan_in(len(inputs), len(outputs), scale),
       (*inputs.values(), *outputs.values()),
       self.axes,
       rngs,
     )
+    if bias:
+      self.bias = parameter(jax.nn.initializers.zeros, tuple(outputs.values()), outputs, rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = axes_lib.gathered(self.kernel[...].astype(self.dtype), self.axes)
-    return jnp.tensordot(x.astype(self.dtype), kernel, axes=self.contracted)
+    y = jnp.tensordot(x.astype(self.dtype), kernel, axes=self.contracted)
+    return y + self.bias[...].astype(y.dtype) if hasattr(self, "bias") else y
 
 
 class LowRank(nnx.Module):

@@ -1,12 +1,11 @@
 """Weighted sums of rows of a table too large to be multiplied: what memory layers read their values with.
 
-Of N rows each token reads a few dozen. Its answer is one weighted sum, so that what is moved is the rows and no more: on
-TPUs by the kernels of kernels/rows.py, elsewhere by XLA. The gradient is not the scatter-add that JAX would make of a
-gather: hits are sorted by row, each row's are added up pair by pair in float32, and the row is written once. That costs
-a sort and gives the same numbers every time, with an error that grows with the logarithm of a row's hits.
+Of N rows each token reads a few dozen. Its answer is one weighted sum, so that what is moved is the rows and no more:
+on TPUs by the kernels of kernels/rows.py, elsewhere by XLA. The gradient is not the scatter-add that JAX would make of
+a gather: hits are sorted by row, each row's are added up in float32, eight at a time, then their sums, and the row is
+written once. That costs a sort, and gives the same numbers every time with an error that grows with the logarithm of a
+row's hits.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp

@@ -20,6 +20,7 @@ RULES: dict[str, tuple[str, ...]] = {
   "vocab": ("model",),
   "embed": ("fsdp", "context"),  # of parameters alone; the residual stream's width is whole
   "memory_out": ("fsdp", "context"),  # of a learned M_0
+  "value": ("model", "fsdp"),  # width of a memory layer's values: every device has a slice of all of them
 }
 
 # Axes that no activation has.

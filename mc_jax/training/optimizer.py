@@ -1,4 +1,4 @@
-"""AdamW with linear warmup, cosine decay and clipping by the global norm."""
+"""AdamW with linear warmup, cosine decay and clipping by the norm; values of memory layers are a group of their own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,32 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import optax
+from flax import traverse_util
+
+VALUES = "values"  # what a table of values is called in its module
+
+
+@dataclasses.dataclass(frozen=True)
+class ValuesConfig:
+  """What is different for the values of memory layers (model.feed_forward=product_keys), on the same schedule."""
+
+  learning_rate: float | None = None  # peak; None: optimizer.learning_rate
+  weight_decay: float = 0.1  # multiplied by their learning rate
+  clip_norm: float = 1.0  # largest norm of their gradient, scaled down if above, apart from the rest's; 0: no clipping
+  lazy: bool = False  # rows that a step did not read keep value and moments; False: all decay, and move by old moments
+
+  def problems(self, prefix: str = "optimizer.values") -> list[str]:
+    """Every setting that cannot work, one line each, naming the field and its valid values."""
+    found = []
+    if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+      found.append(f"{prefix}.learning_rate must be positive, got {self.learning_rate!r}")
+    if not self.weight_decay >= 0:
+      found.append(f"{prefix}.weight_decay must be at least 0, got {self.weight_decay!r}")
+    if not self.clip_norm >= 0:
+      found.append(f"{prefix}.clip_norm must be positive, or 0 for no clipping, got {self.clip_norm!r}")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +47,7 @@ class OptimizerConfig:
   epsilon: float = 1e-8
   weight_decay: float = 0.1  # multiplied by the learning rate; applies to the weights selected by `decayed`
   clip_norm: float = 1.0  # largest global norm of the gradient, scaled down if above; 0: no clipping
+  values: ValuesConfig = dataclasses.field(default_factory=ValuesConfig)
 
   def problems(self, prefix: str = "optimizer") -> list[str]:
     """Every setting that cannot work, one line each, naming the field and its valid values."""
@@ -40,7 +66,7 @@ class OptimizerConfig:
     require(self.epsilon > 0, "epsilon", "positive")
     require(self.weight_decay >= 0, "weight_decay", "at least 0")
     require(self.clip_norm >= 0, "clip_norm", "positive, or 0 for no clipping")
-    return problems
+    return problems + self.values.problems(f"{prefix}.values")
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -106,16 +132,78 @@ def decayed(params: dict) -> dict:
 
 
 def adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """The optimiser of a run of `steps` updates."""
-  clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-  return optax.chain(
-    clip,
-    optax.adamw(
-      schedule(config, steps),
-      b1=config.beta1,
-      b2=config.beta2,
-      eps=config.epsilon,
-      weight_decay=config.weight_decay,
-      mask=decayed,
+  """The optimiser of a run of `steps` updates.
+
+  Tables of values have a rate, a decay and a clip of their own (`ValuesConfig`); the state is that of AdamW.
+  """
+  optimizer = optax.chain(
+    _clip(config),
+    optax.chain(  # as optax.adamw
+      optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+      _decay(config),
+      optax.scale_by_learning_rate(schedule(config, steps)),
     ),
   )
+  return _lazy(optimizer) if config.values.lazy else optimizer
+
+
+def _is_values(path) -> bool:
+  keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+  return bool(keys) and keys[-1] == VALUES
+
+
+def _clip(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Clips the values' gradient by its norm, and that of all others by theirs."""
+
+  def clip(updates, _):
+    flat = traverse_util.flatten_dict(updates)
+    values = {path: update for path, update in flat.items() if path[-1] == VALUES}
+    others = {path: update for path, update in flat.items() if path not in values}
+    for group, norm in ((values, config.values.clip_norm), (others, config.clip_norm)):
+      if group and norm:
+        group |= optax.clip_by_global_norm(norm).update(group, optax.EmptyState())[0]
+    return traverse_util.unflatten_dict(values | others)
+
+  return optax.stateless(clip)
+
+
+def _decay(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Adds what decays, and gives the values their rate in units of the others'."""
+  decay = optax.add_decayed_weights(config.weight_decay, mask=decayed)
+  own = config.values
+  ratio = 1.0 if own.learning_rate is None else own.learning_rate / config.learning_rate
+
+  def of_values(path, update, param):
+    return ratio * (update + own.weight_decay * param) if _is_values(path) else update
+
+  def update(updates, state, params=None):
+    updates, state = decay.update(updates, state, params)
+    return jax.tree_util.tree_map_with_path(of_values, updates, params), state
+
+  return optax.GradientTransformation(decay.init, update)
+
+
+def _lazy(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Rows of values whose gradient is 0, as that of rows is that no token read, keep what they have.
+
+  Their moments stay too, so that a row moves as if the steps that did not read it had not been; the corrections of
+  Adam's moments alone count all steps. The table is passed through once a step all the same.
+  """
+
+  def update(updates, state, params=None):
+    flat = jax.tree_util.tree_leaves_with_path(updates)
+    read = {_keys(path): jnp.any(leaf != 0, -1, keepdims=True) for path, leaf in flat if _is_values(path)}
+
+    def keep(path, new, old):
+      return jnp.where(read[_keys(path)], new, old) if _is_values(path) else new
+
+    moved, after = optimizer.update(updates, state, params)
+    moved = jax.tree_util.tree_map_with_path(lambda path, new: keep(path, new, jnp.zeros_like(new)), moved)
+    return moved, jax.tree_util.tree_map_with_path(keep, after, state)
+
+  return optax.GradientTransformation(optimizer.init, update)
+
+
+def _keys(path) -> tuple[str, ...]:
+  """The names of a parameter on the way to it, or to its moments."""
+  return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
