@@ -8,7 +8,7 @@ fact twice, so that its value is known from other rows or not at all. A model th
 this one, of 44,000 parameters, sees each fact some 62 times and then knows a quarter of them. Memory layers add
 parameters at little cost (docs/layers.md):
 
-    --config.model.feed_forward=swiglu,product_keys --config.model.product_keys.keys=128
+    --config.model.feed_forward=swiglu,product_keys --config.model.product_keys.codebook=128
 """
 
 from mc_jax.training import config
@@ -21,7 +21,7 @@ def get_config():
   c.data.source = "facts"
   c.data.facts.count = 8_192  # of 2,048 entities: 49,152 bits
   c.data.facts.attributes = 4
-  c.data.facts.values = 64
+  c.data.facts.value_ids = 64
   c.data.facts.name_ids = 64
   c.data.facts.name_length = 2
   c.data.length = 64

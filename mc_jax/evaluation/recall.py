@@ -81,7 +81,7 @@ def facts(subject: Subject, options: Options) -> Iterator[Result]:
     settings, data, batches = _setting(subject, "facts", {"length": length}, fields, options.rows)
     result = _result("facts", settings, subject.score(data, batches), answers_of_rows)
     bits = result.values["loss"] / math.log(2)
-    stored = world.count * (math.log2(world.values) - bits)
+    stored = world.count * (math.log2(world.value_ids) - bits)
     knowledge = {"bits_per_answer": bits, "bits_stored": stored, "parameters": parameters}
     if parameters:
       knowledge["bits_per_parameter"] = stored / parameters

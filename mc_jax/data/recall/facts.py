@@ -28,7 +28,7 @@ class FactsConfig:
 
   count: int = 16_384  # facts in the world
   attributes: int = 4  # facts of an entity (the last one may have fewer)
-  values: int = 64  # ids that values are drawn from
+  value_ids: int = 64  # ids that values are drawn from
   name_ids: int = 128  # ids that names are written in
   name_length: int = 2  # ids of a name
   world: int = 0  # seed of the names and values; rows are drawn from data.seed, so that other rows tell of one world
@@ -36,7 +36,7 @@ class FactsConfig:
   @property
   def vocab_size(self) -> int:
     """Ids: padding, then those of names, attributes and values."""
-    return 1 + self.name_ids + self.attributes + self.values
+    return 1 + self.name_ids + self.attributes + self.value_ids
 
   @property
   def entities(self) -> int:
@@ -52,7 +52,7 @@ class FactsConfig:
     """Every setting that cannot work, one line each; with `length`, also what rows of that many tokens cannot hold."""
     found = [
       f"{prefix}.{field} must be at least {least}, got {getattr(self, field)!r}"
-      for field, least in {"count": 1, "attributes": 1, "values": 2, "name_ids": 1, "name_length": 1}.items()
+      for field, least in {"count": 1, "attributes": 1, "value_ids": 2, "name_ids": 1, "name_length": 1}.items()
       if getattr(self, field) < least
     ]
     if not 0 <= self.world < 2**32:
@@ -82,7 +82,7 @@ def world(config: FactsConfig) -> np.ndarray:
   digits = numbers[:, None] // config.name_ids ** np.arange(config.name_length) % config.name_ids
   entity, attribute = np.divmod(np.arange(config.count), config.attributes)
   first = 1 + config.name_ids  # of the attributes
-  values = first + config.attributes + rng.integers(config.values, size=config.count)
+  values = first + config.attributes + rng.integers(config.value_ids, size=config.count)
   facts = np.column_stack([1 + digits[entity], first + attribute, values]).astype(np.int32)
   facts.flags.writeable = False  # all callers share it
   return facts
