@@ -44,6 +44,7 @@ def get_config():
   c.optimizer.learning_rate = 1e-2
   c.optimizer.warmup_steps = 50
   c.optimizer.weight_decay = 0.0  # facts are to be kept
+  c.optimizer.memory_values.weight_decay = 0.0
 
   c.train.steps = 1000
   c.train.eval_every = 500

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class ProductKeysConfig:
   """Memory layers and their table of values (arXiv:2412.09764)."""
 
-  keys: int = 256  # half keys in a codebook, n: the table has n * n values; 1024 is the paper's smallest
+  codebook: int = 256  # half keys in a codebook, n: the table has n * n values; 1024 is the paper's smallest
   heads: int = 4  # queries a token, each with two codebooks of its own; all read one table
   top_k: int = 32  # values that a head reads
   key_dim: int | None = None  # width of a query, two halves; even; None: d_model, at most 512
@@ -48,15 +48,17 @@ class ProductKeysConfig:
 
   def problems(self, prefix: str = "product_keys") -> list[str]:
     """Everything wrong with these values, each line naming the field and the valid values."""
-    found = list(problems.at_least(prefix, self, keys=1, heads=1, top_k=1, key_dim=2, value_dim=1))
+    found = list(problems.at_least(prefix, self, codebook=1, heads=1, top_k=1, key_dim=2, value_dim=1))
     if found:
       return found
-    if self.keys**2 > jnp.iinfo(jnp.int32).max:
-      found.append(f"{prefix}.keys={self.keys} makes {self.keys**2:,} values, more than int32 counts: at most 46340")
-    if self.top_k > self.keys**2:
+    if self.codebook**2 > jnp.iinfo(jnp.int32).max:
       found.append(
-        f"{prefix}.top_k={self.top_k} is more than the {self.keys**2} values of {prefix}.keys={self.keys}: use at most "
-        f"{self.keys**2}, or more keys"
+        f"{prefix}.codebook={self.codebook} makes {self.codebook**2:,} values, more than int32 counts: at most 46340"
+      )
+    if self.top_k > self.codebook**2:
+      found.append(
+        f"{prefix}.top_k={self.top_k} is more than the {self.codebook**2} values of {prefix}.codebook={self.codebook}: "
+        f"use at most {self.codebook**2}, or a larger codebook"
       )
     if self.key_dim is not None and self.key_dim % 2:
       found.append(f"{prefix}.key_dim={self.key_dim} must be even: a query is two halves")
@@ -159,7 +161,7 @@ class ValueTable(nnx.Module):
   """The values, [n * n, value_dim] float32, split by value_dim over devices."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    shape = config.product_keys.keys**2, value_dim(config)
+    shape = config.product_keys.codebook**2, value_dim(config)
     self.values = parameter(jax.nn.initializers.normal(shape[1] ** -0.5), shape, (None, "value"), rngs)
 
 
@@ -181,7 +183,7 @@ class ProductKeys(layer.FeedForward):
     self.query = Linear(embed, queries, dtype=dtype, bias=True, initializer=xavier, rngs=rngs)
     self.codebooks = parameter(
       lambda key_, shape, dtype: jax.random.uniform(key_, shape, dtype, -(key**-0.5), key**-0.5),
-      (heads, 2, options.keys, key // 2),
+      (heads, 2, options.codebook, key // 2),
       ("heads", None, None, None),
       rngs,
     )
@@ -249,7 +251,7 @@ class ProductKeys(layer.FeedForward):
     options, width, d_model = config.product_keys, value_dim(config), config.d_model
     queries = options.heads * key_dim(config)
     projections = 2 * options.plus * d_model * width or (width != d_model) * d_model * width
-    parameters = queries * (d_model + options.keys) + projections + options.gate * d_model**2
+    parameters = queries * (d_model + options.codebook) + projections + options.gate * d_model**2
     return Work(parameters=parameters, flops=2 * options.heads * options.top_k * width)
 
 

@@ -22,7 +22,7 @@ class ValuesConfig:
   clip_norm: float = 1.0  # largest norm of their gradient, scaled down if above, apart from the rest's; 0: no clipping
   lazy: bool = False  # rows that a step did not read keep value and moments; False: all decay, and move by old moments
 
-  def problems(self, prefix: str = "optimizer.values") -> list[str]:
+  def problems(self, prefix: str = "optimizer.memory_values") -> list[str]:
     """Every setting that cannot work, one line each, naming the field and its valid values."""
     found = []
     if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
@@ -47,7 +47,7 @@ class OptimizerConfig:
   epsilon: float = 1e-8
   weight_decay: float = 0.1  # multiplied by the learning rate; applies to the weights selected by `decayed`
   clip_norm: float = 1.0  # largest global norm of the gradient, scaled down if above; 0: no clipping
-  values: ValuesConfig = dataclasses.field(default_factory=ValuesConfig)
+  memory_values: ValuesConfig = dataclasses.field(default_factory=ValuesConfig)
 
   def problems(self, prefix: str = "optimizer") -> list[str]:
     """Every setting that cannot work, one line each, naming the field and its valid values."""
@@ -66,7 +66,7 @@ class OptimizerConfig:
     require(self.epsilon > 0, "epsilon", "positive")
     require(self.weight_decay >= 0, "weight_decay", "at least 0")
     require(self.clip_norm >= 0, "clip_norm", "positive, or 0 for no clipping")
-    return problems + self.values.problems(f"{prefix}.values")
+    return problems + self.memory_values.problems(f"{prefix}.memory_values")
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -144,7 +144,7 @@ def adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
       optax.scale_by_learning_rate(schedule(config, steps)),
     ),
   )
-  return _lazy(optimizer) if config.values.lazy else optimizer
+  return _lazy(optimizer) if config.memory_values.lazy else optimizer
 
 
 def _is_values(path) -> bool:
@@ -159,7 +159,7 @@ def _clip(config: OptimizerConfig) -> optax.GradientTransformation:
     flat = traverse_util.flatten_dict(updates)
     values = {path: update for path, update in flat.items() if path[-1] == VALUES}
     others = {path: update for path, update in flat.items() if path not in values}
-    for group, norm in ((values, config.values.clip_norm), (others, config.clip_norm)):
+    for group, norm in ((values, config.memory_values.clip_norm), (others, config.clip_norm)):
       if group and norm:
         group |= optax.clip_by_global_norm(norm).update(group, optax.EmptyState())[0]
     return traverse_util.unflatten_dict(values | others)
@@ -170,7 +170,7 @@ def _clip(config: OptimizerConfig) -> optax.GradientTransformation:
 def _decay(config: OptimizerConfig) -> optax.GradientTransformation:
   """Adds what decays, and gives the values their rate in units of the others'."""
   decay = optax.add_decayed_weights(config.weight_decay, mask=decayed)
-  own = config.values
+  own = config.memory_values
   ratio = 1.0 if own.learning_rate is None else own.learning_rate / config.learning_rate
 
   def of_values(path, update, param):
