@@ -37,7 +37,7 @@ def get_config():
   c.model.memory.aggregation = "none"  # a row tells nothing that a cache could hold
   c.model.memory.segment_length = 64
   c.model.memory.chunk = 64
-  c.model.product_keys.heads = 4
+  c.model.product_keys.heads = 2  # 16 values a token
   c.model.product_keys.top_k = 8
   c.model.product_keys.key_dim = 32
 
