@@ -113,7 +113,7 @@ def _best(scores: jax.Array, k: int) -> jax.Array:
   """Rows of the k largest sums of scores [heads, 2, tokens, n], in order: [heads, tokens, k] int32."""
   n = scores.shape[-1]
   scores = jnp.where(scores == 0, 0, scores)  # -0 would be less than 0, and they tie
-  # Without the barrier XLA on a CPU no longer sees that only k are needed once they are sliced, and takes 8 times as long.
+  # The barrier is for CPUs: where its results are sliced, XLA no longer recognises top_k and takes 8 times as long.
   best, index = lax.optimization_barrier(lax.top_k(scores, min(k, n)))
   # Of the pairs of ranks (r1, r2), from 1, those with r1 * r2 > k have at least k above them. The others lie under a
   # hyperbola: 119 for k = 32, and not 1,024.
