@@ -6,12 +6,13 @@ import dataclasses
 
 from mc_jax.data import recall
 from mc_jax.data.recall.copying import CopyingConfig
+from mc_jax.data.recall.facts import FactsConfig
 from mc_jax.data.recall.mqar import MQARConfig
 from mc_jax.data.recall.niah import NIAHConfig
 
 TEXTS = ("stdlib", "text", "jsonl", "parquet", "arrayrecord")  # sources of text, which is tokenized
 FORMATS = (*TEXTS, "tokens")  # sources of documents
-TASKS = ("mqar", "niah", "copying")  # sources of whole rows, generated from a seed: see data/recall
+TASKS = ("mqar", "niah", "copying", "facts")  # sources of whole rows, generated from a seed: see data/recall
 SOURCES = (*FORMATS, *TASKS)
 SPLITS = ("both", "training", "validation")
 METHODS = ("windows", "concat", "best_fit")
@@ -34,9 +35,10 @@ class SourceConfig:
   mqar: MQARConfig = dataclasses.field(default_factory=MQARConfig)
   niah: NIAHConfig = dataclasses.field(default_factory=NIAHConfig)  # `paths`, if any, are its prose
   copying: CopyingConfig = dataclasses.field(default_factory=CopyingConfig)
+  facts: FactsConfig = dataclasses.field(default_factory=FactsConfig)
 
   @property
-  def task(self) -> MQARConfig | NIAHConfig | CopyingConfig | None:
+  def task(self) -> MQARConfig | NIAHConfig | CopyingConfig | FactsConfig | None:
     """The configuration of the recall task, if the source is one."""
     return getattr(self, self.source) if self.source in TASKS else None
 

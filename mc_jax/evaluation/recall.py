@@ -1,4 +1,4 @@
-"""Accuracy on recall tasks: is the likeliest token right at every token of an answer?
+"""Accuracy on recall tasks: is the likeliest token right at every token of an answer? And what facts take in bits.
 
 The model reads a whole row at once, each token of an answer after the true ones before it. It is right at all of them
 exactly if greedy decoding would write the answer.
@@ -7,9 +7,11 @@ exactly if greedy decoding would write the answer.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from mc_jax.data import DataConfig
@@ -64,8 +66,34 @@ def niah(needle: str) -> Rows:
   return rows
 
 
+def facts(subject: Subject, options: Options) -> Iterator[Result]:
+  """The task `facts`: accuracy on facts of the run's world, and how much of that world the model knows, at each length.
+
+  With V equally likely values and a loss of b bits an answer, the model knows log2(V) - b bits of each fact:
+  `bits_stored` is that times the number of facts in the world, estimated from the facts of `options.rows` rows, and
+  `bits_per_parameter` is `bits_stored` over the number of parameters. Both are of the values alone, without the names
+  that arXiv:2404.05405 counts as well, and negative for a model that is worse than guessing.
+  """
+  fields = _fields(subject.data, "facts")
+  world = fields["facts"]
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(subject.params))
+  for length in options.lengths or (subject.data.length,):
+    settings, data, batches = _setting(subject, "facts", {"length": length}, fields, options.rows)
+    result = _result("facts", settings, subject.score(data, batches), answers_of_rows)
+    bits = result.values["loss"] / math.log(2)
+    stored = world.count * (math.log2(world.value_ids) - bits)
+    knowledge = {"bits_per_answer": bits, "bits_stored": stored, "parameters": parameters}
+    if parameters:
+      knowledge["bits_per_parameter"] = stored / parameters
+    yield dataclasses.replace(result, values=result.values | knowledge)
+
+
 def problems(name: str, data: DataConfig, options: Options) -> list[str]:
   """Why rows of a recall task cannot be generated, one line each."""
+  if name == "facts":
+    config = _fields(data, "facts")["facts"]
+    found = [config.problems("data.facts", length) for length in options.lengths or (data.length,)]
+    return list(dict.fromkeys(line for lines in found for line in lines))
   if name != "mqar":  # which prompts fit depends on the tokenizer
     return []
   settings_of = _mqar_settings(data, options)

@@ -26,6 +26,7 @@ _GATES = {f"gates_{name}": rows for name, (rows, _) in _RECALL.items()}
 TASKS = {
   "perplexity": perplexity.run,
   **{name: recall.accuracy(name, *how) for name, how in _RECALL.items()},
+  "facts": recall.facts,
   **{name: gates.reads(name, rows) for name, rows in _GATES.items()},
   "usage": usage.run,
 }
@@ -55,7 +56,7 @@ def problems(names: Sequence[str], data: DataConfig, options: Options) -> list[s
   """Why tasks cannot be run on models of such data, one line each, as far as is known before training."""
   lines = []
   for name in names:
-    if (rows := name.removeprefix("gates_")) in _RECALL:
+    if (rows := name.removeprefix("gates_")) in (*_RECALL, "facts"):
       lines += [f"--tasks={name}: {line}" for line in recall.problems(rows, data, options)]
     elif name != "usage" and all(source.source in RECALL_TASKS for source in data.parts.values()):
       lines.append(f"--tasks={name} is of text; data.source={data.source} is a recall task")

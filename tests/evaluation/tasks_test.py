@@ -50,6 +50,8 @@ def test_options_that_cannot_be(options, message):
     ),
     ("stdlib", ["perplexity", "mqar", "niah1"], {"lengths": (32, 64)}, None),
     ("mqar", ["mqar", "gates_mqar", "niah3"], {"pairs": (2, 16)}, None),
+    ("facts", ["facts"], {"lengths": (3, 64)}, r"--tasks=facts: data.length must be at least 4, .* got 3"),
+    ("facts", ["facts", "mqar"], {}, None),
   ],
 )
 def test_what_data_have_no_answer_to(source, names, options, message):

@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mc_jax.data.recall import copying, mqar, niah, prose
+from mc_jax.data.recall import copying, facts, mqar, niah, prose
 from mc_jax.data.recall.copying import CopyingConfig
+from mc_jax.data.recall.facts import FactsConfig
 from mc_jax.data.recall.mqar import MQARConfig
 from mc_jax.data.recall.niah import NIAHConfig
 
@@ -32,6 +33,19 @@ TASKS = {
   "mqar": Task(MQARConfig, mqar.row, reads_text=False),
   "niah": Task(NIAHConfig, niah.row, reads_text=True),
   "copying": Task(CopyingConfig, copying.row, reads_text=False),
+  "facts": Task(FactsConfig, facts.row, reads_text=False),
 }
 
-__all__ = ["TASKS", "CopyingConfig", "MQARConfig", "NIAHConfig", "Task", "copying", "mqar", "niah", "prose"]
+__all__ = [
+  "TASKS",
+  "CopyingConfig",
+  "FactsConfig",
+  "MQARConfig",
+  "NIAHConfig",
+  "Task",
+  "copying",
+  "facts",
+  "mqar",
+  "niah",
+  "prose",
+]

@@ -112,7 +112,7 @@ def test_the_smallest_sizes_work():
 
 
 def test_every_task_is_listed_by_name():
-  assert set(TASKS) == {"mqar", "niah", "copying"}
+  assert set(TASKS) == {"mqar", "niah", "copying", "facts"}
   for name, task in TASKS.items():
     assert task.config().problems(f"data.{name}", length=1024) == []
     row = task.row(task.config(), 1024, np.random.default_rng(0))
