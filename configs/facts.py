@@ -8,7 +8,8 @@ fact twice, so that its value is known from other rows or not at all. A model th
 this one, of 44,000 parameters, sees each fact some 62 times and then knows a quarter of them. Memory layers add
 parameters at little cost (docs/layers.md):
 
-    --config.model.feed_forward=swiglu,product_keys --config.model.product_keys.codebook=128
+    --config.model.feed_forward=product_keys,swiglu --config.model.product_keys.codebook=128
+    --config.optimizer.memory_values.learning_rate=5e-2
 """
 
 from mc_jax.training import config

@@ -83,7 +83,7 @@ def test_facts_are_those_of_the_runs_world(oracle):
 @pytest.mark.parametrize(
   ("names", "options", "fields", "message"),
   [
-    (["niah4", "mqar"], {}, {}, "gates_niah3, or lm_eval:TASK for one of lm-evaluation-harness; got niah4"),
+    (["niah4", "mqar"], {}, {}, "usage, or lm_eval:TASK for one of lm-evaluation-harness; got niah4"),
     ([], {}, {}, "got none"),
     (["mqar"], {"lengths": (16,), "pairs": (8,)}, {"mqar": VOCAB}, "data.length must be even and at least 32"),
     (["mqar"], {}, {"length": 64}, "mqar needs a model.vocab_size of at least 8192"),
