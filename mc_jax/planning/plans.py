@@ -201,11 +201,12 @@ def kernel_rate(model: ModelConfig, name: str, chip: chips.Chip) -> float:
 def model_flops(config: Config, state: states.TrainState, cost: hlo_cost.Cost, devices: int) -> float:
   """FLOPs that a step requires without recomputation: three times those of a forward pass.
 
-  A forward pass takes two FLOPs per token and parameter of the projections and the readout, plus those of the memory or
-  attention kernels, which run forward twice under model.remat. Memories that run without kernels are not counted.
+  A forward pass takes two FLOPs per token and parameter of the projections, the codebooks and the readout, plus those
+  of the memory or attention kernels, which run forward twice under model.remat. Memories that run without kernels are not
+  counted.
   """
   leaves = {jax.tree_util.keystr(path): leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
-  used = ("['kernel']", "['embedding']") if config.model.tied_embeddings else ("['kernel']",)
+  used = ("['kernel']", "['codebooks']", *(["['embedding']"] if config.model.tied_embeddings else []))
   parameters = sum(n for name, n in leaves.items() if name.endswith(used) and "_convolution" not in name)
   runs = 1 if config.model.remat == "none" else 2
   kernels = sum(kernel.flops for name, kernel in cost.kernels.items() if "fwd" in name) * devices / runs
