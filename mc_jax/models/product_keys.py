@@ -173,7 +173,7 @@ class ValueTable(nnx.Module):
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     shape = config.product_keys.codebook**2, value_dim(config)
-    self.values = parameter(jax.nn.initializers.normal(shape[1] ** -0.5), shape, (None, "value"), rngs)
+    self.values = parameter(jax.nn.initializers.normal(shape[1] ** -0.5), shape, ("row", "value"), rngs)
 
 
 @layer.register("product_keys")
@@ -191,25 +191,25 @@ class ProductKeys(layer.FeedForward):
     embed, inner = {"embed": config.d_model}, {"mlp": width}
     heads, key = options.heads, key_dim(config)
     self.options, self.dtype = options, dtype
-    queries = {"heads": heads, "head_dim": key}
+    queries = {"heads": heads, "key_dim": key}
     xavier = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2))
     self.query = Linear(embed, queries, dtype=dtype, bias=True, initializer=xavier, rngs=rngs)
     self.codebooks = parameter(
       lambda key_, shape, dtype: jax.random.uniform(key_, shape, dtype, -(key**-0.5), key**-0.5),
       (heads, 2, options.codebook, key // 2),
-      ("heads", None, None, None),
+      ("heads", "half", "codebook", "key_dim"),
       rngs,
     )
     if options.qk_norm:
-      self.query_norm = RMSNorm({"half": key // 2}, rngs=rngs)
-      self.key_norm = RMSNorm({"half": key // 2}, rngs=rngs)
+      self.query_norm = RMSNorm({"key_dim": key // 2}, rngs=rngs)
+      self.key_norm = RMSNorm({"key_dim": key // 2}, rngs=rngs)
     if options.plus:
       self.up = Linear(embed, inner, dtype=dtype, bias=True, rngs=rngs)
     if options.plus or width != config.d_model:
       scale = math.sqrt(width / config.d_model)  # W2 starts at normal(0, d_model^-0.5), whatever its inputs are
       self.down = Linear(inner, embed, dtype=dtype, scale=scale, bias=options.plus, rngs=rngs)
     if options.gate:
-      self.output_gate = Linear(embed, {"out": config.d_model}, dtype=dtype, rngs=rngs)
+      self.output_gate = Linear(embed, {"channels": config.d_model}, dtype=dtype, rngs=rngs)
     if not options.shared:
       self.table = ValueTable(config, rngs=rngs)
 

@@ -202,8 +202,8 @@ def model_flops(config: Config, state: states.TrainState, cost: hlo_cost.Cost, d
   """FLOPs that a step requires without recomputation: three times those of a forward pass.
 
   A forward pass takes two FLOPs per token and parameter of the projections, the codebooks and the readout, plus those
-  of the memory or attention kernels, which run forward twice under model.remat. Memories that run without kernels are not
-  counted.
+  of the memory or attention kernels, which run forward twice under model.remat. Memories that run without kernels are
+  not counted.
   """
   leaves = {jax.tree_util.keystr(path): leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
   used = ("['kernel']", "['codebooks']", *(["['embedding']"] if config.model.tied_embeddings else []))

@@ -23,6 +23,7 @@ from mc_jax.memory import rules
 from mc_jax.models import LanguageModel, MemoryConfig, ModelConfig, layer
 from mc_jax.models.attention import Attention
 from mc_jax.models.norms import RMSNorm
+from mc_jax.models.product_keys import ProductKeysConfig
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "export.md"
 TITANS = MemoryConfig(rule="titans", chunk=4, segment_length=8, expansion=2)
@@ -39,6 +40,13 @@ VARIANTS = {
   "swla": tiny(memory=MemoryConfig(rule="swla", chunk=4, segment_length=8, aggregation="none")),
   "untied": tiny(tied_embeddings=False, memory=MemoryConfig(rule="linear", segment_length=8, gate="token")),
   "transformer": tiny(pattern="attention"),
+  "values": tiny(
+    feed_forward="product_keys", product_keys=ProductKeysConfig(codebook=4, heads=2, top_k=3, qk_norm=True, gate=True)
+  ),
+  "own_values": tiny(
+    feed_forward="product_keys",
+    product_keys=ProductKeysConfig(codebook=4, heads=2, top_k=3, value_dim=6, plus=False, shared=False),
+  ),
 } | {
   rule: tiny(memory=MemoryConfig(rule=rule, chunk=4, segment_length=8))
   for rule in ("mamba2", "gla", "gated_deltanet", "gdn2", "mlstm")
