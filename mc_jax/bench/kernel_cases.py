@@ -259,6 +259,7 @@ def splash(head_dim):
 
 
 splash_128, splash_256 = functools.partial(splash, 128), functools.partial(splash, 256)
-for _name in ("titans_write", "cached_read_deep", "selected_read", *(f"{_rule}_write" for _rule in RECURRENCES)):
+_AT_256 = ("titans_write", "titans_printed_write", "cached_read_deep", "selected_read")
+for _name in (*_AT_256, *(f"{_rule}_write" for _rule in RECURRENCES)):
   for _direction in ("fwd", "bwd"):
     globals()[f"{_name}_{_direction}_256"] = functools.partial(globals()[f"{_name}_{_direction}"], head_dim=256)

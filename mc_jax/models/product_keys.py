@@ -101,9 +101,10 @@ def lookup(queries: jax.Array, codebooks: jax.Array, top_k: int) -> tuple[jax.Ar
   lead = queries.shape[:-2]
   halves = queries.reshape(-1, heads, 2, key_dim // 2).transpose(1, 2, 0, 3)
   scores = arithmetic.product(halves, jnp.swapaxes(codebooks, -1, -2), queries.dtype)  # [heads, 2, tokens, n]
-  rows = _best(lax.stop_gradient(scores), top_k)
+  # What is named is kept for the backward pass whatever model.remat says: nothing is searched for, or read, twice.
+  rows = checkpoint_name(_best(lax.stop_gradient(scores), top_k), layer.KEPT)
   chosen = jnp.stack([rows // n, rows % n], 1)
-  weights = jax.nn.softmax(_picked(scores, chosen).sum(1), axis=-1)
+  weights = jax.nn.softmax(checkpoint_name(_picked(scores, chosen).sum(1), layer.KEPT), axis=-1)
 
   def back(x):  # [heads, tokens, k] to [..., heads, k]
     return jnp.moveaxis(x, 0, 1).reshape(*lead, heads, top_k)
@@ -115,8 +116,8 @@ def _best(scores: jax.Array, k: int) -> jax.Array:
   """Rows of the k largest sums of scores [heads, 2, tokens, n], in order: [heads, tokens, k] int32."""
   n = scores.shape[-1]
   scores = jnp.where(scores == 0, 0, scores)  # -0 would be less than 0, and they tie
-  # Without the barrier XLA would join what follows to the search, and sort all of the scores.
-  best, index = lax.optimization_barrier(lax.top_k(scores, min(k, n)))
+  # Without barriers XLA would join what follows to the search, and sort all of the scores. One for both fails in it.
+  best, index = map(lax.optimization_barrier, lax.top_k(scores, min(k, n)))
   # Of the pairs of ranks (r1, r2), from 1, those with r1 * r2 > k have at least k above them. The others lie under a
   # hyperbola: 119 for k = 32, and not 1,024.
   pairs = np.array([(r, s) for r in range(min(k, n)) for s in range(min(k // (r + 1), n))])
@@ -214,8 +215,7 @@ class ProductKeys(layer.FeedForward):
 
   def __call__(self, x: jax.Array, context: Context = PLAIN) -> jax.Array:
     """x [batch, length, d_model] to the same shape, in the computation's dtype."""
-    # What is named is kept for the backward pass whatever model.remat says: nothing is looked up or read twice.
-    weights, rows = (checkpoint_name(each, layer.KEPT) for each in self.look_up(x))
+    weights, rows = self.look_up(x)
     table = self.table if hasattr(self, "table") else context.shared[self.name]
     y = values.read(read, table.values[...], rows, weights).astype(self.dtype)
     y = checkpoint_name(y, layer.KEPT)

@@ -41,6 +41,7 @@ def read(values: jax.Array, rows: jax.Array, weights: jax.Array) -> jax.Array:
   if not jnp.issubdtype(rows.dtype, jnp.integer):
     raise ValueError(f"rows must be integers, got {rows.dtype}")
   *lead, heads, k = rows.shape
+  values, weights = jnp.asarray(values), jnp.asarray(weights)
   rows = jnp.clip(rows.astype(jnp.int32), 0, len(values) - 1)
   y = _read(values, rows.reshape(-1, heads * k), weights.reshape(-1, heads * k))
   return y.reshape(*lead, values.shape[1])
@@ -59,6 +60,7 @@ def row_gradients(rows: jax.Array, weights: jax.Array, cotangent: jax.Array, cou
     The rows, [m] int32 ascending and each once, m = min(hits, count), those that are left over `count`; and their
     gradients [m, value_dim], at least float32, zero where left over.
   """
+  rows, weights, cotangent = map(jnp.asarray, (rows, weights, cotangent))
   hits = rows.shape[-2] * rows.shape[-1]
   return _sums(rows.reshape(-1, hits), weights.reshape(-1, hits), cotangent.reshape(-1, cotangent.shape[-1]), count)
 
@@ -77,6 +79,7 @@ def _forward(values, rows, weights):
 
 def _backward(residuals, cotangent):
   values, rows, weights = residuals
+  cotangent = jnp.asarray(cotangent)
   if kernels.unsupported(values, rows) is None:
     in_values, in_weights = lax.platform_dependent(
       values, rows, weights, cotangent, tpu=kernels.gradients, default=_gradients_by_xla

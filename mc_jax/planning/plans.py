@@ -15,6 +15,7 @@ import time
 
 import jax
 
+from mc_jax.models import ModelConfig, memory_sizes
 from mc_jax.models.attention import Attention
 from mc_jax.parallel import attention, axes, chips
 from mc_jax.planning import hlo_cost, topology
@@ -154,7 +155,7 @@ def _plan_step(config: Config, name: str, slices: int) -> Plan:
     compiled,
     devices=list(mesh.devices.flat),
     kernel_flops=attention.kernel_flops,
-    kernel_rate=functools.partial(chips.kernel_rate, head_dim=config.model.head_dim),
+    kernel_rate=functools.partial(kernel_rate, config.model),
   )
   # Loops whose trip count depends on data: an exchange between devices takes one round unless the choices of ssc are
   # very uneven. Without kernels, a read loops over the caches a query has: half of them, averaged over a sequence.
@@ -188,14 +189,24 @@ def gib(size: float) -> str:
   return f"{size / chips.GIB:,.2f} GiB" if size > chips.GIB / 10 else f"{size / 2**20:,.1f} MiB"
 
 
+def kernel_rate(model: ModelConfig, name: str, chip: chips.Chip) -> float:
+  """The share of the chip's peak that a kernel of this name is taken to reach in a model.
+
+  Attention's kernels run at the width of the model's heads, memories' at that of their keys, model.memory.key_dim.
+  """
+  width = model.head_dim if name.startswith("splash") else memory_sizes.sizes(model).key_dim
+  return chips.kernel_rate(name, chip, width)
+
+
 def model_flops(config: Config, state: states.TrainState, cost: hlo_cost.Cost, devices: int) -> float:
   """FLOPs that a step requires without recomputation: three times those of a forward pass.
 
-  A forward pass takes two FLOPs per token and parameter of the projections and the readout, plus those of the memory or
-  attention kernels, which run forward twice under model.remat. Memories that run without kernels are not counted.
+  A forward pass takes two FLOPs per token and parameter of the projections, the codebooks and the readout, plus those
+  of the memory or attention kernels, which run forward twice under model.remat. Memories that run without kernels are not
+  counted.
   """
   leaves = {jax.tree_util.keystr(path): leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
-  used = ("['kernel']", "['embedding']") if config.model.tied_embeddings else ("['kernel']",)
+  used = ("['kernel']", "['codebooks']", *(["['embedding']"] if config.model.tied_embeddings else []))
   parameters = sum(n for name, n in leaves.items() if name.endswith(used) and "_convolution" not in name)
   runs = 1 if config.model.remat == "none" else 2
   kernels = sum(kernel.flops for name, kernel in cost.kernels.items() if "fwd" in name) * devices / runs

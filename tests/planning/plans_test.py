@@ -114,6 +114,16 @@ def test_parameters_and_caches_are_what_a_chip_holds():
   }
 
 
+def test_rates_of_kernels_are_those_of_the_width_that_each_runs_at():
+  chip = chips.of(topology.devices(TPU, 1))
+  model = dataclasses.replace(MODEL, d_model=256, heads=2, memory=dataclasses.replace(MODEL.memory, key_dim=256))
+  narrow = dataclasses.replace(model, memory=MODEL.memory)
+  for name in ("linear_write_fwd", "titans_write_bwd", "cached_read_fwd", "selected_read_bwd"):
+    assert plans.kernel_rate(narrow, name, chip) == chips.kernel_rate(name, chip, 128)
+    assert plans.kernel_rate(model, name, chip) == chips.kernel_rate(name, chip, 256)
+  assert plans.kernel_rate(model, "splash_mha_fwd_residuals", chip) == chips.kernel_rate("splash_mha_fwd", chip, 128)
+
+
 def test_a_sweep_keeps_tokens_and_leaves_out_what_does_not_divide():
   found = sweep.candidates(SMALL, TPU, 1, [128, 256], [32])
   assert {c.config.data.batch_size * c.config.data.length for c in found} == {8 * 128}
