@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import megablox
 
-from mc_jax.kernels import cost, gated_sum, grouped
+from mc_jax.kernels import cost, gated_sum, grouped, rows
 from mc_jax.memory import aggregate, arithmetic, networks, pallas, rules, segments, xla
 from mc_jax.memory.tokens import Tokens
 from mc_jax.parallel import attention
@@ -232,6 +232,23 @@ def selected_megablox():
     return megablox.gmm(x, w, sizes, jnp.float32, (512, min(512, w.shape[1]), min(512, w.shape[2])))
 
   return selected_alternative(product)
+
+
+# Memory layers: 32,768 tokens of a group of 8 devices, 4 heads x 32 rows a token, a device's slice of 1M values.
+VALUES, TOKENS, HITS, WIDTH = 1 << 20, 8 * LENGTH, 128, 128
+_READ = 8 * 2 * HITS * WIDTH  # FLOPs of a grid step, 8 tokens
+
+
+def rows_sum_fwd():
+  """The weighted sum of a table's rows."""
+  args = array(VALUES, WIDTH), array(TOKENS, HITS, dtype=jnp.int32), array(TOKENS, HITS)
+  return rows.weighted_sum, args, {"rows_sum_fwd": _READ}
+
+
+def rows_scores_bwd():
+  """The gradient of the weights."""
+  args = array(VALUES, WIDTH), array(TOKENS, HITS, dtype=jnp.int32), array(TOKENS, WIDTH)
+  return rows.scores, args, {"rows_scores_bwd": _READ}
 
 
 def selected_grouped():

@@ -81,11 +81,10 @@ def _backward(residuals, cotangent):
   values, rows, weights = residuals
   cotangent = jnp.asarray(cotangent)
   if kernels.unsupported(values, rows) is None:
-    in_values, in_weights = lax.platform_dependent(
-      values, rows, weights, cotangent, tpu=kernels.gradients, default=_gradients_by_xla
-    )
+    in_weights = lax.platform_dependent(values, rows, cotangent, tpu=kernels.scores, default=_scores)
   else:
-    in_values, in_weights = _gradients_by_xla(values, rows, weights, cotangent)
+    in_weights = _scores(values, rows, cotangent)
+  in_values = _spread(*_sums(rows, weights, cotangent, len(values)), len(values))
   return in_values.astype(values.dtype), None, in_weights.astype(weights.dtype)
 
 
@@ -105,12 +104,6 @@ def _by_xla(values, rows, weights):
     if j % 128 == 127:
       total = lax.optimization_barrier(total)
   return total.astype(values.dtype)
-
-
-def _gradients_by_xla(values, rows, weights, cotangent):
-  in_weights = _scores(values, rows, cotangent)
-  distinct, sums = _sums(rows, weights, cotangent, len(values))
-  return _spread(distinct, sums, len(values)), in_weights
 
 
 def _scores(values, rows, cotangent):

@@ -10,6 +10,7 @@ from marks import slow
 from mc_jax import memory
 from mc_jax.bench import kernel_cases
 from mc_jax.memory import pallas
+from mc_jax.models import value_table
 from mc_jax.planning import topology
 
 pytest.importorskip("libtpu", reason="holds the TPUs' compiler; wheels for Linux on x86_64 only")
@@ -130,3 +131,15 @@ def test_what_does_not_fit_is_refused_with_the_reason():
       jax.eval_shape(fn, *args)
   with jax.set_mesh(topology.one_chip(CHIPS["v5p"]).mesh):
     assert pallas.unsupported(rule, (256,) * 4, q, init) is None
+
+
+@pytest.mark.parametrize("chip", ["v5e", slow("v6e"), slow("v5p")])
+def test_a_memory_layers_reads_compile_with_their_gradients(chip):
+  def gradients(values, rows, weights, cotangent):
+    y, back = jax.vjp(lambda values, weights: value_table.read(values, rows, weights), values, weights)
+    return y, back(cotangent)
+
+  array = kernel_cases.array
+  rows = array(16, 2, 8, dtype=jnp.int32)
+  text = compile_for(chip, gradients, (array(4096, 128), rows, array(16, 2, 8), array(16, 128))).as_text()
+  assert "rows_sum_fwd" in text and "rows_scores_bwd" in text
