@@ -110,10 +110,15 @@ def read(arguments: Sequence[str]) -> Config:
     raise ConfigError(" ".join(str(error.args[0] if error.args else error).split())) from error
 
 
+# Groups whose fields take no short name from another: folders of cells were called by those names before.
+_LATER = ("data.facts.", "model.product_keys.", "optimizer.memory_values.")
+
+
 def short_name(field: str) -> str:
   """The shortest suffix of a field's name that no other field has: "rule", "model.vocab_size"."""
   parts = field.split(".")
-  names = [f".{name}" for name in config_lib.fields(Config())]
+  later = field.startswith(_LATER)
+  names = [f".{name}" for name in config_lib.fields(Config()) if later or not name.startswith(_LATER)]
   ends = (".".join(parts[-n:]) for n in range(1, len(parts)))
   return next((end for end in ends if sum(name.endswith(f".{end}") for name in names) < 2), field)
 

@@ -34,7 +34,15 @@ def test_a_cells_arguments_make_its_configuration():
 
 @pytest.mark.parametrize(
   ("field", "short"),
-  [("model.memory.rule", "rule"), ("data.seed", "data.seed"), ("model.vocab_size", "model.vocab_size")],
+  [
+    ("model.memory.rule", "rule"),
+    ("data.seed", "data.seed"),
+    ("model.vocab_size", "model.vocab_size"),
+    ("model.memory.top_k", "top_k"),  # as folders were called before memory layers had one
+    ("model.product_keys.top_k", "product_keys.top_k"),
+    ("model.product_keys.codebook", "codebook"),
+    ("optimizer.learning_rate", "learning_rate"),
+  ],
 )
 def test_names_are_as_short_as_they_can_be(field, short):
   assert grid.short_name(field) == short
