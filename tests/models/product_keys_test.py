@@ -123,7 +123,7 @@ def layer_of(**options):
 
 
 @pytest.mark.parametrize(
-  "options", [{}, {"plus": False}, {"plus": False, "value_dim": 6}, {"value_dim": 6, "gate": True}], ids=str
+  "options", [{}, slow({"plus": False}), slow({"plus": False, "value_dim": 6}), {"value_dim": 6, "gate": True}], ids=str
 )
 def test_the_layer_is_its_formula(options):
   layer = layer_of(**options)
@@ -241,7 +241,7 @@ def searches(jaxpr):
   return sum(eqn.primitive.name == "top_k" for eqn in jaxpr.eqns) + sum(map(searches, inner))
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", slow("dots")])
 def test_nothing_is_looked_up_again_for_the_backward_pass(remat):
   """The layer is not rematerialised: its weights, rows and answers are kept."""
   tokens = jnp.zeros((1, 8), jnp.int32)
@@ -306,6 +306,7 @@ def test_meshes_train_as_one_device_does(tiny, mesh, options):
     assert leaf.addressable_shards[0].data.nbytes * parts == leaf.nbytes
 
 
+@pytest.mark.slow
 def test_one_row_is_read_on_many_devices(made):
   """Which its tokens do not divide: every device has all of them, and a slice of their answers."""
   model = made(("attention",))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow
 from quick_compile import jit
 
 from mc_jax.models import value_table
@@ -28,7 +29,7 @@ def drawn(count, width, lead, heads, k, seed=0):
     (50, 6, (3, 5), 2, 4),
     (3, 4, (150,), 2, 4),  # rows that many tokens read
     (1000, 8, (2, 1, 2), 1, 1),
-    (1, 2, (9,), 1, 3),  # one row for all
+    slow(1, 2, (9,), 1, 3),  # one row for all
     (40, 3, (), 2, 80),  # one token, more hits than one loop takes
   ],
 )
@@ -43,7 +44,7 @@ def test_sums_and_gradients_are_those_of_one_hot_products(float64, count, width,
     np.testing.assert_allclose(got, expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("count", [4, 30, 500])
+@pytest.mark.parametrize("count", [slow(4), 30, slow(500)])
 def test_gradients_of_rows_that_were_read(float64, count):
   values, rows, weights, cotangent = drawn(count, 5, (12,), 2, 3)
   distinct, gradients = value_table.row_gradients(rows, weights, cotangent, count)
