@@ -285,7 +285,7 @@ def trained(config, devices):
     ({"data": 2, "fsdp": 2, "model": 2}, {}),
     slow({"data": 1, "fsdp": 8}, {}),
     slow({"data": 1, "fsdp": 4, "context": 2}, {"shared": False}),
-    slow({"data": 2, "model": 4}, {"shared": False, "plus": False}),
+    slow({"data": 4, "model": 2}, {"shared": False, "plus": False}),
   ],
   ids=str,
 )
